@@ -1,0 +1,5 @@
+"""``python -m ullage`` is the command ``ullage``."""
+
+from ullage.cli import main
+
+main()

@@ -1,0 +1,258 @@
+"""ullage run: go on from a prompt, inside a budget."""
+
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
+
+from ullage.cli.options import (
+    AttentionOption,
+    CalibrationOption,
+    ChunkOption,
+    DeviceOption,
+    KvOption,
+    MemoryOption,
+    ModelArgument,
+    PlanOptions,
+    TechniqueOption,
+    WeightsOption,
+)
+from ullage.errors import InputError, PromptError
+from ullage.planner import build_plan, fit_run
+from ullage.planner.search import Freedom, describe
+from ullage.specs.model import ModelSpec
+from ullage.specs.plan import Plan, read_plan
+from ullage.specs.sources import resolve
+from ullage.specs.workload import Workload
+from ullage.units import format_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ullage.runtime.engine import Engine, Request
+
+_LONG_PREFILL_TOKENS = 1024  # from here on a progress bar is worth its line
+
+
+def run(
+    model: ModelArgument,
+    source: Annotated[
+        str | None, typer.Argument(metavar="[-]", help="-: read the prompt from stdin.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A text file with the prompt.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Apply the model's chat template to the prompt.")
+    ] = False,
+    memory: MemoryOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Write this many at most.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the draws, where temperature is above 0.")] = 0,
+    plan: Annotated[
+        Path | None, typer.Option(help="Run as this plan says, written by `ullage plan --json`.")
+    ] = None,
+    device: DeviceOption = None,
+    weights: WeightsOption = None,
+    kv_cache_dtype: KvOption = None,
+    attention: AttentionOption = "sdpa",
+    prefill_chunk: ChunkOption = None,
+    technique: TechniqueOption = None,
+    calibration: CalibrationOption = None,
+) -> None:
+    """Run a model inside a byte budget that nothing exceeds.
+
+    Weights, KV format and prefill chunk are chosen to fit where none is given. Text goes to stdout,
+    the choice and the measured peak to stderr.
+    """
+    options = PlanOptions(
+        device, memory, weights, kv_cache_dtype, attention, prefill_chunk, tuple(technique or ()),
+        calibration=calibration,
+    )  # fmt: skip
+    spec = resolve(model)
+    text = _prompt_text(source, prompt, prompt_file)
+    session = _Session(spec, options, None if plan is None else read_plan(plan))
+    ids = session.tokenize(text, chat)
+    made = session.plan_for(len(ids), max_new_tokens)
+    engine = session.load(made)
+    output_tokens = made.recipe.workload.output_tokens
+    _stream(engine, ids, output_tokens, temperature, seed, made)
+
+
+def _prompt_text(source: str | None, prompt: str | None, file: Path | None) -> str:
+    """The prompt from the one place that was named.
+
+    Raises:
+        PromptError: none or more than one was, the file cannot be read, or it is empty.
+    """
+    if source not in (None, "-"):
+        raise PromptError(f"Give the prompt with --prompt; {source!r} is not an option.")
+    given = [place for place in (source, prompt, file) if place is not None]
+    if len(given) != 1:
+        raise PromptError("Give one prompt: --prompt TEXT, --prompt-file FILE, or - for stdin.")
+    try:
+        text = prompt if prompt is not None else _read(file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"Cannot read the prompt as UTF-8 text: {error}.") from error
+    if not text.strip():
+        raise PromptError("The prompt is empty: there is nothing to go on from.")
+    return text
+
+
+def _read(file: Path | None) -> str:
+    return sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
+
+
+@dataclass
+class _Session:
+    """From options to an engine, refusing as early as can be known."""
+
+    spec: ModelSpec
+    options: PlanOptions
+    given: Plan | None
+
+    def __post_init__(self) -> None:
+        if self.options.attention == "eager":
+            raise InputError("ullage run never builds the score matrix: use --attention sdpa.")
+        if self.given is not None and replace(self.given.recipe.model, source="") != replace(
+            self.spec, source=""
+        ):
+            raise InputError(f"The plan is for {self.given.recipe.model.name}, not this model.")
+        device = self.options.find_device() if self.given is None else self.given.recipe.device
+        self.budget_bytes = (
+            self.options.budget_bytes(device)
+            if self.given is None or self.options.memory is not None
+            else self.given.budget_bytes
+        )
+        self.device = device
+        self.calibration = self.options.read_calibration()
+        # A budget too small for one token is refused before anything heavy is imported.
+        self.plan_for(1, 1)
+
+    def tokenize(self, text: str, chat: bool) -> list[int]:
+        """Token ids of the prompt; the folder and the tokenizer are ready afterwards."""
+        from ullage.runtime.allocator import return_freed_memory
+        from ullage.runtime.checkpoint import weights_folder
+
+        return_freed_memory()
+        self.folder = weights_folder(self.spec)
+        from ullage.runtime.load import load_tokenizer
+
+        self.tokenizer = load_tokenizer(self.folder)
+        ids = _chat_ids(self.tokenizer, text) if chat else self.tokenizer(text)["input_ids"]
+        return list(ids)
+
+    def plan_for(self, prompt_tokens: int, new_tokens: int) -> Plan:
+        """The plan that runs: the given one at this size, or the first variant that fits.
+
+        Raises:
+            PromptError: the prompt is longer than the model's context.
+            DoesNotFit: no variant fits.
+        """
+        room = self.spec.max_context_tokens - prompt_tokens
+        if room < 1:
+            raise PromptError(
+                f"The prompt has {prompt_tokens:,} tokens; {self.spec.name} reads "
+                f"{self.spec.max_context_tokens:,}, the answer included."
+            )
+        work = Workload(prompt_tokens, min(new_tokens, room))
+        if self.given is not None:
+            recipe = replace(self.given.recipe, model=self.spec, workload=work)
+            freedom = Freedom(weights=False, kv_dtype=False, prefill_chunk=False)
+        else:
+            recipe = self.options.recipe(self.spec, self.device, work)
+            freedom = self.options.freedom()
+        choice = fit_run(recipe, self.budget_bytes, freedom, self.calibration)
+        return build_plan(choice.recipe, self.budget_bytes, self.calibration)
+
+    def load(self, plan: Plan) -> "Engine":
+        """The engine on the loaded model; says what was chosen and why."""
+        from ullage.runtime.engine import Engine
+        from ullage.runtime.load import load_model
+
+        console = Console(stderr=True, highlight=False)
+        console.print(
+            f"{describe(plan.recipe)}: planned peak {format_bytes(plan.peak_bytes)} is the least "
+            f"loss that fits in {format_bytes(plan.budget_bytes)}"
+        )
+        with _progress("reading weights", DownloadColumn()) as progress:
+            task = progress.add_task("", total=None)
+            loaded = load_model(
+                plan.recipe,
+                self.folder,
+                self.tokenizer,
+                lambda done, total: progress.update(task, completed=done, total=total),
+            )
+        return Engine(loaded, plan)
+
+
+def _chat_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    if not tokenizer.chat_template:
+        raise InputError("This model has no chat template: leave --chat out.")
+    messages = [{"role": "user", "content": text}]
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    return list(encoded["input_ids"])
+
+
+def _stream(
+    engine: "Engine", ids: list[int], new_tokens: int, temperature: float, seed: int, plan: Plan
+) -> None:
+    import torch
+    from transformers import TextStreamer
+
+    from ullage.runtime.engine import Request
+    from ullage.runtime.memory import peak_bytes
+
+    streamer = TextStreamer(engine.loaded.tokenizer, skip_special_tokens=True)
+    start_s = time.perf_counter()
+    first_s = start_s
+    with _progress("reading the prompt", MofNCompleteColumn(), len(ids)) as progress:
+        task = progress.add_task("", total=len(ids))
+        request = Request(
+            ids, new_tokens, temperature, seed,
+            on_prefill=lambda done, _: progress.update(task, completed=done),
+        )  # fmt: skip
+        tokens = engine.generate(request)
+        first = next(tokens)
+        first_s = time.perf_counter()
+    streamer.put(torch.tensor([first]))
+    for token in tokens:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    _summary(
+        plan, request, first_s - start_s, time.perf_counter() - first_s, peak_bytes(engine.device)
+    )
+
+
+def _summary(
+    plan: Plan, request: "Request", first_s: float, rest_s: float, measured_bytes: int
+) -> None:
+    console = Console(stderr=True, highlight=False)
+    rest = len(request.output_ids) - 1
+    rate = f", then {rest / rest_s:.1f} tokens/s" if rest and rest_s > 0 else ""
+    console.print(
+        f"{len(request.prompt_ids):,} prompt tokens read in {first_s:.1f} s{rate}; planned peak "
+        f"{format_bytes(plan.peak_bytes)}, measured {format_bytes(measured_bytes)} "
+        f"({measured_bytes / plan.peak_bytes - 1:+.1%} of planned), "
+        f"budget {format_bytes(plan.budget_bytes)}"
+    )
+
+
+def _progress(
+    what: str, column: MofNCompleteColumn | DownloadColumn, tokens: int | None = None
+) -> Progress:
+    """A bar on stderr that goes away when it is done; none for a short prompt."""
+    return Progress(
+        TextColumn(what),
+        BarColumn(),
+        column,
+        console=Console(stderr=True),
+        transient=True,
+        disable=tokens is not None and tokens < _LONG_PREFILL_TOKENS,
+    )

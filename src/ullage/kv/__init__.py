@@ -1,0 +1,2 @@
+"""Where KV bytes live: a pool of blocks with one owner, a cache over it, and attention that reads
+it."""

@@ -1,0 +1,70 @@
+"""The attention function and the mask function that transformers calls under the name "ullage"."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import flash_attention_mask
+
+from ullage.kv.kernels import Kernel, cpu, reference
+
+if TYPE_CHECKING:
+    from ullage.kv.cache import PagedLayer
+
+NAME = "ullage"
+
+
+def tag(keys: torch.Tensor, layer: "PagedLayer") -> torch.Tensor:
+    """Mark new keys with the cache layer that holds their past: transformers hands attention the
+    tensor that `Cache.update` returned, and nothing else of the cache."""
+    keys.ullage_layer = layer  # type: ignore[attr-defined]
+    return keys
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of new tokens over a PagedCache.
+
+    Args:
+        query: [B, Hq, N, D]; key and value: [B, Hkv, N, D], new tokens only.
+        attention_mask: None, or bool [B, >= N] of which the last N columns are False at padding.
+
+    Returns:
+        [B, N, Hq, D], and None for the attention weights, which are never built.
+    """
+    layer: PagedLayer | None = getattr(key, "ullage_layer", None)
+    if layer is None:
+        raise RuntimeError("attention 'ullage' reads a PagedCache: pass one as past_key_values")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output = query.new_zeros((query.shape[0], query.shape[2], query.shape[1], query.shape[3]))
+    kernel = kernel_for(query.device)
+    new_tokens = query.shape[2]
+    real = None if attention_mask is None else attention_mask[:, -new_tokens:]
+    for index, row in enumerate(layer.rows_of_step(query.shape[0], new_tokens)):
+        tokens = slice(None) if real is None else real[index].nonzero()[:, 0]
+        row_query = query[index][:, tokens]  # [Hq, n, D], padding left out
+        if row_query.shape[1]:
+            pieces = row.extend(key[index][:, tokens], value[index][:, tokens])
+            attended = kernel(row_query, pieces, scale, softcap)
+            output[index, tokens] = attended.transpose(0, 1)
+    return output, None
+
+
+def kernel_for(device: torch.device) -> Kernel:
+    """The fastest kernel that there is for `device`."""
+    return cpu.attend if device.type == "cpu" else reference.attend
+
+
+def register() -> None:
+    """Make attention and mask known to transformers. Both: without the mask function padding would
+    silently be attended to."""
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, flash_attention_mask)

@@ -1,0 +1,133 @@
+"""PagedCache: a transformers Cache whose entries live in a KVPool."""
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ullage.kv.attention import tag
+from ullage.kv.pool import KVPool
+from ullage.kv.rows import FullRow, Row, SlidingRow
+from ullage.specs.model import ModelSpec
+
+
+class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer of a PagedCache: a row for each sequence of the batch. Padding is never stored."""
+
+    def __init__(self, pool: KVPool, num_kv_heads: int, window: int | None) -> None:
+        super().__init__()
+        self.pool, self.num_kv_heads, self.window = pool, num_kv_heads, window
+        self.is_sliding = window is not None
+        self.is_initialized = True
+        self.rows: list[Row] = []
+        self.seen_tokens = 0  # positions of the batch, padding counted
+        self._waiting = False
+
+    def new_row(self) -> Row:
+        """An empty row for one sequence."""
+        if self.window is None:
+            return FullRow(self.pool, self.num_kv_heads)
+        return SlidingRow(self.pool, self.num_kv_heads, self.window)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to do: the pool is there."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hand the new entries, [B, Hkv, N, D] each, on to attention, which stores them."""
+        if self._waiting:
+            raise RuntimeError(
+                "a PagedCache needs model.set_attn_implementation('ullage'): other attention "
+                "would see the new tokens only"
+            )
+        self._waiting = True
+        if not self.rows:
+            self.rows = [self.new_row() for _ in range(key_states.shape[0])]
+        return tag(key_states, self), value_states
+
+    def rows_of_step(self, batch: int, new_tokens: int) -> list[Row]:
+        """The rows that the attention of this step extends, one for each of `batch`."""
+        if batch != len(self.rows):
+            raise RuntimeError(f"{batch} sequences for a cache that holds {len(self.rows)}")
+        self._waiting = False
+        self.seen_tokens += new_tokens
+        return self.rows
+
+    def get_seq_length(self) -> int:
+        """Positions seen, padding counted."""
+        return self.seen_tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that a mask must cover."""
+        return self.seen_tokens + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: the pool limits the bytes, nothing limits the length."""
+        return -1
+
+    def reset(self) -> None:
+        """Give all blocks back."""
+        for row in self.rows:
+            row.release()
+        self.rows, self.seen_tokens, self._waiting = [], 0, False
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Not yet: beams would have to share or copy blocks."""
+        raise NotImplementedError("a PagedCache has no beam search yet: use greedy or sampling")
+
+
+class Sequence:
+    """One sequence's rows, a row a layer. Made by `PagedCache.open`."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = rows
+
+    @property
+    def length(self) -> int:
+        """Tokens seen."""
+        return self.rows[0].length
+
+    def close(self) -> None:
+        """Give all blocks back."""
+        for row in self.rows:
+            row.release()
+
+
+class PagedCache(Cache):  # type: ignore[misc]
+    """KV entries of any number of sequences in one pool.
+
+    Inside plain `model.generate(past_key_values=cache)` it grows by itself. The engine opens each
+    sequence with all the room it will need and chooses with `activate` whose turn it is.
+    """
+
+    def __init__(self, model: ModelSpec, pool: KVPool) -> None:
+        self.paged = [PagedLayer(pool, model.num_kv_heads, window) for window in model.windows]
+        super().__init__(layers=self.paged)
+        self.pool = pool
+
+    def open(self, tokens: int) -> Sequence:
+        """A sequence with room for `tokens`.
+
+        Raises:
+            BudgetExceeded: the pool has too few blocks; nothing is taken.
+        """
+        sequence = Sequence([layer.new_row() for layer in self.paged])
+        try:
+            for row in sequence.rows:
+                row.reserve(tokens)
+        except BaseException:
+            sequence.close()
+            raise
+        return sequence
+
+    def activate(self, sequences: list[Sequence]) -> None:
+        """Let the next forward passes extend `sequences`, in the batch's order."""
+        for index, layer in enumerate(self.paged):
+            layer.rows = [sequence.rows[index] for sequence in sequences]
+            layer.seen_tokens = max((row.length for row in layer.rows), default=0)
+            layer._waiting = False
+
+    def nbytes(self) -> int:
+        """Bytes of the blocks that are taken."""
+        return (self.pool.num_blocks - self.pool.free_blocks) * self.pool.block_bytes

@@ -1,0 +1,123 @@
+"""KVPool: fixed-size blocks with one owner of their bytes.
+
+A block holds K and V of `BLOCK_TOKENS` tokens for one KV head. Blocks are handed out as runs, as
+few and as long as the free space allows, so that attention reads them as plain views and nothing is
+ever gathered.
+"""
+
+from bisect import bisect_left
+from dataclasses import dataclass
+
+import torch
+
+from ullage.errors import BudgetExceeded
+from ullage.specs.blocks import BLOCK_TOKENS
+
+
+@dataclass(frozen=True, order=True)
+class Run:
+    """`count` blocks that lie side by side, from number `start`."""
+
+    start: int
+    count: int
+
+
+class KVPool:
+    """`num_blocks` blocks on one device, in one format.
+
+    On CPU the operating system backs a page when it is first written, so free blocks that were
+    never used cost nothing.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (num_blocks, BLOCK_TOKENS, head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.num_blocks = num_blocks
+        self._free = [Run(0, num_blocks)] if num_blocks else []  # sorted, never adjacent
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block, K and V."""
+        return 2 * BLOCK_TOKENS * self.keys.shape[-1] * self.keys.element_size()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole pool."""
+        return self.num_blocks * self.block_bytes
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that `take` can hand out."""
+        return sum(run.count for run in self._free)
+
+    def take(self, count: int, multiple: int = 1) -> list[Run]:
+        """`count` blocks in as few runs as the free space allows, each a multiple of `multiple`.
+
+        Raises:
+            BudgetExceeded: fewer than `count` are free; nothing is taken.
+        """
+        runs = self._whole(count) or self._pieces(count, multiple)
+        for run in runs:
+            self._remove(run)
+        return runs
+
+    def give_back(self, runs: list[Run]) -> None:
+        """Return `runs` to the free space; their contents are gone."""
+        for run in runs:
+            self._insert(run)
+
+    def check_integrity(self) -> None:
+        """Raise when a block is free twice or runs are out of order: a bug, never a user's
+        doing."""
+        end = -1
+        for run in self._free:
+            if run.start <= end or run.count < 1 or run.start + run.count > self.num_blocks:
+                raise RuntimeError(f"the free runs of the pool are damaged: {self._free}")
+            end = run.start + run.count
+
+    def _whole(self, count: int) -> list[Run]:
+        """The smallest free run that holds `count`, so that long runs stay for long sequences."""
+        holding = [run for run in self._free if run.count >= count]
+        if not holding:
+            return []
+        best = min(holding, key=lambda run: run.count)
+        return [Run(best.start, count)]
+
+    def _pieces(self, count: int, multiple: int) -> list[Run]:
+        """`count` blocks from several runs, the longest first."""
+        pieces: list[Run] = []
+        missing = count
+        for run in sorted(self._free, key=lambda run: run.count, reverse=True):
+            usable = min(run.count // multiple * multiple, missing)
+            if usable:
+                pieces.append(Run(run.start, usable))
+                missing -= usable
+        if missing:
+            raise BudgetExceeded(
+                f"The KV pool has {self.free_blocks} of {self.num_blocks} blocks free; "
+                f"{count} are needed."
+            )
+        return pieces
+
+    def _remove(self, run: Run) -> None:
+        """Take `run`, the head of a free run, out of the free space."""
+        at = bisect_left(self._free, run.start, key=lambda free: free.start)
+        rest = self._free[at].count - run.count
+        self._free[at : at + 1] = [Run(run.start + run.count, rest)] if rest else []
+
+    def _insert(self, run: Run) -> None:
+        """Put `run` into the free space and join it with its neighbours."""
+        at = bisect_left(self._free, run.start, key=lambda free: free.start)
+        start, count, first, last = run.start, run.count, at, at
+        if at and self._free[at - 1].start + self._free[at - 1].count == start:
+            start, count, first = self._free[at - 1].start, self._free[at - 1].count + count, at - 1
+        if at < len(self._free) and run.start + run.count == self._free[at].start:
+            count, last = count + self._free[at].count, at + 1
+        self._free[first:last] = [Run(start, count)]

@@ -1,0 +1,1 @@
+"""Run things, and say what they really took."""

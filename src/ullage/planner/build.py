@@ -1,0 +1,39 @@
+"""From a recipe and a budget to a Plan."""
+
+from ullage import techniques
+from ullage.errors import TechniqueError
+from ullage.planner.cliff import find_cliff
+from ullage.planner.memory import kv_bytes_per_token, phase_footprints
+from ullage.specs.calibration import Calibration
+from ullage.specs.device import Device
+from ullage.specs.plan import Plan, Recipe
+from ullage.specs.workload import Execution
+
+
+def build_plan(
+    recipe: Recipe, budget_bytes: int | None = None, calibration: Calibration | None = None
+) -> Plan:
+    """The plan of `recipe` inside `budget_bytes` (default: all of the device).
+
+    Raises:
+        TechniqueError: a technique that does not support the model.
+    """
+    for choice in recipe.techniques:
+        reason = techniques.create(choice).unsupported(recipe.model)
+        if reason is not None:
+            raise TechniqueError(f"{choice.name} cannot act on {recipe.model.name}: {reason}")
+    budget_bytes = budget_bytes or recipe.device.memory_bytes
+    return Plan(
+        recipe=recipe,
+        budget_bytes=budget_bytes,
+        phases=phase_footprints(recipe, calibration),
+        cliff=find_cliff(recipe, budget_bytes, calibration),
+        kv_bytes_per_token=kv_bytes_per_token(recipe),
+    )
+
+
+def default_execution(device: Device) -> Execution:
+    """What ullage runs when nothing is asked: bf16 on accelerators; fp32 on CPUs, most of which
+    multiply bf16 matrices several times slower."""
+    dtype = "fp32" if device.kind == "cpu" else "bf16"
+    return Execution(dtype=dtype, kv_dtype=dtype)

@@ -1,0 +1,38 @@
+"""The cliff: the largest context and the largest batch that still fit."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from ullage.planner.memory import peak_bytes
+from ullage.specs.calibration import Calibration
+from ullage.specs.plan import Cliff, Recipe
+
+# Beyond these sizes "no limit" is the better word: 2^40 tokens or sequences.
+_NO_LIMIT = 1 << 40
+
+
+def find_cliff(recipe: Recipe, budget_bytes: int, calibration: Calibration | None) -> Cliff:
+    """The cliff in both directions from `recipe`. Peaks never fall as sizes grow, so bisection
+    finds it."""
+    work = recipe.workload
+
+    def fits(prompt_tokens: int, sequences: int) -> bool:
+        sized = replace(work, prompt_tokens=prompt_tokens, sequences=sequences)
+        return peak_bytes(replace(recipe, workload=sized), calibration) <= budget_bytes
+
+    longest_prompt = _largest(lambda tokens: fits(tokens, work.sequences))
+    return Cliff(
+        max_model_len=longest_prompt + work.output_tokens if longest_prompt else 0,
+        max_num_seqs=_largest(lambda sequences: fits(work.prompt_tokens, sequences)),
+    )
+
+
+def _largest(fits: Callable[[int], bool]) -> int:
+    """The largest n >= 1 for which `fits` holds, 0 when it holds for none."""
+    low, high = 0, 1
+    while high < _NO_LIMIT and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

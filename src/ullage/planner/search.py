@@ -1,0 +1,106 @@
+"""What `ullage run` changes so that a request fits: the least loss of quality first."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from ullage.errors import DoesNotFit
+from ullage.planner.memory import peak_bytes
+from ullage.specs.calibration import Calibration
+from ullage.specs.plan import Recipe, TechniqueChoice
+from ullage.units import format_bytes
+
+CHUNKS = (512, 256, 128, 64, 32)  # tokens; smaller chunks read the weights more often
+SCHEMES = ("none", "int8", "nf4")  # of weights, in the order of their loss
+
+
+@dataclass(frozen=True)
+class Freedom:
+    """What the search may change, that is, what the user left open."""
+
+    weights: bool = True
+    kv_dtype: bool = True
+    prefill_chunk: bool = True
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The recipe that fits and what its peak is, in bytes."""
+
+    recipe: Recipe
+    peak_bytes: int
+
+
+def fit_run(
+    recipe: Recipe,
+    budget_bytes: int,
+    freedom: Freedom,
+    calibration: Calibration | None = None,
+) -> Choice:
+    """The first variant of `recipe`, from least to most loss, whose peak is inside `budget_bytes`.
+
+    Raises:
+        DoesNotFit: none fits; carries the smallest budget that would.
+    """
+    smallest_bytes = None
+    for variant in _variants(recipe, freedom):
+        variant_bytes = peak_bytes(variant, calibration)
+        if variant_bytes <= budget_bytes:
+            return Choice(variant, variant_bytes)
+        smallest_bytes = min(smallest_bytes or variant_bytes, variant_bytes)
+    assert smallest_bytes is not None  # there is always the recipe itself
+    work = recipe.workload
+    raise DoesNotFit(
+        f"{recipe.model.name} with {work.prompt_tokens:,} + {work.output_tokens:,} tokens does not "
+        f"fit in {format_bytes(budget_bytes)}: the smallest budget that works is "
+        f"--memory {_rounded_up_mib(smallest_bytes)}MiB.",
+        needed_bytes=smallest_bytes,
+    )
+
+
+def _variants(recipe: Recipe, freedom: Freedom) -> Iterator[Recipe]:
+    """From least to most loss: weights change last, KV entries before them, the chunk first."""
+    execution = recipe.execution
+    chunks = CHUNKS if freedom.prefill_chunk else (execution.prefill_chunk,)
+    kv_dtypes = [execution.kv_dtype]
+    if freedom.kv_dtype and execution.kv_dtype == "fp32":
+        kv_dtypes.append("bf16")
+    for techniques in _weight_choices(recipe, freedom):
+        for kv_dtype in kv_dtypes:
+            for chunk in chunks:
+                changed = replace(execution, kv_dtype=kv_dtype, prefill_chunk=chunk)
+                yield replace(recipe, execution=changed, techniques=techniques)
+
+
+def _weight_choices(recipe: Recipe, freedom: Freedom) -> Iterator[tuple[TechniqueChoice, ...]]:
+    if not freedom.weights:
+        yield recipe.techniques
+        return
+    others = tuple(choice for choice in recipe.techniques if choice.name != "quantization")
+    yield others
+    if any(tensor.role == "linear" for tensor in recipe.model.tensors):
+        for scheme in SCHEMES[1:]:
+            yield (TechniqueChoice("quantization", {"scheme": scheme}), *others)
+
+
+def _rounded_up_mib(size_bytes: int) -> int:
+    return -(-size_bytes // (1 << 20))
+
+
+def describe(recipe: Recipe) -> str:
+    """The recipe's settings in one line, as a user reads them."""
+    execution = recipe.execution
+    schemes = [
+        choice.settings.get("scheme", "int8")
+        for choice in recipe.techniques
+        if choice.name == "quantization"
+    ]
+    others = [choice.name for choice in recipe.techniques if choice.name != "quantization"]
+    chunk = f"in chunks of {execution.prefill_chunk}" if execution.prefill_chunk else "in one pass"
+    parts = [
+        f"{(schemes or [execution.dtype])[0]} weights",
+        *others,
+        f"{execution.kv_dtype} KV",
+        f"{execution.attention} attention",
+        f"prompt {chunk}",
+    ]
+    return ", ".join(parts)

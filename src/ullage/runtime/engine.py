@@ -1,0 +1,221 @@
+"""The engine: sequences in and out of a batch, inside the budget.
+
+A sequence is let in when the pool has room for its prompt and all it may write; until then it
+waits. Prompts are read one at a time in chunks, sequences that write go together, a token each a
+step.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from ullage.errors import DoesNotFit, PromptError
+from ullage.kv.cache import PagedCache, Sequence
+from ullage.kv.pool import KVPool
+from ullage.runtime.budget import Budget
+from ullage.runtime.load import TORCH_DTYPES, LoadedModel, device_of
+from ullage.runtime.memory import held_bytes
+from ullage.specs.blocks import block_bytes, sequence_blocks
+from ullage.specs.plan import Plan
+from ullage.units import format_bytes
+
+OnPrefill = Callable[[int, int], None]  # tokens read, tokens of the prompt
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt and how to go on from it. `temperature` 0 takes the likeliest token each time."""
+
+    prompt_ids: list[int]
+    max_new_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+    on_prefill: OnPrefill | None = None
+    output_ids: list[int] = field(default_factory=list)
+    finished: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.prompt_ids:
+            raise PromptError("The prompt is empty: there is nothing to go on from.")
+        if self.max_new_tokens < 1:
+            raise PromptError("Ask for one new token at least.")
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens that the sequence holds at its full length."""
+        return len(self.prompt_ids) + self.max_new_tokens
+
+
+@dataclass(eq=False)
+class _Running:
+    """A request that has its blocks."""
+
+    request: Request
+    sequence: Sequence
+    generator: torch.Generator
+    read_tokens: int = 0  # of the prompt
+
+
+class Engine:
+    """Runs requests on a loaded model within a plan's budget."""
+
+    def __init__(self, loaded: LoadedModel, plan: Plan) -> None:
+        """
+        Raises:
+            BudgetExceeded: what the process holds after loading leaves no room for what was
+            planned.
+        """
+        self.loaded, self.plan = loaded, plan
+        self.budget = Budget(plan.budget_bytes)
+        self.device = device_of(plan.recipe)
+        self.cache = PagedCache(plan.recipe.model, self._pool())
+        self._waiting: deque[Request] = deque()
+        self._reading: _Running | None = None
+        self._writing: list[_Running] = []
+
+    def _pool(self) -> KVPool:
+        """The budget less what is there and less the largest workspace; no larger than the plan's
+        sequences need."""
+        recipe = self.plan.recipe
+        self.budget.claim("what is loaded", held_bytes(self.device))
+        self.budget.claim(
+            "workspace",
+            max(
+                phase.activation_bytes + phase.logits_bytes
+                for name, phase in self.plan.phases.items()
+                if name != "load"
+            ),
+        )
+        model, work = recipe.model, recipe.workload
+        blocks = work.sequences * sequence_blocks(model, work.context_tokens)
+        self.budget.claim("KV pool", blocks * block_bytes(model, recipe.execution.kv_dtype))
+        return KVPool(blocks, model.head_dim, TORCH_DTYPES[recipe.execution.kv_dtype], self.device)
+
+    def submit(self, request: Request) -> None:
+        """Queue `request`.
+
+        Raises:
+            PromptError: prompt and output are longer than the model's context.
+            DoesNotFit: the pool could never hold it.
+        """
+        model = self.plan.recipe.model
+        if request.capacity_tokens > model.max_context_tokens:
+            raise PromptError(
+                f"{len(request.prompt_ids):,} prompt tokens and {request.max_new_tokens:,} new "
+                f"ones are more than the {model.max_context_tokens:,} that {model.name} can read."
+            )
+        pool = self.cache.pool
+        blocks = sequence_blocks(model, request.capacity_tokens)
+        if blocks > pool.num_blocks:
+            raise DoesNotFit(
+                f"The request needs {format_bytes(blocks * pool.block_bytes)} of KV entries; the "
+                f"pool has {format_bytes(pool.nbytes)} in all.",
+                needed_bytes=blocks * pool.block_bytes,
+            )
+        self._waiting.append(request)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits, reads or writes."""
+        return not (self._waiting or self._reading or self._writing)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """One chunk of a prompt, if one is being read, and one token for each sequence that
+        writes."""
+        self._admit()
+        writing = list(self._writing)
+        if self._reading is not None:
+            self._prefill(self._reading)
+        if writing:
+            self._decode(writing)
+
+    def generate(self, request: Request) -> Iterator[int]:
+        """The new tokens of `request` as they come, its end token included. Blocks go back when the
+        iteration ends, whatever ends it."""
+        self.submit(request)
+        sent = 0
+        try:
+            while not request.finished:
+                self.step()
+                yield from request.output_ids[sent:]
+                sent = len(request.output_ids)
+        finally:
+            self.cancel(request)
+
+    def cancel(self, request: Request) -> None:
+        """Forget `request` and give its blocks back; nothing when it is gone already."""
+        if request in self._waiting:
+            self._waiting.remove(request)
+        if self._reading is not None and self._reading.request is request:
+            self._reading.sequence.close()
+            self._reading = None
+        for running in [running for running in self._writing if running.request is request]:
+            self._finish(running)
+
+    def _admit(self) -> None:
+        """Let the longest-waiting request in when nobody reads and the pool has room."""
+        if self._reading is not None or not self._waiting:
+            return
+        request = self._waiting[0]
+        blocks = sequence_blocks(self.plan.recipe.model, request.capacity_tokens)
+        batch_full = len(self._writing) >= self.plan.recipe.workload.sequences
+        if batch_full or blocks > self.cache.pool.free_blocks:
+            return
+        sequence = self.cache.open(request.capacity_tokens)
+        generator = torch.Generator(self.device).manual_seed(request.seed)
+        self._reading = _Running(self._waiting.popleft(), sequence, generator)
+
+    def _prefill(self, running: _Running) -> None:
+        request, start = running.request, running.read_tokens
+        chunk = self.plan.recipe.execution.prefill_chunk or len(request.prompt_ids)
+        ids = request.prompt_ids[start : start + chunk]
+        logits = self._forward([running], [ids])
+        running.read_tokens += len(ids)
+        if request.on_prefill is not None:
+            request.on_prefill(running.read_tokens, len(request.prompt_ids))
+        if running.read_tokens == len(request.prompt_ids):
+            self._reading = None
+            self._writing.append(running)
+            self._take(running, _sample(logits[0], request.temperature, running.generator))
+
+    def _decode(self, batch: list[_Running]) -> None:
+        logits = self._forward(batch, [running.request.output_ids[-1:] for running in batch])
+        for running, row in zip(batch, logits, strict=True):
+            self._take(running, _sample(row, running.request.temperature, running.generator))
+
+    def _forward(self, batch: list[_Running], ids: list[list[int]]) -> torch.Tensor:
+        """Logits of each sequence's last token, [B, V] in fp32, after reading `ids`."""
+        self.cache.activate([running.sequence for running in batch])
+        starts = [[running.sequence.length] for running in batch]
+        positions = torch.tensor(starts) + torch.arange(len(ids[0]))  # [B, N]
+        output = self.loaded.model(
+            input_ids=torch.tensor(ids, device=self.device),
+            position_ids=positions.to(self.device),
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1].float()  # type: ignore[no-any-return]
+
+    def _take(self, running: _Running, token: int) -> None:
+        request = running.request
+        request.output_ids.append(token)
+        full = len(request.output_ids) == request.max_new_tokens
+        if full or token in self.loaded.eos_token_ids:
+            self._finish(running)
+
+    def _finish(self, running: _Running) -> None:
+        running.request.finished = True
+        running.sequence.close()
+        self._writing.remove(running)
+
+
+def _sample(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> int:
+    """A token from logits [V]: the likeliest at temperature 0, else drawn from the softmax."""
+    if temperature == 0:
+        return int(logits.argmax())
+    weights = (logits / temperature).softmax(dim=-1)
+    return int(torch.multinomial(weights, 1, generator=generator))

@@ -1,0 +1,136 @@
+"""Plan: what will run where, in how many bytes. Data only, the same in JSON as in Python."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ullage.errors import InputError
+from ullage.specs.device import Device
+from ullage.specs.footprint import Footprint
+from ullage.specs.model import ModelSpec
+from ullage.specs.workload import PHASES, Execution, PhaseName, Workload
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TechniqueChoice:
+    """A technique's folder name and its settings, as JSON types."""
+
+    name: str
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the bytes of a run, but for the budget."""
+
+    model: ModelSpec
+    device: Device
+    workload: Workload
+    execution: Execution
+    techniques: tuple[TechniqueChoice, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cliff:
+    """The largest sizes that still fit: one more token, or one more sequence, fails. 0: none fits.
+
+    `max_model_len` is in tokens at the planned number of sequences, `max_num_seqs` in sequences at
+    the planned length. Memory alone decides: the model's own context may end before.
+    """
+
+    max_model_len: int
+    max_num_seqs: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe, the budget it is held against, and the bytes of each phase."""
+
+    recipe: Recipe
+    budget_bytes: int
+    phases: dict[PhaseName, Footprint]
+    cliff: Cliff
+    kv_bytes_per_token: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """The largest phase's total."""
+        return max(footprint.total_bytes for footprint in self.phases.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak stays inside the budget."""
+        return self.peak_bytes <= self.budget_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of JSON types: the documented figures first, then all that `from_json` needs."""
+        recipe = self.recipe
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "fits": self.fits,
+            "peak_bytes": self.peak_bytes,
+            "budget_bytes": self.budget_bytes,
+            "phases": {
+                name: {**asdict(footprint), "total_bytes": footprint.total_bytes}
+                for name, footprint in self.phases.items()
+            },
+            "cliff": asdict(self.cliff),
+            "kv_bytes_per_token": self.kv_bytes_per_token,
+            "model": {**recipe.model.to_json(), "parameters": recipe.model.parameters},
+            "device": asdict(recipe.device),
+            "workload": asdict(recipe.workload),
+            "execution": asdict(recipe.execution),
+            "techniques": [asdict(choice) for choice in recipe.techniques],
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Plan":
+        """The plan that `to_json` wrote.
+
+        Raises:
+            InputError: the data is not a plan, or one of another schema version.
+        """
+        if not isinstance(data, dict) or data.get("schema_version") != SCHEMA_VERSION:
+            raise InputError("This is not a plan that this version of ullage wrote.")
+        try:
+            return cls(
+                recipe=_recipe(data),
+                budget_bytes=data["budget_bytes"],
+                phases={name: _footprint(data["phases"][name]) for name in PHASES},
+                cliff=Cliff(**data["cliff"]),
+                kv_bytes_per_token=data["kv_bytes_per_token"],
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"The plan is damaged: {error!r}. Write it again.") from error
+
+
+def _recipe(data: dict[str, Any]) -> Recipe:
+    model = {key: value for key, value in data["model"].items() if key != "parameters"}
+    return Recipe(
+        model=ModelSpec.from_json(model),
+        device=Device(**data["device"]),
+        workload=Workload(**data["workload"]),
+        execution=Execution(**data["execution"]),
+        techniques=tuple(TechniqueChoice(**choice) for choice in data["techniques"]),
+    )
+
+
+def _footprint(data: dict[str, int]) -> Footprint:
+    return Footprint(**{key: value for key, value in data.items() if key != "total_bytes"})
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in a file that `ullage plan --json` wrote.
+
+    Raises:
+        InputError: no such file, or not a plan.
+    """
+    try:
+        return Plan.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise InputError(f"Cannot read the plan {path}: {error.strerror}.") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: write it with `ullage plan --json`.") from error

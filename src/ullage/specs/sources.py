@@ -1,0 +1,224 @@
+"""Find a model by what a user types: a path, a catalog name or a hub id."""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ullage.errors import CheckpointError, ModelError
+from ullage.specs.dtypes import dtype_name
+from ullage.specs.families import spec_from_config
+from ullage.specs.gguf_model import spec_from_gguf
+from ullage.specs.model import ModelSpec
+from ullage.specs.safetensors import StoredTensor, has_weights, read_headers
+
+_MOST_CONFIG_BYTES = 10 * 10**6
+_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
+# What some checkpoints store beside their weights: GPT-2's masks and old rotary tables.
+_BUFFERS = re.compile(r".*\.(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)")
+# Gemma 3 checkpoints hold a vision tower, which a text-only run does not read.
+_VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
+
+
+def resolve(model: str) -> ModelSpec:
+    """The spec of `model`: a folder, a config.json, a .gguf file, a catalog name, or a hub id
+    (``org/name``, ``org/name@revision``), tried in this order.
+
+    A hub id that the catalog knows needs no network; of others config.json is taken from the hub's
+    cache, or downloaded unless ``HF_HUB_OFFLINE=1``.
+
+    Raises:
+        ModelError: nothing is found, or what is found cannot be used.
+        UnknownArchitecture: a family that has no arithmetic here.
+        CheckpointError: weights that cannot or must not be read.
+    """
+    path = _existing(model)
+    if path is not None:
+        return _from_path(path)
+    entry = _catalog_entry(model)
+    if entry is not None:
+        return _from_catalog(*entry)
+    hub_id = _HUB_ID.fullmatch(model)
+    if hub_id is not None and not model.endswith((".gguf", ".json")) and model[0] != ".":
+        return _from_hub(hub_id["repo"], hub_id["revision"])
+    raise ModelError(f"No model {model[:200]!r}: no such path, nor in the catalog.{_hint(model)}")
+
+
+@cache
+def catalog() -> Mapping[str, Mapping[str, Any]]:
+    """The model catalog: by name, each with `config`, `source` and perhaps `hub` or `package`."""
+    text = (Path(__file__).parent / "catalog" / "models.json").read_text("utf-8")
+    entries: Mapping[str, Mapping[str, Any]] = json.loads(text)
+    return entries
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The object in a config.json.
+
+    Raises:
+        ModelError: missing, unreadable, larger than 10 MB, or no JSON object.
+    """
+    if not path.is_file():
+        raise ModelError(f"No config.json in {path.parent}: is it a model's folder?")
+    try:
+        if path.stat().st_size > _MOST_CONFIG_BYTES:
+            raise ModelError(f"{path} is larger than 10 MB: that is no model's config.")
+        config = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ModelError(f"Cannot read {path}: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not JSON ({str(error)[:80]}).") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} holds no JSON object, so it is no model's config.")
+    return config
+
+
+def _existing(model: str) -> Path | None:
+    if not model.strip():
+        raise ModelError(
+            "No model is named. Write a folder, a .gguf file, a hub id or a catalog name."
+        )
+    try:
+        path = Path(model).expanduser()
+        return path if path.exists() else None
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL inside, an unknown ~user
+        return None
+
+
+def _from_path(path: Path) -> ModelSpec:
+    if path.is_dir():
+        return _from_folder(path)
+    if path.suffix.lower() == ".gguf":
+        return spec_from_gguf(path)
+    if path.suffix.lower() == ".json":
+        return spec_from_config(read_config(path), name=path.absolute().parent.name)
+    if path.suffix.lower() in (".bin", ".pt", ".pth", ".ckpt"):
+        raise CheckpointError(
+            f"{path} is refused: pickle can execute code; safetensors or GGUF only."
+        )
+    raise ModelError(f"{path} is no model: give a folder, a config.json or a .gguf file.")
+
+
+def _from_folder(folder: Path) -> ModelSpec:
+    if not (folder / "config.json").exists():
+        ggufs = sorted(folder.glob("*.gguf"))
+        if len(ggufs) == 1:
+            return spec_from_gguf(ggufs[0])
+        if ggufs:
+            raise ModelError(f"{folder} holds {len(ggufs)} GGUF files: name the one that you mean.")
+    spec = spec_from_config(read_config(folder / "config.json"), name=folder.absolute().name)
+    if not has_weights(folder):
+        return spec
+    stored = read_headers(folder)
+    _compare(spec, stored)
+    return replace(spec, dtype=_stored_dtype(stored), source=str(folder))
+
+
+def _compare(spec: ModelSpec, stored: list[StoredTensor]) -> None:
+    """Refuse a checkpoint that is not the model that its config describes."""
+    shapes = {_text_name(tensor.name): tensor.shape for tensor in stored}
+    for name, shape in _expected(spec):
+        bare_name = name.partition(".")[2]  # a checkpoint of the model without its head
+        found = shapes.pop(name, None) or shapes.pop(bare_name, None)
+        if found is None:
+            raise ModelError(f"The checkpoint lacks {name}, which its config asks for.")
+        if found != shape:
+            raise ModelError(
+                f"{name} is {list(found)} in the checkpoint, {list(shape)} by its config."
+            )
+    tied = {"lm_head.weight"} if spec.tie_embeddings else set()
+    for name in shapes.keys() - tied:
+        if not _BUFFERS.fullmatch(f".{name}") and not _VISION.fullmatch(name):
+            raise ModelError(
+                f"The checkpoint holds {name[:200]}, which its config has no place for."
+            )
+
+
+def _text_name(name: str) -> str:
+    """Gemma 3's text model under the names that it has without vision."""
+    return name.removeprefix("language_model.").replace("model.language_model.", "model.", 1)
+
+
+def _expected(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for tensor in spec.tensors:
+        for layer in range(tensor.count):
+            yield tensor.name.format(layer), tensor.shape
+
+
+def _stored_dtype(stored: list[StoredTensor]) -> str:
+    """The dtype that holds most of the bytes."""
+    held_bytes: dict[str, int] = {}
+    for tensor in stored:
+        held_bytes[tensor.dtype] = held_bytes.get(tensor.dtype, 0) + tensor.end - tensor.begin
+    raw = max(held_bytes, key=lambda dtype: held_bytes[dtype])
+    dtype = dtype_name(raw)
+    if dtype is None:
+        raise CheckpointError(f"The weights are {raw}: only fp32, bf16 and fp16 can be read.")
+    return dtype
+
+
+def _catalog_entry(model: str) -> tuple[str, Mapping[str, Any]] | None:
+    """The entry whose name or hub id is `model`, whatever its case."""
+    wanted = model.strip().lower()
+    for name, entry in catalog().items():
+        if wanted in (name, entry.get("hub", "").lower()):
+            return name, entry
+    return None
+
+
+def _from_catalog(name: str, entry: Mapping[str, Any]) -> ModelSpec:
+    source = entry.get("hub", "")
+    if "package" in entry:
+        source = f"package:{entry['package']}/{entry['file']}"
+    return spec_from_config(entry["config"], name=name, source=source)
+
+
+def _hint(model: str) -> str:
+    close = difflib.get_close_matches(model.strip().lower()[:100], catalog(), n=3, cutoff=0.5)
+    return f" Did you mean {', '.join(close)}?" if close else " See the catalog, or give a hub id."
+
+
+def _from_hub(repo: str, revision: str | None) -> ModelSpec:
+    path = _hub_config(repo, revision)
+    source = f"{repo}@{revision}" if revision else repo
+    return spec_from_config(read_config(path), name=repo.rpartition("/")[2], source=source)
+
+
+def _hub_config(repo: str, revision: str | None) -> Path:
+    """config.json of a hub model: from the cache if it is there, for a commit does not change."""
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        try:
+            path = hf_hub_download(repo, "config.json", revision=revision, local_files_only=True)
+        except LocalEntryNotFoundError:
+            if constants.HF_HUB_OFFLINE:
+                raise
+            path = hf_hub_download(repo, "config.json", revision=revision)
+    except (OSError, ValueError, EntryNotFoundError) as error:
+        raise ModelError(_hub_failure(error, repo, revision)) from error
+    return Path(path)
+
+
+def _hub_failure(error: Exception, repo: str, revision: str | None) -> str:
+    from huggingface_hub import constants, errors
+
+    unreached = "HF_HUB_OFFLINE=1 is set" if constants.HF_HUB_OFFLINE else "the hub does not answer"
+    hint = _hint(repo.rpartition("/")[2])
+    reasons: tuple[tuple[type[Exception], str], ...] = (
+        (errors.HFValidationError, f"{repo!r} is no hub id: write org/name."),
+        (errors.GatedRepoError, f"{repo} is gated: accept its terms on the hub, then log in."),
+        (errors.RepositoryNotFoundError, f"The hub has no {repo}.{hint}"),
+        (errors.RevisionNotFoundError, f"{repo} has no revision {revision!r}."),
+        (errors.LocalEntryNotFoundError, f"{repo} is not cached, and {unreached}.{hint}"),
+        (errors.EntryNotFoundError, f"{repo} has no config.json: no transformers model."),
+    )
+    for kind, reason in reasons:
+        if isinstance(error, kind):
+            return reason
+    return f"Cannot get {repo}'s config.json: {str(error)[:120]}"

@@ -1,0 +1,85 @@
+"""The memory techniques: one paper, one folder. The folder is the registry: adding one is adding a
+folder whose ``settings.py`` defines one `Technique`."""
+
+import importlib
+import pkgutil
+from dataclasses import asdict, fields
+from difflib import get_close_matches
+from typing import Any
+
+from ullage.errors import TechniqueError
+from ullage.specs.plan import TechniqueChoice
+from ullage.techniques.base import Technique
+
+__all__ = ["Technique", "choice_of", "create", "names", "parse"]
+
+
+def names() -> list[str]:
+    """The folder names of all techniques."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.ispkg)
+
+
+def create(choice: TechniqueChoice) -> Technique:
+    """The technique with its settings; imports its ``settings.py`` and no torch.
+
+    Raises:
+        TechniqueError: no such technique, or a setting that it does not take.
+    """
+    cls = _technique_class(choice.name)
+    known = {field.name for field in fields(cls)}
+    for key in choice.settings:
+        if key not in known:
+            raise TechniqueError(f"{choice.name} has no setting {key!r}; {_has(known)}.")
+    return cls(**choice.settings)
+
+
+def choice_of(technique: Technique) -> TechniqueChoice:
+    """The technique as data, for a plan."""
+    return TechniqueChoice(technique.name, asdict(technique))
+
+
+def parse(text: str) -> Technique:
+    """The technique in ``NAME`` or ``NAME:key=value,key=value``.
+
+    Raises:
+        TechniqueError: unknown name or setting, or a value of the wrong type.
+    """
+    name, _, rest = text.partition(":")
+    cls = _technique_class(name)
+    types: dict[str, Any] = {field.name: field.type for field in fields(cls)}
+    settings = {}
+    for pair in filter(None, rest.split(",")):
+        key, equals, value = pair.partition("=")
+        if not equals or key not in types:
+            raise TechniqueError(f"{name} has no setting {key!r}; {_has(types)}.")
+        settings[key] = _cast(name, key, value, types[key])
+    return cls(**settings)
+
+
+def _technique_class(name: str) -> type[Technique]:
+    if name not in names():
+        close = get_close_matches(name, names(), n=1)
+        hint = f" Did you mean {close[0]}?" if close else f" There is: {', '.join(names())}."
+        raise TechniqueError(f"No technique is called {name!r}.{hint}")
+    module = importlib.import_module(f"{__name__}.{name}.settings")
+    classes = [
+        item
+        for item in vars(module).values()
+        if isinstance(item, type) and issubclass(item, Technique) and item is not Technique
+    ]
+    return classes[0]
+
+
+def _has(known: Any) -> str:
+    return f"it has {', '.join(sorted(known))}" if known else "it has none"
+
+
+def _cast(technique: str, key: str, text: str, kind: Any) -> Any:
+    if kind is bool:
+        if text.lower() not in {"true", "false"}:
+            raise TechniqueError(f"{technique}: {key} is true or false, not {text!r}.")
+        return text.lower() == "true"
+    try:
+        return kind(text) if kind in (int, float) else text
+    except ValueError as error:
+        raise TechniqueError(f"{technique}: {key} is a number, not {text!r}.") from error

@@ -1,0 +1,51 @@
+"""The contract of a technique (see CONTRIBUTING.md, "Add a technique")."""
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+from ullage.specs.footprint import Footprint
+from ullage.specs.model import ModelSpec
+from ullage.specs.workload import Step
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Technique(ABC):
+    """One paper's way to take less memory. A subclass is a frozen dataclass; its fields are the
+    settings, of JSON types."""
+
+    paper: ClassVar[str]  # URL; equation and section numbers stand beside the code that does them
+    acts_on: ClassVar[Literal["weights", "kv", "context", "facts"]]
+
+    @property
+    def name(self) -> str:
+        """The name of the technique's folder."""
+        return type(self).__module__.split(".")[-2]
+
+    @classmethod
+    @abstractmethod
+    def neutral(cls) -> Self:
+        """The setting that changes nothing, to the bit."""
+
+    @abstractmethod
+    def unsupported(self, model: ModelSpec) -> str | None:
+        """Why this technique cannot act on `model`, in a sentence for its user; None when it
+        can."""
+
+    @abstractmethod
+    def footprint(self, before: Footprint, model: ModelSpec, work: Step) -> Footprint:
+        """The bytes of one phase with this technique, given those without. Arithmetic only;
+        techniques chain."""
+
+    @abstractmethod
+    def attach(self, model: "PreTrainedModel") -> AbstractContextManager[None]:
+        """Act on `model` while the context is open. State is born inside and dies inside: the model
+        is bit-exact afterwards, also after an exception.
+
+        Raises:
+            TechniqueError: the model is one that `unsupported` names.
+        """

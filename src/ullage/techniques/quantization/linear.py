@@ -1,0 +1,112 @@
+"""Linear layers in int8 (torchao) and NF4 (bitsandbytes)."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ullage.errors import TechniqueError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@contextmanager
+def quantized(model: "PreTrainedModel", scheme: str) -> Iterator[None]:
+    """`model` with its layers' projections in `scheme`; the originals come back at the end."""
+    originals = dict(projections(model)) if scheme != "none" else {}
+    try:
+        for name, linear in originals.items():
+            replace_module(model, name, quantize(linear, scheme))
+        yield
+    finally:
+        for name, linear in originals.items():
+            replace_module(model, name, linear)
+
+
+def projections(model: "PreTrainedModel") -> Iterator[tuple[str, nn.Linear]]:
+    """The linear layers that quantization converts, by name: all but the output head."""
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            yield name, module
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where `name` points in `model`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def quantize(linear: nn.Linear, scheme: str) -> nn.Module:
+    """A layer that computes `linear` from weights in `scheme`; `linear` itself stays as it is.
+
+    Raises:
+        TechniqueError: the library for the scheme is not installed.
+    """
+    try:
+        return _int8(linear) if scheme == "int8" else _nf4(linear)
+    except ImportError as error:
+        raise TechniqueError(
+            f"{scheme} weights need {error.name}: pip install 'ullage[quant]'."
+        ) from error
+
+
+def _int8(linear: nn.Linear) -> nn.Module:
+    # Its compiled parts are for CUDA and for newer torch; int8 weight-only needs none of them.
+    os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    copy = _shell(linear)
+    copy.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
+    quantize_(copy, Int8WeightOnlyConfig())
+    return copy
+
+
+def _nf4(linear: nn.Linear) -> nn.Module:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    weight = linear.weight
+    layer = Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=False,
+        compute_dtype=weight.dtype,
+        compress_statistics=True,
+        quant_type="nf4",
+        device="meta",
+    )
+    # On CPUs with AVX512-BF16 the first forward would repack the weights and compute in bf16: a
+    # second copy that no plan holds, and other results on other machines.
+    layer.support_avx512bf16_for_cpu = False
+    params = Params4bit(
+        weight.detach(), requires_grad=False, quant_type="nf4", compress_statistics=True
+    )
+    layer.weight = params.to(weight.device)
+    layer.bias = linear.bias
+    layer.eval()
+    return layer  # type: ignore[no-any-return]
+
+
+def _shell(linear: nn.Linear) -> nn.Linear:
+    """A linear layer of the same shape and bias, without a weight of its own."""
+    shell = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    shell.bias = linear.bias
+    return shell.eval()
+
+
+def tensor_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor's storage; of a quantized one, those of its parts (``nbytes`` and
+    ``get_memory_footprint`` report the shape that it stands for)."""
+    quant_state = getattr(tensor, "quant_state", None)
+    if quant_state is not None:
+        parts = quant_state.as_dict(packed=False).values()
+        held = sum(tensor_bytes(part) for part in parts if isinstance(part, torch.Tensor))
+        return tensor.numel() * tensor.element_size() + held + 4  # + the offset, a 0-d tensor
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(tensor_bytes(getattr(tensor, name)) for name in names)
+    return tensor.numel() * tensor.element_size()
