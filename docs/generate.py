@@ -57,9 +57,11 @@ def _check(page: str) -> int:
 def _commands(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """The words of every command, the program itself first, groups before what they hold."""
     yield words
-    for name, child in getattr(command, "commands", {}).items():
-        if not child.hidden:
-            yield from _commands(child, (*words, name))
+    if not hasattr(command, "list_commands"):
+        return
+    context = typer.Context(command)
+    for name in command.list_commands(context):
+        yield from _commands(command.get_command(context, name), (*words, name))
 
 
 def _help(app: typer.Typer, name: str, words: tuple[str, ...]) -> str:

@@ -176,7 +176,7 @@ class _Session:
         from ullage.runtime.engine import Engine
         from ullage.runtime.load import load_model
 
-        console = Console(stderr=True, highlight=False)
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
         console.print(
             f"{describe(plan.recipe)}: planned peak {format_bytes(plan.peak_bytes)} is the least "
             f"loss that fits in {format_bytes(plan.budget_bytes)}"
@@ -233,7 +233,7 @@ def _stream(
 def _summary(
     plan: Plan, request: "Request", first_s: float, rest_s: float, measured_bytes: int
 ) -> None:
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
     rest = len(request.output_ids) - 1
     rate = f", then {rest / rest_s:.1f} tokens/s" if rest and rest_s > 0 else ""
     console.print(

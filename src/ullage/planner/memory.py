@@ -12,7 +12,7 @@ from ullage.specs.footprint import Footprint
 from ullage.specs.loading import load_spike_bytes
 from ullage.specs.model import ModelSpec, TensorSpec
 from ullage.specs.plan import Recipe
-from ullage.specs.workload import PHASES, PhaseName, Step
+from ullage.specs.workload import PHASES, Execution, PhaseName, Step
 
 KV_TILE_TOKENS = 1024  # stored entries that the kernels convert to the arithmetic's format at once
 
@@ -70,7 +70,7 @@ def _footprint(recipe: Recipe, step: Step, calibration: Calibration | None) -> F
     if step.phase == "load":
         return Footprint(
             weights_bytes=weights_bytes,
-            activation_bytes=_load_scratch_bytes(model, dtype),
+            activation_bytes=_load_scratch_bytes(model, step.execution),
             overhead_bytes=overhead_bytes,
         )
     return Footprint(
@@ -83,12 +83,15 @@ def _footprint(recipe: Recipe, step: Step, calibration: Calibration | None) -> F
     )
 
 
-def _load_scratch_bytes(model: ModelSpec, dtype: str) -> int:
-    """Weights of another format than the checkpoint's are read into a staging copy each."""
-    stored_bytes = DTYPE_BYTES[model.dtype] if model.dtype != dtype else 0
+def _load_scratch_bytes(model: ModelSpec, execution: Execution) -> int:
+    """Weights of another format than the checkpoint's are read into a staging copy each. What
+    transformers maps from the file counts nothing: the kernel drops those pages when it must."""
+    if model.dtype == execution.dtype or execution.engine == "transformers":
+        return 0
+    stored_bytes = DTYPE_BYTES[model.dtype]
 
     def resident(tensor: TensorSpec) -> int:
-        return tensor.elements * DTYPE_BYTES[dtype]
+        return tensor.elements * DTYPE_BYTES[execution.dtype]
 
     return load_spike_bytes(model, resident, lambda tensor: tensor.elements * stored_bytes)
 

@@ -21,8 +21,9 @@ _RECORD = "ullage.json"  # written last: its hash vouches for the weights
 _WEIGHTS = "model.safetensors"
 
 
-def weights_folder(model: ModelSpec) -> Path:
-    """The folder that holds `model` as safetensors; converts or downloads it when need be.
+def weights_folder(model: ModelSpec, gguf_dtype: str = "float32") -> Path:
+    """The folder that holds `model` as safetensors; converts or downloads it when need be. What a
+    GGUF file holds is exact in float32; bfloat16 takes half the space.
 
     Raises:
         ModelError: the spec has no weights behind it, or its package is not installed.
@@ -36,9 +37,9 @@ def weights_folder(model: ModelSpec) -> Path:
             "Name a folder, a .gguf file or a hub id to run it."
         )
     if source.startswith("package:"):
-        return _converted(_package_file(source.removeprefix("package:")))
+        return _converted(_package_file(source.removeprefix("package:")), gguf_dtype)
     if source.endswith(".gguf"):
-        return _converted(Path(source))
+        return _converted(Path(source), gguf_dtype)
     if Path(source).is_dir():
         return Path(source)
     return _downloaded(source)
@@ -77,15 +78,15 @@ def _downloaded(hub_id: str) -> Path:
         raise ModelError(f"Cannot get {hub_id} from the hub or its cache: {error}") from error
 
 
-def _converted(gguf: Path) -> Path:
-    folder = cache_folder() / "converted" / f"{gguf.stem}-{_sha256(gguf)[:16]}"
+def _converted(gguf: Path, dtype: str) -> Path:
+    folder = cache_folder() / "converted" / f"{gguf.stem}-{_sha256(gguf)[:16]}-{dtype}"
     if not folder.is_dir():
-        _convert(gguf, folder)
+        _convert(gguf, folder, dtype)
     _verify(folder)
     return folder
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def _convert(gguf: Path, folder: Path, dtype: str) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
@@ -95,7 +96,7 @@ def _convert(gguf: Path, folder: Path) -> None:
             "Set ULLAGE_CACHE to one that is writable."
         ) from error
     try:
-        _run_conversion(gguf, partial)
+        _run_conversion(gguf, partial, dtype)
         record = {"source": gguf.name, "sha256": _sha256(partial / _WEIGHTS)}
         (partial / _RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
         partial.rename(folder)
@@ -106,9 +107,9 @@ def _convert(gguf: Path, folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _run_conversion(gguf: Path, folder: Path) -> None:
+def _run_conversion(gguf: Path, folder: Path, dtype: str) -> None:
     print(f"Converting {gguf.name} to safetensors, once ...", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "ullage.runtime.convert", str(gguf), str(folder)]
+    command = [sys.executable, "-m", "ullage.runtime.convert", str(gguf), str(folder), dtype]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]

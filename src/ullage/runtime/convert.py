@@ -1,20 +1,22 @@
-"""Convert a GGUF file to a transformers folder: ``python -m ullage.runtime.convert GGUF
-FOLDER``."""
+"""Convert a GGUF file to a transformers folder.
+
+``python -m ullage.runtime.convert GGUF FOLDER DTYPE``, DTYPE as torch names it.
+"""
 
 import os
 import sys
 from pathlib import Path
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def convert(gguf: Path, folder: Path) -> None:
-    """Write the dequantized weights of `gguf` as fp32 safetensors, its config and its tokenizer
-    into `folder`, and wait until they are on disk."""
+def convert(gguf: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Write the dequantized weights of `gguf` in `dtype` as safetensors, its config and its
+    tokenizer into `folder`, and wait until they are on disk."""
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The weights are plain numbers now, but the model still calls itself quantized and refuses to
-    # save.
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name).to(dtype)
+    # The weights are plain numbers now, but the model calls itself quantized and refuses to save.
     model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -26,4 +28,4 @@ def convert(gguf: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    convert(Path(sys.argv[1]), Path(sys.argv[2]))
+    convert(Path(sys.argv[1]), Path(sys.argv[2]), getattr(torch, sys.argv[3]))

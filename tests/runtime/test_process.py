@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ullage.errors import InputError
-from ullage.measure import process
-from ullage.measure.process import reset_high_water, status_bytes
+from ullage.runtime import process
+from ullage.runtime.process import reset_high_water, status_bytes
 from ullage.units import MIB
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")

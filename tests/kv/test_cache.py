@@ -1,0 +1,183 @@
+"""PagedCache inside plain `model.generate`, against transformers' own cache and attention."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from ullage.errors import BudgetExceeded
+from ullage.kv import attention
+from ullage.kv.cache import PagedCache
+from ullage.kv.pool import KVPool
+from ullage.specs.blocks import sequence_blocks
+from ullage.specs.families import FAMILIES
+from ullage.specs.model import ModelSpec
+
+TinyModel = Callable[..., tuple[Any, ModelSpec]]
+PROMPT = torch.arange(6, 26)[None]  # [1, 20], more than three windows
+
+
+def paged_cache(
+    spec: ModelSpec, tokens: int = 64, sequences: int = 1, dtype: torch.dtype = torch.float32
+) -> PagedCache:
+    return PagedCache(spec, KVPool(sequences * sequence_blocks(spec, tokens), spec.head_dim, dtype))
+
+
+def paged(model: Any) -> Any:
+    attention.register()
+    model.set_attn_implementation(attention.NAME)
+    return model
+
+
+def generate(model: Any, ids: torch.Tensor, **arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedy tokens [B, N] and their logits [B, 12, V]."""
+    out = model.generate(
+        ids,
+        max_new_tokens=12,
+        do_sample=False,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **arguments,
+    )
+    return out.sequences, torch.stack(out.logits, dim=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_is_transformers_own(family: str, tiny_model: TinyModel) -> None:
+    model, spec = tiny_model(family)
+    model.set_attn_implementation("eager")  # sdpa would ignore Gemma 2's cap
+    tokens, logits = generate(model, PROMPT)
+    ours, our_logits = generate(paged(model), PROMPT, past_key_values=paged_cache(spec))
+    torch.testing.assert_close(our_logits, logits, atol=1e-3, rtol=1e-4)
+    assert torch.equal(ours, tokens)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_left_padded_batch_is_transformers_own(family: str, tiny_model: TinyModel) -> None:
+    model, spec = tiny_model(family)
+    model.set_attn_implementation("eager")
+    mask = torch.ones(3, 20, dtype=torch.long)
+    mask[1, :5], mask[2, :19] = 0, 0
+    ids = torch.cat([PROMPT, PROMPT.flip(1), PROMPT + 9]) * mask
+    tokens, logits = generate(model, ids, attention_mask=mask)
+    cache = paged_cache(spec, sequences=3)
+    ours, our_logits = generate(paged(model), ids, attention_mask=mask, past_key_values=cache)
+    torch.testing.assert_close(our_logits, logits, atol=1e-3, rtol=1e-4)
+    assert torch.equal(ours, tokens)
+
+
+def test_padding_takes_no_blocks(tiny_model: TinyModel) -> None:
+    model, spec = tiny_model("llama")
+    cache = paged_cache(spec, sequences=2)
+    ids = PROMPT.repeat(2, 1)
+    mask = torch.ones_like(ids)
+    mask[1, :15] = 0
+    paged(model)(ids, attention_mask=mask, past_key_values=cache)
+    assert [row.length for row in cache.paged[0].rows] == [20, 5]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_chunks_of_a_prompt_are_one_pass(family: str, tiny_model: TinyModel) -> None:
+    model, spec = tiny_model(family)
+    whole = paged(model)(PROMPT, past_key_values=paged_cache(spec)).logits
+    cache, parts = paged_cache(spec), []
+    for chunk in PROMPT.split([7, 1, 9, 3], dim=1):
+        parts.append(model(chunk, past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_all_blocks_come_back_on_reset(family: str, tiny_model: TinyModel) -> None:
+    model, spec = tiny_model(family)
+    cache = paged_cache(spec, sequences=2)
+    first, _ = generate(paged(model), PROMPT.repeat(2, 1), past_key_values=cache)
+    assert cache.nbytes() > 0
+    assert cache.get_seq_length() == 31
+    cache.reset()
+    assert cache.nbytes() == cache.get_seq_length() == 0
+    cache.pool.check_integrity()
+    again, _ = generate(model, PROMPT.repeat(2, 1), past_key_values=cache)
+    assert torch.equal(again, first)
+
+
+def test_nbytes_counts_the_blocks_of_a_sequence(tiny_spec: Callable[..., ModelSpec]) -> None:
+    cache = paged_cache(tiny_spec("mistral"))
+    cache.open(40)
+    # the window of 6 tokens takes a block for each of 2 KV heads in each of 2 layers
+    assert cache.nbytes() == 4 * 2 * 16 * 8 * 4
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_other_attention_is_refused(implementation: str, tiny_model: TinyModel) -> None:
+    """It would see the new tokens only, and answer wrongly."""
+    model, spec = tiny_model("llama")
+    model.set_attn_implementation(implementation)
+    with pytest.raises(RuntimeError, match="set_attn_implementation"):
+        generate(model, PROMPT, past_key_values=paged_cache(spec))
+
+
+def test_ullage_attention_without_a_paged_cache_is_refused(tiny_model: TinyModel) -> None:
+    model, _ = tiny_model("llama")
+    with pytest.raises(RuntimeError, match="PagedCache"):
+        paged(model)(PROMPT)
+
+
+def test_another_batch_than_the_cache_holds_is_refused(tiny_model: TinyModel) -> None:
+    model, spec = tiny_model("llama")
+    cache = paged_cache(spec, sequences=3)
+    paged(model)(PROMPT.repeat(2, 1), past_key_values=cache)
+    with pytest.raises(RuntimeError, match="3 sequences"):
+        model(PROMPT.repeat(3, 1), past_key_values=cache)
+
+
+def test_beam_search_is_refused(tiny_model: TinyModel) -> None:
+    model, spec = tiny_model("llama")
+    with pytest.raises(NotImplementedError, match="beam"):
+        generate(paged(model), PROMPT, past_key_values=paged_cache(spec, sequences=2), num_beams=2)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_an_open_that_fails_takes_nothing(
+    family: str, tiny_spec: Callable[..., ModelSpec]
+) -> None:
+    cache = paged_cache(tiny_spec(family), tokens=64)
+    cache.open(30)
+    free = cache.pool.free_blocks
+    with pytest.raises(BudgetExceeded):
+        cache.open(64)
+    assert cache.pool.free_blocks == free
+    cache.pool.check_integrity()
+
+
+def test_sequences_take_turns(tiny_model: TinyModel) -> None:
+    """Two sequences of different lengths, alone, together and in another order, as an engine
+    activates them."""
+    model, spec = tiny_model("gemma2")
+    alone = [
+        paged(model)(ids, past_key_values=paged_cache(spec)).logits[0, -1]
+        for ids in (PROMPT, PROMPT[:, 3:13])
+    ]
+    cache = paged_cache(spec, sequences=2)
+    one, other = cache.open(20), cache.open(10)
+    for sequence, ids in ((one, PROMPT[:, :-1]), (other, PROMPT[:, 3:12])):
+        cache.activate([sequence])
+        model(ids, past_key_values=cache)
+    cache.activate([other, one])
+    positions = torch.tensor([[other.length], [one.length]])
+    last = torch.stack([PROMPT[0, 12:13], PROMPT[0, -1:]])
+    together = model(last, position_ids=positions, past_key_values=cache).logits[:, 0]
+    torch.testing.assert_close(together, torch.stack(alone[::-1]), atol=1e-4, rtol=1e-4)
+    one.close()
+    other.close()
+    assert cache.nbytes() == 0
+
+
+def test_bf16_entries_stay_close_to_fp32(tiny_model: TinyModel) -> None:
+    model, spec = tiny_model("qwen3", initializer_range=0.1)
+    exact = paged(model)(PROMPT, past_key_values=paged_cache(spec)).logits
+    cache = paged_cache(spec, dtype=torch.bfloat16)
+    parts = [model(chunk, past_key_values=cache).logits for chunk in PROMPT.split(6, dim=1)]
+    rounded = torch.cat(parts, dim=1)
+    assert 0 < (rounded - exact).abs().max() < 0.02 * exact.abs().max()

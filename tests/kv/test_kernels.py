@@ -1,0 +1,149 @@
+"""Every kernel against softmax attention written out by hand."""
+
+import pytest
+import torch
+
+from ullage.kv.kernels import TILE_TOKENS, Kernel, Piece, cpu, merge, reference
+
+KERNELS = {"reference": reference.attend, "cpu": cpu.attend}
+kernels = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS.keys())
+SCALE = 0.3
+
+
+def entries(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def piece(
+    seed: int,
+    tokens: int,
+    kv_heads: int = 2,
+    dtype: torch.dtype = torch.float32,
+    *,
+    causal: bool = False,
+    mask: torch.Tensor | None = None,
+) -> Piece:
+    keys, values = (entries(seed + at, kv_heads, tokens, 8).to(dtype) for at in (0, 1))
+    return Piece(keys, values, causal=causal, mask=mask)
+
+
+def by_hand(query: torch.Tensor, pieces: list[Piece], softcap: float | None) -> torch.Tensor:
+    """One head and one query at a time, in double precision."""
+    output = torch.empty_like(query, dtype=torch.float64)
+    group = query.shape[0] // pieces[0].keys.shape[0]
+    for head in range(query.shape[0]):
+        for n in range(query.shape[1]):
+            keys, values = [], []
+            for part in pieces:
+                sees = torch.ones(part.keys.shape[1], dtype=torch.bool)
+                if part.causal:
+                    sees = torch.arange(part.keys.shape[1]) <= n
+                elif part.mask is not None:
+                    sees = part.mask[n]
+                keys.append(part.keys[head // group, sees].double())
+                values.append(part.values[head // group, sees].double())
+            scores = torch.cat(keys) @ query[head, n].double() * SCALE
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            output[head, n] = scores.softmax(0) @ torch.cat(values)
+    return output
+
+
+def check(kernel: Kernel, query: torch.Tensor, pieces: list[Piece], softcap: float | None) -> None:
+    output = kernel(query, pieces, SCALE, softcap)
+    assert output.shape == query.shape
+    assert output.dtype == query.dtype
+    tolerance = 1e-5 if query.dtype == torch.float32 else 2e-2
+    expected = by_hand(query, pieces, softcap)
+    torch.testing.assert_close(output.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@kernels
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2), (5, 1)])
+def test_one_token_over_its_past(
+    kernel: Kernel, heads: int, kv_heads: int, softcap: float | None
+) -> None:
+    check(kernel, entries(1, heads, 1, 8), [piece(2, 37, kv_heads)], softcap)
+
+
+@kernels
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_chunk_over_several_pieces_and_itself(
+    kernel: Kernel, dtype: torch.dtype, softcap: float | None
+) -> None:
+    pieces = [
+        piece(2, 16, dtype=dtype),
+        piece(4, 32, dtype=dtype),
+        piece(6, 3, dtype=dtype),
+        piece(8, 9, dtype=dtype, causal=True),
+    ]
+    check(kernel, entries(1, 4, 9, 8), pieces, softcap)
+
+
+@kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("queries", [1, 5])
+def test_a_first_chunk_sees_itself_causally(
+    kernel: Kernel, queries: int, dtype: torch.dtype
+) -> None:
+    check(kernel, entries(1, 4, queries, 8), [piece(2, queries, dtype=dtype, causal=True)], None)
+
+
+@kernels
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_band(kernel: Kernel, dtype: torch.dtype, softcap: float | None) -> None:
+    key, query = torch.arange(12)[None, :], torch.arange(5, 12)[:, None]
+    mask = (key <= query) & (key > query - 4)
+    check(kernel, entries(1, 4, 7, 8), [piece(2, 12, dtype=dtype, mask=mask)], softcap)
+
+
+@kernels
+@pytest.mark.parametrize("tokens", [TILE_TOKENS - 1, TILE_TOKENS, TILE_TOKENS + 1, 2 * TILE_TOKENS])
+def test_a_past_of_another_format_than_the_query_around_tiles(kernel: Kernel, tokens: int) -> None:
+    pieces = [piece(2, tokens, dtype=torch.bfloat16), piece(4, 3, causal=True)]
+    check(kernel, entries(1, 2, 3, 8), pieces, None)
+
+
+@kernels
+def test_everything_in_bf16(kernel: Kernel) -> None:
+    pieces = [piece(2, 40, dtype=torch.bfloat16), piece(4, 6, dtype=torch.bfloat16, causal=True)]
+    check(kernel, entries(1, 4, 6, 8).bfloat16(), pieces, None)
+
+
+@kernels
+def test_large_scores_do_not_overflow(kernel: Kernel) -> None:
+    parts = [piece(2, 8), piece(4, 8)]
+    loud = [Piece(part.keys * 300, part.values) for part in parts]
+    check(kernel, entries(1, 2, 1, 8) * 10, loud, None)
+
+
+@kernels
+def test_stored_entries_and_query_are_left_as_they_were(kernel: Kernel) -> None:
+    query, parts = entries(1, 4, 3, 8), [piece(2, 20), piece(4, 3, causal=True)]
+    before = [query.clone(), *(part.keys.clone() for part in parts), parts[0].values.clone()]
+    kernel(query, parts, SCALE, None)
+    after = [query, *(part.keys for part in parts), parts[0].values]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("split", [1, 7, 19])
+def test_merge_of_two_halves_is_the_whole(split: int) -> None:
+    scores, values = entries(1, 3, 2, 20), entries(2, 3, 20, 8)
+
+    def part(span: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        chosen = scores[..., span]
+        return chosen.softmax(-1) @ values[:, span], chosen.logsumexp(-1)
+
+    output, lse = merge(*part(slice(split)), *part(slice(split, None)))
+    torch.testing.assert_close(output, scores.softmax(-1) @ values)
+    torch.testing.assert_close(lse, scores.logsumexp(-1))
+
+
+def test_merge_with_a_negligible_part_changes_nothing() -> None:
+    output, lse = entries(1, 2, 1, 8), torch.full((2, 1), 200.0)
+    merged, total = merge(output.clone(), lse, entries(2, 2, 1, 8), torch.full((2, 1), -200.0))
+    assert torch.equal(merged, output)
+    assert torch.equal(total, lse)

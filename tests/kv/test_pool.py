@@ -1,0 +1,144 @@
+"""The pool hands every block out once, takes every block back, and forgets none."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+)
+
+from ullage.errors import BudgetExceeded
+from ullage.kv.pool import KVPool, Run
+
+
+def blocks_of(runs: list[Run]) -> list[int]:
+    return [block for run in runs for block in range(run.start, run.start + run.count)]
+
+
+def pool_of(num_blocks: int) -> KVPool:
+    return KVPool(num_blocks, head_dim=2, dtype=torch.bfloat16)
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Any order of takes and returns, in groups of `group` blocks, as the KV heads of a row are."""
+
+    held = Bundle("held")
+
+    @initialize(group=st.integers(1, 4), groups=st.integers(1, 12))
+    def make(self, group: int, groups: int) -> None:
+        self.group = group
+        self.pool = pool_of(group * groups)
+        self.taken: set[int] = set()
+
+    @rule(target=held, groups=st.integers(1, 8))
+    def take(self, groups: int) -> Any:
+        count, free = groups * self.group, self.pool.free_blocks
+        longest = max((run.count for run in self.pool._free), default=0)
+        if count > free:
+            with pytest.raises(BudgetExceeded):
+                self.pool.take(count, self.group)
+            assert self.pool.free_blocks == free
+            return multiple()
+        runs = self.pool.take(count, self.group)
+        blocks = blocks_of(runs)
+        assert len(blocks) == len(set(blocks)) == count
+        assert not self.taken & set(blocks)
+        assert set(blocks) <= set(range(self.pool.num_blocks))
+        assert all(run.count % self.group == 0 for run in runs)
+        assert len(runs) == 1 or longest < count
+        self.taken |= set(blocks)
+        return runs
+
+    @rule(runs=consumes(held))
+    def give_back(self, runs: list[Run]) -> None:
+        self.pool.give_back(runs)
+        self.taken -= set(blocks_of(runs))
+
+    @invariant()
+    def free_is_exactly_what_nobody_holds(self) -> None:
+        if not hasattr(self, "pool"):
+            return
+        self.pool.check_integrity()
+        free = blocks_of(self.pool._free)
+        assert set(free) == set(range(self.pool.num_blocks)) - self.taken
+        assert len(free) == self.pool.free_blocks
+        ends = {run.start + run.count for run in self.pool._free}
+        assert not ends & {run.start for run in self.pool._free}, "neighbours are not joined"
+
+
+PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestPool = PoolMachine.TestCase
+
+
+@given(order=st.permutations(range(6)))
+def test_all_blocks_come_back_as_one_run_in_any_order(order: list[int]) -> None:
+    pool = pool_of(12)
+    held = [pool.take(2) for _ in range(6)]
+    for index in order:
+        pool.give_back(held[index])
+    assert pool.take(12) == [Run(0, 12)]
+
+
+def fragmented() -> KVPool:
+    """16 blocks, of which 4..5, 8..11 and 14..15 are free."""
+    pool = pool_of(16)
+    runs = {start: pool.take(count) for start, count in ((0, 4), (4, 2), (6, 2), (8, 4), (12, 2))}
+    pool.give_back(runs[4] + runs[8])
+    return pool
+
+
+def test_the_smallest_run_that_holds_all_is_taken() -> None:
+    assert blocks_of(fragmented().take(2)) in ([4, 5], [14, 15])
+    assert fragmented().take(3) == [Run(8, 3)]
+
+
+def test_several_runs_are_taken_when_no_single_one_holds_all() -> None:
+    pool = fragmented()
+    assert sorted(blocks_of(pool.take(6, multiple=2))) == [4, 5, 8, 9, 10, 11]
+    assert pool.free_blocks == 2
+
+
+def test_too_few_whole_groups_take_nothing() -> None:
+    pool = fragmented()  # 8 free, but only one group of three fits
+    with pytest.raises(BudgetExceeded, match="8 of 16"):
+        pool.take(6, multiple=3)
+    assert pool.free_blocks == 8
+    pool.check_integrity()
+
+
+@pytest.mark.parametrize("free", [[Run(0, 2), Run(1, 3)], [Run(4, 2), Run(0, 2)], [Run(7, 2)]])
+def test_integrity_check_sees_damage(free: list[Run]) -> None:
+    pool = pool_of(8)
+    pool._free = free
+    with pytest.raises(RuntimeError, match="damaged"):
+        pool.check_integrity()
+
+
+def test_a_block_given_back_twice_is_seen() -> None:
+    pool = pool_of(8)
+    runs = pool.take(3)
+    pool.give_back(runs)
+    pool.give_back(runs)
+    with pytest.raises(RuntimeError, match="damaged"):
+        pool.check_integrity()
+
+
+@pytest.mark.parametrize(("dtype", "number_bytes"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_nbytes_is_what_the_tensors_hold(dtype: torch.dtype, number_bytes: int) -> None:
+    pool = KVPool(5, head_dim=8, dtype=dtype)
+    assert pool.nbytes == pool.keys.nbytes + pool.values.nbytes
+    assert pool.block_bytes == 2 * 16 * 8 * number_bytes
+
+
+def test_an_empty_pool_refuses() -> None:
+    with pytest.raises(BudgetExceeded):
+        pool_of(0).take(1)

@@ -1,0 +1,159 @@
+"""Rows hand attention the entries that each query may see, however the tokens come in."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ullage.errors import BudgetExceeded
+from ullage.kv.kernels import Piece
+from ullage.kv.pool import KVPool
+from ullage.kv.rows import FullRow, Row, SlidingRow
+
+HEADS, DIM = 2, 4
+chunk_sizes = st.lists(st.integers(1, 40), min_size=1, max_size=12)
+
+
+def pool_of(blocks: int, dtype: torch.dtype = torch.float32) -> KVPool:
+    return KVPool(blocks, DIM, dtype)
+
+
+def fragmented_pool() -> KVPool:
+    """Only every second pair of blocks is free, so every row lies in many segments."""
+    pool = pool_of(128)
+    pairs = [pool.take(HEADS, HEADS) for _ in range(128 // HEADS)]
+    for pair in pairs[::2]:
+        pool.give_back(pair)
+    return pool
+
+
+def entries(first: int, count: int) -> torch.Tensor:
+    """Keys [HEADS, count, DIM] that say which position and head they are of."""
+    position = torch.arange(first, first + count, dtype=torch.float32)
+    return (position[None, :, None] + 1000 * torch.arange(HEADS)[:, None, None]).expand(
+        HEADS, count, DIM
+    )
+
+
+def seen(pieces: list[Piece], query: int, queries: int) -> list[int]:
+    """Positions that query number `query` of `queries` sees, in order; keys and values must
+    agree, and heads too."""
+    positions: list[int] = []
+    for piece in pieces:
+        visible = torch.ones(piece.keys.shape[1], dtype=torch.bool)
+        if piece.causal:
+            assert piece.keys.shape[1] == queries
+            visible[query + 1 :] = False
+        if piece.mask is not None:
+            visible &= piece.mask[query]
+        keys, values = piece.keys[:, visible], piece.values[:, visible]
+        assert torch.equal(values, -keys)
+        assert torch.equal(keys[1] - keys[0], torch.full_like(keys[0], 1000))
+        positions += [int(key) for key in keys[0, :, 0]]
+    return sorted(positions)
+
+
+def feed(row: Row, sizes: list[int], window: int | None) -> None:
+    """Extend `row` by chunks of `sizes` and hold each query to the definition."""
+    length = 0
+    for size in sizes:
+        keys = entries(length, size)
+        pieces = row.extend(keys, -keys)
+        for query in range(size):
+            own = length + query
+            first = 0 if window is None else max(0, own - window + 1)
+            assert seen(pieces, query, size) == list(range(first, own + 1))
+        length += size
+        assert row.length == length
+
+
+@given(chunk_sizes)
+def test_full_row_sees_all_up_to_itself(sizes: list[int]) -> None:
+    feed(FullRow(pool_of(128), HEADS), sizes, None)
+
+
+@given(chunk_sizes, st.booleans())
+def test_full_row_lies_across_segments(sizes: list[int], sized_in_advance: bool) -> None:
+    row = FullRow(fragmented_pool(), HEADS)
+    if sized_in_advance:
+        row.reserve(sum(sizes))
+    feed(row, sizes, None)
+    assert len(row.slots.segments) >= sum(sizes) // 16
+
+
+@given(st.integers(1, 40), chunk_sizes, st.booleans(), st.booleans())
+def test_sliding_row_sees_the_last_window(
+    window: int, sizes: list[int], fragmented: bool, sized_in_advance: bool
+) -> None:
+    pool = fragmented_pool() if fragmented else pool_of(128)
+    row = SlidingRow(pool, HEADS, window)
+    if sized_in_advance:
+        row.reserve(sum(sizes))
+    feed(row, sizes, window)
+
+
+@given(st.integers(1, 40), chunk_sizes)
+def test_sliding_row_takes_no_more_than_its_window(window: int, sizes: list[int]) -> None:
+    pool = pool_of(128)
+    row = SlidingRow(pool, HEADS, window)
+    feed(row, sizes, window)
+    blocks = HEADS * -(-min(window, sum(sizes)) // 16)
+    assert pool.num_blocks - pool.free_blocks == blocks
+
+
+def rows(pool: KVPool) -> list[Row]:
+    return [FullRow(pool, HEADS), SlidingRow(pool, HEADS, 20)]
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_release_gives_all_back_and_the_row_can_start_again(kind: int) -> None:
+    pool = pool_of(32)
+    row = rows(pool)[kind]
+    feed(row, [30, 1, 7], [None, 20][kind])
+    row.release()
+    assert pool.free_blocks == 32
+    feed(row, [5, 1], [None, 20][kind])
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_a_reservation_that_fails_takes_nothing(kind: int) -> None:
+    pool = pool_of(HEADS)  # room for 16 tokens
+    row = rows(pool)[kind]
+    with pytest.raises(BudgetExceeded):
+        row.reserve(17)
+    assert pool.free_blocks == HEADS
+    row.reserve(16)
+    assert pool.free_blocks == 0
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_a_row_reserved_in_advance_never_takes_more(kind: int) -> None:
+    pool = pool_of(64)
+    row = rows(pool)[kind]
+    row.reserve(100)
+    free = pool.free_blocks
+    feed(row, [60, 1, 30, 9], [None, 20][kind])
+    assert pool.free_blocks == free
+
+
+def test_rows_of_one_pool_do_not_touch_each_other() -> None:
+    pool = pool_of(64)
+    one, other = FullRow(pool, HEADS), FullRow(pool, HEADS)
+    for first in range(0, 60, 3):
+        keys = entries(first, 3)
+        one.extend(keys, -keys)
+        other.extend(keys + 500, -keys - 500)
+    last = entries(60, 1)
+    assert seen(one.extend(last, -last), 0, 1) == list(range(61))
+    assert seen(other.extend(last + 500, -last - 500), 0, 1) == list(range(500, 561))
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_new_entries_are_rounded_as_stored_ones_are(kind: int) -> None:
+    """Else what a query sees would depend on the chunk that its keys came in."""
+    row = rows(pool_of(64, torch.bfloat16))[kind]
+    keys = torch.full((HEADS, 5, DIM), 1.0001)
+    pieces: list[Any] = row.extend(keys, keys)
+    assert all((piece.keys == 1).all() and (piece.values == 1).all() for piece in pieces)
