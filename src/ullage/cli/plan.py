@@ -117,18 +117,22 @@ def _bar(share: float, width: int) -> str:
 
 def _cliff_lines(plan: Plan) -> list[str]:
     cliff, work, model = plan.cliff, plan.recipe.workload, plan.recipe.model
-    if cliff.max_model_len == 0 or cliff.max_num_seqs == 0:
+    if cliff.max_model_len == 0:
         return ["Cliff: not even the shortest prompt fits."]
     beyond = ""
     if cliff.max_model_len >= model.max_context_tokens:
         beyond = f", beyond the model's own context of {model.max_context_tokens:,}"
     return [
-        f"Cliff: with {work.sequences} sequence(s) the first context that fails is "
+        f"Cliff: with {_count(work.sequences, 'sequence')} the first context that fails is "
         f"{cliff.max_model_len + 1:,} tokens{beyond}.",
         f"       At {work.context_tokens:,} tokens the first batch that fails is "
-        f"{cliff.max_num_seqs + 1:,} sequences.",
+        f"{_count(cliff.max_num_seqs + 1, 'sequence')}.",
         f"       Each token more holds {plan.kv_bytes_per_token:,} bytes of KV.",
     ]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _attention_lines(plan: Plan, calibration: Calibration | None) -> list[str]:
@@ -151,8 +155,12 @@ def _attention_lines(plan: Plan, calibration: Calibration | None) -> list[str]:
 
 
 def _advice(plan: Plan, freedom: Freedom, calibration: Calibration | None) -> str:
+    execution = replace(plan.recipe.execution, engine="ullage", attention="sdpa")
+    recipe = replace(plan.recipe, execution=execution)
     try:
-        choice = fit_run(plan.recipe, plan.budget_bytes, freedom, calibration)
+        choice = fit_run(recipe, plan.budget_bytes, freedom, calibration)
     except DoesNotFit as error:
         return str(error)
-    return f"It would fit with {describe(choice.recipe)}: {format_bytes(choice.peak_bytes)}."
+    return (
+        f"In ullage it would fit with {describe(choice.recipe)}: {format_bytes(choice.peak_bytes)}."
+    )

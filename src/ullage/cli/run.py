@@ -171,6 +171,19 @@ class _Session:
         choice = fit_run(recipe, self.budget_bytes, freedom, self.calibration)
         return build_plan(choice.recipe, self.budget_bytes, self.calibration)
 
+    def _reason(self, plan: Plan) -> str:
+        """Why this recipe and not the one that was asked for."""
+        asked = self.options.recipe(self.spec, self.device, plan.recipe.workload)
+        if self.given is not None:
+            return "as the plan says"
+        if asked == plan.recipe:
+            return "nothing had to shrink"
+        needed_bytes = build_plan(asked, plan.budget_bytes, self.calibration).peak_bytes
+        return (
+            f"{describe(asked)} would need {format_bytes(needed_bytes)}, and of what fits this "
+            "loses least"
+        )
+
     def load(self, plan: Plan) -> "Engine":
         """The engine on the loaded model; says what was chosen and why."""
         from ullage.runtime.engine import Engine
@@ -178,8 +191,8 @@ class _Session:
 
         console = Console(stderr=True, highlight=False, soft_wrap=True)
         console.print(
-            f"{describe(plan.recipe)}: planned peak {format_bytes(plan.peak_bytes)} is the least "
-            f"loss that fits in {format_bytes(plan.budget_bytes)}"
+            f"{describe(plan.recipe)}: planned peak {format_bytes(plan.peak_bytes)} of "
+            f"{format_bytes(plan.budget_bytes)}; {self._reason(plan)}"
         )
         with _progress("reading weights", DownloadColumn()) as progress:
             task = progress.add_task("", total=None)

@@ -1,12 +1,12 @@
 """Linear layers in int8 (torchao) and NF4 (bitsandbytes)."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from ullage.errors import TechniqueError
 
@@ -16,8 +16,14 @@ if TYPE_CHECKING:
 
 @contextmanager
 def quantized(model: "PreTrainedModel", scheme: str) -> Iterator[None]:
-    """`model` with its layers' projections in `scheme`; the originals come back at the end."""
+    """`model` with its layers' projections in `scheme`; the originals come back at the end.
+
+    Raises:
+        TechniqueError: the model has no such projections.
+    """
     originals = dict(projections(model)) if scheme != "none" else {}
+    if scheme != "none" and not originals:
+        raise TechniqueError(f"{type(model).__name__} has no linear layers to quantize.")
     try:
         for name, linear in originals.items():
             replace_module(model, name, quantize(linear, scheme))
@@ -56,14 +62,50 @@ def quantize(linear: nn.Linear, scheme: str) -> nn.Module:
 
 
 def _int8(linear: nn.Linear) -> nn.Module:
-    # Its compiled parts are for CUDA and for newer torch; int8 weight-only needs none of them.
-    os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     copy = _shell(linear)
     copy.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
     quantize_(copy, Int8WeightOnlyConfig())
-    return copy
+    packed: Any = copy.weight  # torchao's tensor class
+    scale = packed.scale[:, 0].to(linear.weight.dtype)  # torchao keeps fp32 whatever the weight is
+    return Int8Linear(packed.qdata, scale, linear.bias)
+
+
+class Int8Linear(nn.Module):
+    """y = (x W^T) s + b with W in int8, [out, in], and a scale s a row, [out] in x's format.
+
+    torchao's tensor would widen the whole weight for every token; a few rows go through torch's
+    int8 kernel instead, which reads one byte a weight and takes x in bf16.
+    """
+
+    FEW_ROWS = 16  # from here on widening the weight once is cheaper
+    KERNEL_STEP = 32  # the kernel reads rows in strides of this many weights, and past an odd end
+
+    def __init__(
+        self, weight: torch.Tensor, scale: torch.Tensor, bias: nn.Parameter | None
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.scale = nn.Parameter(scale.contiguous(), requires_grad=False)
+        self.unit = nn.Parameter(torch.ones_like(scale, dtype=torch.bfloat16), requires_grad=False)
+        self.bias = bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in] to [..., out]."""
+        rows = x.reshape(-1, x.shape[-1])
+        if self._kernel_takes(rows):
+            product = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.unit)
+        else:
+            product = F.linear(rows, self.weight.to(x.dtype))
+        product = product.to(x.dtype) * self.scale
+        if self.bias is not None:
+            product += self.bias
+        return product.view(*x.shape[:-1], -1)
+
+    def _kernel_takes(self, rows: torch.Tensor) -> bool:
+        few = rows.shape[0] <= self.FEW_ROWS
+        return few and rows.device.type == "cpu" and rows.shape[1] % self.KERNEL_STEP == 0
 
 
 def _nf4(linear: nn.Linear) -> nn.Module:

@@ -1,6 +1,6 @@
 """Settings of weight quantization and its bytes. No torch.
 
-int8: one byte a weight, one scale and one zero point a row (torchao's int8 weight-only).
+int8: one byte a weight and one scale a row (torchao's int8 weight-only).
 nf4: QLoRA section 3: 4-bit NormalFloat in blocks of 64, the scales themselves quantized to 8 bits
 in blocks of 256 ("double quantization").
 """
@@ -8,7 +8,7 @@ in blocks of 256 ("double quantization").
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 
 from ullage.errors import TechniqueError
 from ullage.specs.dtypes import DTYPE_BYTES
@@ -22,8 +22,10 @@ from ullage.units import MIB
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SCHEMES = ("none", "int8", "nf4")
+Scheme = Literal["none", "int8", "nf4"]
+SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 
+INT8_UNIT_BYTES = 2  # a bf16 one a row, which torch's int8 kernel multiplies by
 NF4_BLOCK = 64  # weights that share a scale
 NF4_SCALE_BLOCK = 256  # scales that share a scale
 NF4_TABLE_BYTES = 16 * 4 + 256 * 4 + 4  # both code books in fp32 and the mean of the scales
@@ -39,7 +41,7 @@ class Quantization(Technique):
     paper: ClassVar[str] = "https://arxiv.org/abs/2305.14314"
     acts_on: ClassVar[Literal["weights"]] = "weights"
 
-    scheme: str = "int8"
+    scheme: Scheme = "int8"
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
@@ -76,7 +78,7 @@ class Quantization(Technique):
             return _plain_bytes(tensor, dtype)
         if self.scheme == "int8":
             rows = tensor.shape[0]
-            return tensor.elements + rows * (DTYPE_BYTES[dtype] + 1)
+            return tensor.elements + rows * (DTYPE_BYTES[dtype] + INT8_UNIT_BYTES)
         scales = -(-tensor.elements // NF4_BLOCK)
         outer_scales = -(-scales // NF4_SCALE_BLOCK)
         return -(-tensor.elements // 2) + scales + 4 * outer_scales + NF4_TABLE_BYTES
