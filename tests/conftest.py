@@ -10,9 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from ullage.specs.families import spec_from_config
 from ullage.specs.model import ModelSpec
+
+# A busy machine is no failure: examples have no deadline.
+settings.register_profile("ullage", deadline=None)
+settings.load_profile("ullage")
 
 _SIZES = {
     "vocab_size": 64,
@@ -39,7 +44,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma": {"head_dim": 16},
     "gemma2": {
         "num_hidden_layers": 3, "layer_types": _MIXED_LAYERS, "sliding_window": 6, "head_dim": 8,
-        "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 20,
+        "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 20, "tie_word_embeddings": False,
     },
     "gemma3_text": {
         "num_hidden_layers": 3, "layer_types": _MIXED_LAYERS, "sliding_window": 6, "head_dim": 8,
@@ -110,7 +115,15 @@ def _tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<pad>", "<eos>", "<bos>", "<unk>", "user", "assistant", *(f"w{n}" for n in range(6, 64))]
+    words = [
+        "<pad>",
+        "<eos>",
+        "<bos>",
+        "<unk>",
+        "user",
+        "assistant",
+        *(f"w{n}" for n in range(6, 64)),
+    ]
     core = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, "<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(

@@ -72,9 +72,7 @@ def recipe(spec: ModelSpec, technique: Technique, work: Workload, execution: Exe
 
 
 def cache_for(spec: ModelSpec) -> PagedCache:
-    return PagedCache(
-        spec, KVPool(2 * sequence_blocks(spec, 64), spec.head_dim, torch.float32)
-    )
+    return PagedCache(spec, KVPool(2 * sequence_blocks(spec, 64), spec.head_dim, torch.float32))
 
 
 def logits(
@@ -232,7 +230,7 @@ def test_weights_are_restored_when_attaching_fails_midway(
     tiny_model: TinyModel, technique: Technique, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when memory ends while a later layer is converted."""
-    model, spec = tiny_model("llama")
+    model, _ = tiny_model("llama")
     before = parts_of(model)
     untouched, calls = torch.nn.Module.__setattr__, iter(range(10))
 

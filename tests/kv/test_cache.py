@@ -139,9 +139,7 @@ def test_beam_search_is_refused(tiny_model: TinyModel) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_an_open_that_fails_takes_nothing(
-    family: str, tiny_spec: Callable[..., ModelSpec]
-) -> None:
+def test_an_open_that_fails_takes_nothing(family: str, tiny_spec: Callable[..., ModelSpec]) -> None:
     cache = paged_cache(tiny_spec(family), tokens=64)
     cache.open(30)
     free = cache.pool.free_blocks

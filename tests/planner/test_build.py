@@ -82,9 +82,7 @@ def test_json_gives_the_same_plan_back(
     techniques: tuple[TechniqueChoice, ...],
     budget_bytes: int,
 ) -> None:
-    plan = build_plan(
-        Recipe(tiny_spec(family), CPU, work, execution, techniques), budget_bytes
-    )
+    plan = build_plan(Recipe(tiny_spec(family), CPU, work, execution, techniques), budget_bytes)
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 

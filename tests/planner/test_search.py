@@ -38,9 +38,7 @@ def variant(scheme: str, kv_dtype: str, chunk: int) -> Recipe:
     return replace(RECIPE, execution=execution, techniques=techniques)
 
 
-PEAKS = {
-    key: peak_bytes(variant(*key)) for key in product(SCHEMES, ("fp32", "bf16"), CHUNKS)
-}
+PEAKS = {key: peak_bytes(variant(*key)) for key in product(SCHEMES, ("fp32", "bf16"), CHUNKS)}
 budgets = st.integers(min(PEAKS.values()), max(PEAKS.values()))
 
 
@@ -73,7 +71,9 @@ def test_each_step_is_taken_by_some_budget() -> None:
         for choice in (fit_run(RECIPE, peak, ALL_FREE) for peak in PEAKS.values())
     }
     assert {("none", "fp32"), ("none", "bf16"), ("int8", "fp32")} <= steps
-    chunks = {fit_run(RECIPE, peak, ALL_FREE).recipe.execution.prefill_chunk for peak in PEAKS.values()}
+    chunks = {
+        fit_run(RECIPE, peak, ALL_FREE).recipe.execution.prefill_chunk for peak in PEAKS.values()
+    }
     assert {512, 32} <= chunks
 
 
@@ -82,9 +82,8 @@ def test_what_the_user_chose_stays(budget_bytes: int, freedom: Freedom) -> None:
     asked = variant("int8", "fp32", 300)
     try:
         chosen = fit_run(asked, budget_bytes, freedom).recipe
-    except DoesNotFit as error:
-        assert error.needed_bytes > budget_bytes
-        return
+    except DoesNotFit:
+        return  # another test asks whether it had to be
     assert freedom.weights or chosen.techniques == asked.techniques
     assert freedom.kv_dtype or chosen.execution.kv_dtype == "fp32"
     assert freedom.prefill_chunk or chosen.execution.prefill_chunk == 300

@@ -49,7 +49,7 @@ def converting(monkeypatch: pytest.MonkeyPatch) -> Callable[[Convert], list[Path
     def use(convert: Convert) -> list[Path]:
         asked: list[Path] = []
 
-        def run(gguf: Path, folder: Path) -> None:
+        def run(gguf: Path, folder: Path, dtype: str) -> None:
             asked.append(gguf)
             convert(gguf, folder)
 
@@ -96,6 +96,14 @@ def test_another_file_of_the_same_name_is_converted_anew(
     second = weights_folder(gguf_spec)
     assert first != second
     assert (second / "model.safetensors").read_bytes() == b"weights of GGUF file two"
+
+
+def test_each_format_has_a_folder_of_its_own(
+    ullage_cache: Path, gguf_spec: ModelSpec, converting: Converting
+) -> None:
+    asked = converting(write_weights)
+    assert weights_folder(gguf_spec, "bfloat16") != weights_folder(gguf_spec, "float32")
+    assert len(asked) == 2
 
 
 def test_a_full_disk_leaves_nothing_behind(

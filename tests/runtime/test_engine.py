@@ -45,9 +45,7 @@ def loaded(model_folder: Callable[[str], Path]) -> Callable[[str], LoadedModel]:
 
 
 @pytest.fixture
-def engine(
-    model_folder: Callable[[str], Path], loaded: Callable[[str], LoadedModel]
-) -> MakeEngine:
+def engine(model_folder: Callable[[str], Path], loaded: Callable[[str], LoadedModel]) -> MakeEngine:
     """`engine(family, chunk=, sequences=, kv_dtype=, work=)`"""
 
     def make(family: str = "llama", **options: Any) -> Engine:
@@ -99,9 +97,7 @@ def test_greedy_tokens_are_transformers_own_for_every_chunk_size(
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_tokens_over_a_bf16_cache_do_not_hang_on_the_chunk(
-    family: str, engine: MakeEngine
-) -> None:
+def test_tokens_over_a_bf16_cache_do_not_hang_on_the_chunk(family: str, engine: MakeEngine) -> None:
     tokens = [
         list(engine(family, chunk=chunk, kv_dtype="bf16").generate(Request(PROMPT, 12)))
         for chunk in (1, 3, 16, 0)
@@ -117,9 +113,7 @@ def test_generation_ends_with_the_end_token(
 ) -> None:
     tokens = list(engine().generate(Request(PROMPT, 12)))
     end = tokens[4]
-    ending = LoadedModel(
-        loaded("llama").model, loaded("llama").tokenizer, frozenset([end])
-    )
+    ending = LoadedModel(loaded("llama").model, loaded("llama").tokenizer, frozenset([end]))
     made = Engine(ending, build_plan(recipe_for(model_folder("llama"))))
     assert list(made.generate(Request(PROMPT, 12))) == tokens[: tokens.index(end) + 1]
     assert_all_free(made)
@@ -151,10 +145,18 @@ def test_requests_start_in_the_order_of_their_coming(engine: MakeEngine) -> None
 
 
 def test_a_request_waits_until_there_is_room(engine: MakeEngine) -> None:
-    """Two small ones fill the pool that was planned for one long one."""
-    made = engine(sequences=1, work=(20, 44))
-    outputs = run_all(made, [Request(PROMPT, 40), Request(PROMPT[:4], 8), Request(PROMPT, 12)])
-    assert [len(tokens) for tokens in outputs] == [40, 8, 12]
+    """The first takes the whole pool of two sequences; the batch has a free seat, the pool none."""
+    made = engine(sequences=2, work=(20, 12))
+    first, second = Request(PROMPT, 44), Request(PROMPT, 12)
+    made.submit(first)
+    made.submit(second)
+    for _ in range(10):
+        made.step()
+    assert first.output_ids
+    assert made.cache.pool.free_blocks == 0
+    assert not second.output_ids
+    run_all(made, [])
+    assert (len(first.output_ids), len(second.output_ids)) == (44, 12)
 
 
 def test_generators_can_take_turns(engine: MakeEngine) -> None:

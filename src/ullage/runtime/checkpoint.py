@@ -120,7 +120,7 @@ def _verify(folder: Path) -> None:
     try:
         record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
         intact = record["sha256"] == _sha256(folder / _WEIGHTS)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, CheckpointError):
         intact = False
     if not intact:
         raise CheckpointError(f"The converted weights in {folder} are damaged: delete that folder.")

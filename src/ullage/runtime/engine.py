@@ -138,10 +138,12 @@ class Engine:
         self.submit(request)
         sent = 0
         try:
-            while not request.finished:
-                self.step()
-                yield from request.output_ids[sent:]
-                sent = len(request.output_ids)
+            while not request.finished or sent < len(request.output_ids):
+                if sent == len(request.output_ids):
+                    self.step()
+                new = request.output_ids[sent:]  # others may step the engine between two of them
+                yield from new
+                sent += len(new)
         finally:
             self.cancel(request)
 

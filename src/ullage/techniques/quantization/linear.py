@@ -75,12 +75,9 @@ def _int8(linear: nn.Linear) -> nn.Module:
 class Int8Linear(nn.Module):
     """y = (x W^T) s + b with W in int8, [out, in], and a scale s a row, [out] in x's format.
 
-    torchao's tensor would widen the whole weight for every token; a few rows go through torch's
-    int8 kernel instead, which reads one byte a weight and takes x in bf16.
+    torchao's own tensor class costs several times as much for a single token. torch's int8 kernel
+    would be faster still, but rounds to bf16, so that a row's result would hang on its batch.
     """
-
-    FEW_ROWS = 16  # from here on widening the weight once is cheaper
-    KERNEL_STEP = 32  # the kernel reads rows in strides of this many weights, and past an odd end
 
     def __init__(
         self, weight: torch.Tensor, scale: torch.Tensor, bias: nn.Parameter | None
@@ -88,24 +85,12 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.scale = nn.Parameter(scale.contiguous(), requires_grad=False)
-        self.unit = nn.Parameter(torch.ones_like(scale, dtype=torch.bfloat16), requires_grad=False)
         self.bias = bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] to [..., out]."""
-        rows = x.reshape(-1, x.shape[-1])
-        if self._kernel_takes(rows):
-            product = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.unit)
-        else:
-            product = F.linear(rows, self.weight.to(x.dtype))
-        product = product.to(x.dtype) * self.scale
-        if self.bias is not None:
-            product += self.bias
-        return product.view(*x.shape[:-1], -1)
-
-    def _kernel_takes(self, rows: torch.Tensor) -> bool:
-        few = rows.shape[0] <= self.FEW_ROWS
-        return few and rows.device.type == "cpu" and rows.shape[1] % self.KERNEL_STEP == 0
+        product = F.linear(x, self.weight.to(x.dtype)).mul_(self.scale)
+        return product if self.bias is None else product.add_(self.bias)
 
 
 def _nf4(linear: nn.Linear) -> nn.Module:

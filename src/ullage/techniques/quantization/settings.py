@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 Scheme = Literal["none", "int8", "nf4"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 
-INT8_UNIT_BYTES = 2  # a bf16 one a row, which torch's int8 kernel multiplies by
 NF4_BLOCK = 64  # weights that share a scale
 NF4_SCALE_BLOCK = 256  # scales that share a scale
 NF4_TABLE_BYTES = 16 * 4 + 256 * 4 + 4  # both code books in fp32 and the mean of the scales
@@ -78,7 +77,7 @@ class Quantization(Technique):
             return _plain_bytes(tensor, dtype)
         if self.scheme == "int8":
             rows = tensor.shape[0]
-            return tensor.elements + rows * (DTYPE_BYTES[dtype] + INT8_UNIT_BYTES)
+            return tensor.elements + rows * DTYPE_BYTES[dtype]
         scales = -(-tensor.elements // NF4_BLOCK)
         outer_scales = -(-scales // NF4_SCALE_BLOCK)
         return -(-tensor.elements // 2) + scales + 4 * outer_scales + NF4_TABLE_BYTES
