@@ -121,6 +121,17 @@ def test_a_plan_with_an_unknown_key_is_an_input_error(tiny_spec: TinySpec, place
         Plan.from_json(data)
 
 
+def test_a_plan_with_sizes_of_another_type_is_an_input_error(tiny_spec: TinySpec) -> None:
+    data = plan_of(tiny_spec("llama")).to_json()
+    for damaged in (
+        {**data, "budget_bytes": "24GiB"},
+        {**data, "workload": {**data["workload"], "prompt_tokens": "8"}},
+        {**data, "workload": {**data["workload"], "sequences": 0}},
+    ):
+        with pytest.raises(InputError, match="damaged"):
+            Plan.from_json(damaged)
+
+
 @pytest.mark.parametrize("data", [[], None, 3, "plan", {}, {"schema_version": 2}])
 def test_what_is_no_plan_is_an_input_error(data: Any) -> None:
     with pytest.raises(InputError, match="not a plan"):

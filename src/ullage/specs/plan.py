@@ -96,13 +96,17 @@ class Plan:
         if not isinstance(data, dict) or data.get("schema_version") != SCHEMA_VERSION:
             raise InputError("This is not a plan that this version of ullage wrote.")
         try:
-            return cls(
+            plan = cls(
                 recipe=_recipe(data),
                 budget_bytes=data["budget_bytes"],
                 phases={name: _footprint(data["phases"][name]) for name in PHASES},
                 cliff=Cliff(**data["cliff"]),
                 kv_bytes_per_token=data["kv_bytes_per_token"],
             )
+            sizes = (plan.budget_bytes, *asdict(plan.recipe.workload).values())
+            if not all(isinstance(size, int) and size > 0 for size in sizes):
+                raise TypeError("a size that is no positive integer")
+            return plan
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"The plan is damaged: {error!r}. Write it again.") from error
 
