@@ -29,7 +29,8 @@ NF4_BLOCK = 64  # weights that share a scale
 NF4_SCALE_BLOCK = 256  # scales that share a scale
 NF4_TABLE_BYTES = 16 * 4 + 256 * 4 + 4  # both code books in fp32 and the mean of the scales
 
-# What the library and its many small tables add to the process, measured with bitsandbytes 0.50.2 on x86-64.
+# What the library and its many small tables add to the process, measured with bitsandbytes 0.50.2
+# on x86-64.
 LIBRARY_BYTES = {"none": 0, "int8": 0, "nf4": 50 * MIB}
 
 
