@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from ullage import Recipe, TechniqueChoice, Workload, build_plan, default_execution, resolve
+from ullage.errors import DoesNotFit
 from ullage.measure.cage import Cage
 from ullage.measure.peak import measure_peak
 from ullage.planner import fit_run
@@ -98,7 +99,7 @@ def smallest_bytes(recipe: Recipe) -> int:
         try:
             fit_run(plain, middle, Freedom())
             high = middle
-        except Exception:
+        except DoesNotFit:
             low = middle + 1
     return low
 

@@ -123,13 +123,18 @@ def test_integrity_check_sees_damage(free: list[Run]) -> None:
         pool.check_integrity()
 
 
-def test_a_block_given_back_twice_is_seen() -> None:
+@pytest.mark.parametrize("again", [Run(0, 3), Run(2, 2), Run(1, 1), Run(3, 5), Run(7, 1)])
+def test_a_block_given_back_twice_is_refused(again: Run) -> None:
     pool = pool_of(8)
-    runs = pool.take(3)
-    pool.give_back(runs)
-    pool.give_back(runs)
-    with pytest.raises(RuntimeError, match="damaged"):
-        pool.check_integrity()
+    held = pool.take(6)
+    pool.take(1)
+    pool.give_back([Run(0, 3)])
+    with pytest.raises(RuntimeError, match="twice"):
+        pool.give_back([again])
+    pool.give_back([Run(3, 3)])
+    pool.check_integrity()
+    assert held == [Run(0, 6)]
+    assert pool.free_blocks == 7
 
 
 @pytest.mark.parametrize(("dtype", "number_bytes"), [(torch.float32, 4), (torch.bfloat16, 2)])

@@ -157,3 +157,20 @@ def test_new_entries_are_rounded_as_stored_ones_are(kind: int) -> None:
     keys = torch.full((HEADS, 5, DIM), 1.0001)
     pieces: list[Any] = row.extend(keys, keys)
     assert all((piece.keys == 1).all() and (piece.values == 1).all() for piece in pieces)
+
+
+def test_a_row_that_grows_fills_the_pool_to_its_last_block() -> None:
+    """It grows by a quarter where there is room, by what it needs where there is not."""
+    row = FullRow(pool_of(4 * HEADS), HEADS)  # 64 tokens
+    feed(row, [40, 16, 8], None)
+    assert (row.length, row.slots.pool.free_blocks) == (64, 0)
+
+
+@pytest.mark.parametrize("kind", [None, 24])
+def test_a_row_that_cannot_grow_is_as_it_was(kind: int | None) -> None:
+    pool = pool_of(HEADS)  # 16 tokens
+    row = FullRow(pool, HEADS) if kind is None else SlidingRow(pool, HEADS, kind)
+    feed(row, [10], kind)
+    with pytest.raises(BudgetExceeded):
+        row.extend(entries(10, 7), -entries(10, 7))
+    assert row.length == 10

@@ -133,3 +133,16 @@ def test_description_says_what_was_chosen() -> None:
     assert text == "nf4 weights, bf16 KV, sdpa attention, prompt in chunks of 64"
     assert "fp32 weights" in describe(RECIPE)
     assert "in one pass" in describe(variant("none", "fp32", 0))
+
+
+@pytest.mark.parametrize(("asked", "tried"), [(512, 512), (200, 200), (2048, 2048), (0, 0)])
+def test_the_recipes_own_chunk_is_tried_first(asked: int, tried: int) -> None:
+    recipe = replace(RECIPE, execution=replace(FP32, prefill_chunk=asked))
+    chosen = fit_run(recipe, 64 * GIB, ALL_FREE).recipe
+    assert chosen.execution.prefill_chunk == tried
+    tight = fit_run(recipe, chosen_peak(asked) - 1, ALL_FREE).recipe
+    assert tight.execution.prefill_chunk < (asked or 8000)
+
+
+def chosen_peak(chunk: int) -> int:
+    return peak_bytes(replace(RECIPE, execution=replace(FP32, prefill_chunk=chunk)))

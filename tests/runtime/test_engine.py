@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ullage import Device, Execution, Recipe, Workload, build_plan, resolve
-from ullage.errors import BudgetExceeded, DoesNotFit, PromptError
+from ullage.errors import BudgetExceeded, DoesNotFit, PromptError, UllageError
 from ullage.runtime.engine import Engine, Request
 from ullage.runtime.load import LoadedModel, load_model, load_tokenizer
 from ullage.units import GIB, MIB
@@ -219,6 +219,30 @@ def test_a_crash_inside_the_model_gives_the_blocks_back(
         with pytest.raises(MemoryError):
             list(made.generate(Request(PROMPT, 12)))
     assert_all_free(made)
+    assert list(made.generate(Request(PROMPT, 12))) == expected
+
+
+def test_an_interrupted_batch_is_given_up_whole(
+    engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some layers have the step's tokens and some have not: no text may go on from that."""
+    made = engine(sequences=2)
+    expected = list(made.generate(Request(PROMPT, 12)))
+    layer, other = made.loaded.model.model.layers[1].mlp, made.generate(Request(PROMPT[::-1], 12))
+    next(other)
+    mine = made.generate(Request(PROMPT, 12))
+    next(mine)
+
+    def interrupt(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layer, "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            list(mine)
+    assert_all_free(made)
+    with pytest.raises(UllageError, match="interrupted"):
+        list(other)
     assert list(made.generate(Request(PROMPT, 12))) == expected
 
 

@@ -154,6 +154,22 @@ def test_a_tied_head_that_is_stored_too_changes_nothing(
     assert_same_weights(loaded, expected, torch.float32)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "gemma"])
+def test_a_head_of_its_own_under_a_config_that_ties_it_is_refused(
+    family: str, copied: Callable[[str], Path]
+) -> None:
+    folder = copied(family)
+
+    def store_another_head(weights: dict[str, torch.Tensor]) -> None:
+        head = weights["model.embed_tokens.weight"].clone()
+        head[-1, -1] += 1
+        weights["lm_head.weight"] = head
+
+    edit(folder, store_another_head)
+    with pytest.raises(CheckpointError, match="tie_word_embeddings"):
+        load(folder)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "qwen2"])
 def test_names_without_the_models_prefix_are_understood(
     family: str, copied: Callable[[str], Path]

@@ -99,7 +99,9 @@ def _largest_tokens(
         raise DoesNotFit(
             f"Nothing fits in {format_bytes(budget_bytes)}: not even one token.", plan.peak_bytes
         )
-    limits = [plan.cliff.max_model_len, recipe.model.max_context_tokens]
+    limits = [recipe.model.max_context_tokens]
+    if plan.cliff.max_model_len is not None:
+        limits.append(plan.cliff.max_model_len)
     return min([*limits, parse_tokens(asked)] if asked else limits)
 
 

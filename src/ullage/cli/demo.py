@@ -44,7 +44,7 @@ def demo(
         f"{model.max_context_tokens:,} of them.\n"
         f"Cap: {format_bytes(cap_bytes)}, the same hard limit for both runs.\n"
         f"Planned: plain transformers needs {format_bytes(theirs.peak_bytes)} for that and dies "
-        f"after {theirs.cliff.max_model_len:,} tokens; ullage needs "
+        f"after {theirs.cliff.max_model_len or 0:,} tokens; ullage needs "
         f"{format_bytes(ours.peak_bytes)}."
     )
     with console.status("plain transformers reads ever longer prompts ...") as status:
@@ -60,7 +60,7 @@ def demo(
 
 
 def _verdict(plain: "Capped", wanted_tokens: int, step_tokens: int) -> str:
-    planned = plain.plan.cliff.max_model_len
+    planned = plain.plan.cliff.max_model_len or 0  # a DynamicCache always has a limit
     if plain.exit_code == 0:
         return (
             f"[yellow]Plain transformers survived all {plain.tokens:,} tokens here[/], against the "

@@ -120,15 +120,19 @@ def _cliff_lines(plan: Plan) -> list[str]:
     if cliff.max_model_len == 0:
         return ["Cliff: not even the shortest prompt fits."]
     beyond = ""
-    if cliff.max_model_len >= model.max_context_tokens:
+    if cliff.max_model_len is not None and cliff.max_model_len >= model.max_context_tokens:
         beyond = f", beyond the model's own context of {model.max_context_tokens:,}"
     return [
         f"Cliff: with {_count(work.sequences, 'sequence')} the first context that fails is "
-        f"{cliff.max_model_len + 1:,} tokens{beyond}.",
+        f"{_first_to_fail(cliff.max_model_len, 'token')}{beyond}.",
         f"       At {work.context_tokens:,} tokens the first batch that fails is "
-        f"{_count(cliff.max_num_seqs + 1, 'sequence')}.",
+        f"{_first_to_fail(cliff.max_num_seqs, 'sequence')}.",
         f"       Each token more holds {plan.kv_bytes_per_token:,} bytes of KV.",
     ]
+
+
+def _first_to_fail(largest: int | None, noun: str) -> str:
+    return "none" if largest is None else _count(largest + 1, noun)
 
 
 def _count(number: int, noun: str) -> str:
@@ -149,7 +153,8 @@ def _attention_lines(plan: Plan, calibration: Calibration | None) -> list[str]:
         lines.append(
             f"{'One pass, ' if not lines else '          '}{attention + ':':<6} prefill peaks at "
             f"{format_bytes(prefill.total_bytes)} ({format_bytes(prefill.activation_bytes)} of it "
-            f"activations and scores), first fails at {other.cliff.max_model_len + 1:,} tokens."
+            f"activations and scores), first fails at "
+            f"{_first_to_fail(other.cliff.max_model_len, 'token')}."
         )
     return lines
 

@@ -22,9 +22,9 @@ from ullage.cli.options import (
     TechniqueOption,
     WeightsOption,
 )
-from ullage.errors import InputError, PromptError
+from ullage.errors import DoesNotFit, InputError, PromptError
 from ullage.planner import build_plan, fit_run
-from ullage.planner.search import Freedom, describe
+from ullage.planner.search import Freedom, as_memory_option, describe
 from ullage.specs.model import ModelSpec
 from ullage.specs.plan import Plan, read_plan
 from ullage.specs.sources import resolve
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ullage.runtime.engine import Engine, Request
 
 _LONG_PREFILL_TOKENS = 1024  # from here on a progress bar is worth its line
+_TEMPLATE_TOKENS = 256  # more than a chat template or a tokenizer adds to a prompt
 
 
 def run(
@@ -78,6 +79,7 @@ def run(
     spec = resolve(model)
     text = _prompt_text(source, prompt, prompt_file)
     session = _Session(spec, options, None if plan is None else read_plan(plan))
+    session.refuse_early(text, max_new_tokens)
     ids = session.tokenize(text, chat)
     made = session.plan_for(len(ids), max_new_tokens)
     engine = session.load(made)
@@ -132,8 +134,31 @@ class _Session:
         )
         self.device = device
         self.calibration = self.options.read_calibration()
-        # A budget too small for one token is refused before anything heavy is imported.
-        self.plan_for(1, 1)
+
+    def refuse_early(self, text: str, new_tokens: int) -> None:
+        """Refuse a budget too small for a prompt of one token before anything heavy is imported.
+
+        Raises:
+            DoesNotFit: names a budget that is enough for `text`, a token a byte at most.
+        """
+        try:
+            self.plan_for(1, new_tokens)
+        except DoesNotFit as error:
+            most_tokens = len(text.encode()) + _TEMPLATE_TOKENS
+            room = max(1, self.spec.max_context_tokens - new_tokens)
+            enough_bytes = self._smallest_bytes(min(most_tokens, room), new_tokens)
+            raise DoesNotFit(
+                f"{error} That is for one prompt token; {as_memory_option(enough_bytes)} is enough "
+                "for this prompt.",
+                needed_bytes=enough_bytes,
+            ) from error
+
+    def _smallest_bytes(self, prompt_tokens: int, new_tokens: int) -> int:
+        """The smallest budget that works for a prompt of that many tokens."""
+        try:
+            return self.plan_for(prompt_tokens, new_tokens).peak_bytes
+        except DoesNotFit as error:
+            return error.needed_bytes
 
     def tokenize(self, text: str, chat: bool) -> list[int]:
         """Token ids of the prompt; the folder and the tokenizer are ready afterwards."""

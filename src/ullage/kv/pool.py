@@ -115,6 +115,10 @@ class KVPool:
     def _insert(self, run: Run) -> None:
         """Put `run` into the free space and join it with its neighbours."""
         at = bisect_left(self._free, run.start, key=lambda free: free.start)
+        overlaps_next = at < len(self._free) and self._free[at].start < run.start + run.count
+        overlaps_last = at and self._free[at - 1].start + self._free[at - 1].count > run.start
+        if overlaps_next or overlaps_last:
+            raise RuntimeError(f"{run} was given back twice")
         start, count, first, last = run.start, run.count, at, at
         if at and self._free[at - 1].start + self._free[at - 1].count == start:
             start, count, first = self._free[at - 1].start, self._free[at - 1].count + count, at - 1

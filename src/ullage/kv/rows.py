@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
+from ullage.errors import BudgetExceeded
 from ullage.kv.kernels import Piece
 from ullage.kv.pool import KVPool, Run
 from ullage.specs.blocks import BLOCK_TOKENS
@@ -109,15 +110,23 @@ class FullRow(Row):
         self.slots.reserve(tokens)
 
     def extend(self, keys: torch.Tensor, values: torch.Tensor) -> list[Piece]:
-        past, self.length = self.length, self.length + keys.shape[1]
-        if self.length > self.slots.capacity:
-            # grown by a quarter, so that a sequence nobody sized in advance has few segments
-            self.slots.reserve(self.length + self.length // 4)
+        past, length = self.length, self.length + keys.shape[1]
+        if length > self.slots.capacity:
+            self._grow(length)
+        self.length = length
         self.slots.write(past, keys, values)
         if keys.shape[1] == 1:
-            return self.slots.read(self.length)
+            return self.slots.read(length)
         new = Piece(*_as_stored(keys, values, self.slots.pool), causal=True)
         return [*self.slots.read(past), new]
+
+    def _grow(self, tokens: int) -> None:
+        """Room for `tokens` and a quarter more, so that a sequence nobody sized in advance has few
+        segments; for no more than `tokens` when the pool is nearly full."""
+        try:
+            self.slots.reserve(tokens + tokens // 4)
+        except BudgetExceeded:
+            self.slots.reserve(tokens)
 
 
 class SlidingRow(Row):
@@ -144,8 +153,8 @@ class SlidingRow(Row):
 
     def _write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Overwrite the oldest slots with the newest of `keys` and `values`."""
+        self.reserve(self.length + keys.shape[1])
         self.length += keys.shape[1]
-        self.reserve(self.length)
         kept = min(keys.shape[1], self.window)
         keys, values = keys[:, -kept:], values[:, -kept:]
         slot = (self.length - kept) % self.window

@@ -7,7 +7,7 @@ from ullage.planner.memory import peak_bytes
 from ullage.specs.calibration import Calibration
 from ullage.specs.plan import Cliff, Recipe
 
-# Beyond these sizes "no limit" is the better word: 2^40 tokens or sequences.
+# What fits at 2^40 tokens or sequences does not grow with them.
 _NO_LIMIT = 1 << 40
 
 
@@ -22,15 +22,17 @@ def find_cliff(recipe: Recipe, budget_bytes: int, calibration: Calibration | Non
 
     longest_prompt = _largest(lambda tokens: fits(tokens, work.sequences))
     return Cliff(
-        max_model_len=longest_prompt + work.output_tokens if longest_prompt else 0,
+        max_model_len=longest_prompt and longest_prompt + work.output_tokens,
         max_num_seqs=_largest(lambda sequences: fits(work.prompt_tokens, sequences)),
     )
 
 
-def _largest(fits: Callable[[int], bool]) -> int:
-    """The largest n >= 1 for which `fits` holds, 0 when it holds for none."""
+def _largest(fits: Callable[[int], bool]) -> int | None:
+    """The largest n >= 1 for which `fits` holds; 0 when it holds for none, None for all."""
     low, high = 0, 1
-    while high < _NO_LIMIT and fits(high):
+    while fits(high):
+        if high >= _NO_LIMIT:
+            return None
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2

@@ -7,7 +7,7 @@ from ullage.errors import DoesNotFit
 from ullage.planner.memory import peak_bytes
 from ullage.specs.calibration import Calibration
 from ullage.specs.plan import Recipe, TechniqueChoice
-from ullage.units import format_bytes
+from ullage.units import MIB, format_bytes
 
 CHUNKS = (512, 256, 128, 64, 32)  # tokens; smaller chunks read the weights more often
 SCHEMES = ("none", "int8", "nf4")  # of weights, in the order of their loss
@@ -52,7 +52,7 @@ def fit_run(
     raise DoesNotFit(
         f"{recipe.model.name} with {work.prompt_tokens:,} + {work.output_tokens:,} tokens does not "
         f"fit in {format_bytes(budget_bytes)}: the smallest budget that works is "
-        f"--memory {_rounded_up_mib(smallest_bytes)}MiB.",
+        f"{as_memory_option(smallest_bytes)}.",
         needed_bytes=smallest_bytes,
     )
 
@@ -60,7 +60,10 @@ def fit_run(
 def _variants(recipe: Recipe, freedom: Freedom) -> Iterator[Recipe]:
     """From least to most loss: weights change last, KV entries before them, the chunk first."""
     execution = recipe.execution
-    chunks = CHUNKS if freedom.prefill_chunk else (execution.prefill_chunk,)
+    chunks: tuple[int, ...] = (execution.prefill_chunk,)
+    if freedom.prefill_chunk:
+        largest = execution.prefill_chunk or CHUNKS[0] + 1  # 0: all at once
+        chunks += tuple(chunk for chunk in CHUNKS if chunk < largest)
     kv_dtypes = [execution.kv_dtype]
     if freedom.kv_dtype and execution.kv_dtype == "fp32":
         kv_dtypes.append("bf16")
@@ -82,8 +85,9 @@ def _weight_choices(recipe: Recipe, freedom: Freedom) -> Iterator[tuple[Techniqu
             yield (TechniqueChoice("quantization", {"scheme": scheme}), *others)
 
 
-def _rounded_up_mib(size_bytes: int) -> int:
-    return -(-size_bytes // (1 << 20))
+def as_memory_option(size_bytes: int) -> str:
+    """The option that sets a budget of `size_bytes`, rounded up."""
+    return f"--memory {-(-size_bytes // MIB)}MiB"
 
 
 def describe(recipe: Recipe) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ullage.errors import DoesNotFit, PromptError
+from ullage.errors import DoesNotFit, PromptError, UllageError
 from ullage.kv.cache import PagedCache, Sequence
 from ullage.kv.pool import KVPool
 from ullage.runtime.budget import Budget
@@ -35,6 +35,7 @@ class Request:
     on_prefill: OnPrefill | None = None
     output_ids: list[int] = field(default_factory=list)
     finished: bool = False
+    broken: bool = False  # by a step that failed, perhaps for another request's sake
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
@@ -134,7 +135,11 @@ class Engine:
 
     def generate(self, request: Request) -> Iterator[int]:
         """The new tokens of `request` as they come, its end token included. Blocks go back when the
-        iteration ends, whatever ends it."""
+        iteration ends, whatever ends it.
+
+        Raises:
+            UllageError: a step that this request shared with others failed.
+        """
         self.submit(request)
         sent = 0
         try:
@@ -144,6 +149,8 @@ class Engine:
                 new = request.output_ids[sent:]  # others may step the engine between two of them
                 yield from new
                 sent += len(new)
+            if request.broken:
+                raise UllageError("The step that wrote this text was interrupted: ask again.")
         finally:
             self.cancel(request)
 
@@ -151,6 +158,7 @@ class Engine:
         """Forget `request` and give its blocks back; nothing when it is gone already."""
         if request in self._waiting:
             self._waiting.remove(request)
+        request.finished = True
         if self._reading is not None and self._reading.request is request:
             self._reading.sequence.close()
             self._reading = None
@@ -193,13 +201,20 @@ class Engine:
         self.cache.activate([running.sequence for running in batch])
         starts = [[running.sequence.length] for running in batch]
         positions = torch.tensor(starts) + torch.arange(len(ids[0]))  # [B, N]
-        output = self.loaded.model(
-            input_ids=torch.tensor(ids, device=self.device),
-            position_ids=positions.to(self.device),
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        try:
+            output = self.loaded.model(
+                input_ids=torch.tensor(ids, device=self.device),
+                position_ids=positions.to(self.device),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        except BaseException:
+            # some layers hold the new tokens and some do not: none of the batch can go on
+            for running in batch:
+                running.request.broken = True
+                self.cancel(running.request)
+            raise
         return output.logits[:, -1].float()  # type: ignore[no-any-return]
 
     def _take(self, running: _Running, token: int) -> None:

@@ -25,7 +25,7 @@ from ullage import techniques
 from ullage.errors import CheckpointError
 from ullage.kv import attention
 from ullage.specs.plan import Recipe
-from ullage.specs.safetensors import StoredTensor, read_headers
+from ullage.specs.safetensors import StoredTensor, read_headers, same_data
 from ullage.techniques.quantization.linear import (
     projections,
     quantize,
@@ -35,6 +35,7 @@ from ullage.techniques.quantization.linear import (
 from ullage.techniques.quantization.settings import Quantization
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 _STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
@@ -88,6 +89,8 @@ def load_model(
     stored = sorted(
         read_headers(folder), key=lambda tensor: tensor.end - tensor.begin, reverse=True
     )
+    if model.config.tie_word_embeddings:
+        _check_tied(stored)
     total_bytes = sum(tensor.end - tensor.begin for tensor in stored)
     read_bytes = 0
     for tensor in stored:
@@ -168,6 +171,18 @@ class _Reader:
 
     def _is_tied(self, name: str) -> bool:
         return name == "lm_head.weight" and bool(self.model.config.tie_word_embeddings)
+
+
+def _check_tied(stored: list[StoredTensor]) -> None:
+    """Refuse a head of its own under a config that ties it: loading would drop it unseen."""
+    heads = [tensor for tensor in stored if tensor.name.endswith("lm_head.weight")]
+    tables = [tensor for tensor in stored if tensor.name.endswith(_EMBEDDINGS)]
+    for head in heads:
+        if not any(same_data(head, table) for table in tables):
+            raise CheckpointError(
+                f"{head.name} differs from the embedding that config.json ties it to: set "
+                "tie_word_embeddings to what the model was trained with."
+            )
 
 
 def _scheme(recipe: Recipe) -> str:

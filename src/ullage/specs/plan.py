@@ -1,15 +1,20 @@
 """Plan: what will run where, in how many bytes. Data only, the same in JSON as in Python."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ullage.errors import InputError
 from ullage.specs.device import Device
 from ullage.specs.footprint import Footprint
 from ullage.specs.model import ModelSpec
 from ullage.specs.workload import PHASES, Execution, PhaseName, Workload
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_Data = TypeVar("_Data", bound="DataclassInstance")
 
 SCHEMA_VERSION = 1
 
@@ -35,14 +40,15 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Cliff:
-    """The largest sizes that still fit: one more token, or one more sequence, fails. 0: none fits.
+    """The largest sizes that still fit: one more token, or one more sequence, fails. 0: none fits;
+    None: every size does.
 
     `max_model_len` is in tokens at the planned number of sequences, `max_num_seqs` in sequences at
     the planned length. Memory alone decides: the model's own context may end before.
     """
 
-    max_model_len: int
-    max_num_seqs: int
+    max_model_len: int | None
+    max_num_seqs: int | None
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ class Plan:
                 recipe=_recipe(data),
                 budget_bytes=data["budget_bytes"],
                 phases={name: _footprint(data["phases"][name]) for name in PHASES},
-                cliff=Cliff(**data["cliff"]),
+                cliff=_whole(Cliff, data["cliff"]),
                 kv_bytes_per_token=data["kv_bytes_per_token"],
             )
             sizes = (plan.budget_bytes, *asdict(plan.recipe.workload).values())
@@ -115,15 +121,23 @@ def _recipe(data: dict[str, Any]) -> Recipe:
     model = {key: value for key, value in data["model"].items() if key != "parameters"}
     return Recipe(
         model=ModelSpec.from_json(model),
-        device=Device(**data["device"]),
-        workload=Workload(**data["workload"]),
-        execution=Execution(**data["execution"]),
-        techniques=tuple(TechniqueChoice(**choice) for choice in data["techniques"]),
+        device=_whole(Device, data["device"]),
+        workload=_whole(Workload, data["workload"]),
+        execution=_whole(Execution, data["execution"]),
+        techniques=tuple(_whole(TechniqueChoice, choice) for choice in data["techniques"]),
     )
 
 
 def _footprint(data: dict[str, int]) -> Footprint:
-    return Footprint(**{key: value for key, value in data.items() if key != "total_bytes"})
+    parts = {key: value for key, value in data.items() if key != "total_bytes"}
+    return _whole(Footprint, parts)
+
+
+def _whole(cls: type[_Data], data: dict[str, Any]) -> _Data:
+    """The dataclass from all of its fields: what is missing must not become a default."""
+    for field in fields(cls):
+        data[field.name]  # KeyError
+    return cls(**data)
 
 
 def read_plan(path: Path) -> Plan:

@@ -18,6 +18,7 @@ _SINGLE = "model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _MOST_HEADER_BYTES = 100 * 10**6
 _MOST_DIMS = 16
+_CHUNK_BYTES = 1 << 20
 _LARGEST = 1 << 48
 
 _BITS = {
@@ -88,6 +89,27 @@ def read_header(file: Path) -> Iterator[StoredTensor]:
         yield StoredTensor(name, dtype, shape, file, start + begin, start + end)
     if at != data_bytes:
         raise _damaged(file, f"{data_bytes - at} bytes at its end belong to no tensor")
+
+
+def same_data(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two stored tensors are equal in format, shape and every byte.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    try:
+        with one.file.open("rb") as left, other.file.open("rb") as right:
+            left.seek(one.begin)
+            right.seek(other.begin)
+            for at in range(one.begin, one.end, _CHUNK_BYTES):
+                count = min(_CHUNK_BYTES, one.end - at)
+                if left.read(count) != right.read(count):
+                    return False
+    except OSError as error:
+        raise CheckpointError(f"Cannot read {error.filename}: {error.strerror}.") from error
+    return True
 
 
 def _listed(folder: Path) -> list[Path]:
