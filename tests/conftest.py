@@ -5,6 +5,11 @@ at once.
 """
 
 import functools
+import os
+import shutil
+import string
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,6 +115,12 @@ def model_folder(
     return save
 
 
+@pytest.fixture
+def copied_folder(model_folder: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A copy of the tiny llama's folder, to be changed."""
+    return Path(shutil.copytree(model_folder("llama"), tmp_path / "copied"))
+
+
 def _tokenizer() -> Any:
     """A word a token: <pad>, <eos>, <bos>, <unk>, user, assistant, w6 .. w63."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -138,6 +149,68 @@ def _tokenizer() -> Any:
         "{% if add_generation_prompt %}assistant{% endif %}"
     )
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def gguf_file(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., tuple[Any, ModelSpec]]
+) -> Path:
+    """The tiny llama as llama.cpp's converter would write it, in F32, with a byte-level BPE of
+    letters. Shared by all tests: copy it before changing it."""
+    from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
+
+    file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    model, spec = tiny_model("llama")
+    writer = GGUFWriter(file, "llama")
+    writer.add_block_count(spec.num_layers)
+    writer.add_context_length(spec.max_context_tokens)
+    writer.add_embedding_length(spec.hidden_size)
+    writer.add_feed_forward_length(spec.intermediate_size)
+    writer.add_head_count(spec.num_heads)
+    writer.add_head_count_kv(spec.num_kv_heads)
+    writer.add_layer_norm_rms_eps(model.config.rms_norm_eps)
+    writer.add_rope_freq_base(10_000.0)
+    letters = ["\u0120", "\u010a", *string.ascii_letters, "th", *"12345"]  # space, newline, ...
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["<pad>", "<eos>", "<bos>", "<unk>", *letters])
+    writer.add_token_types([3] * 4 + [1] * len(letters))
+    writer.add_token_merges(["t h"])
+    writer.add_bos_token_id(2)
+    writer.add_eos_token_id(1)
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, spec.num_layers)
+    for name, weight in model.state_dict().items():
+        for projection, heads in (("q_proj", spec.num_heads), ("k_proj", spec.num_kv_heads)):
+            if projection in name:
+                weight = _interleaved(weight, heads)
+        writer.add_tensor(names.get_name(name, (".weight",)), weight.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def _interleaved(weight: Any, heads: int) -> Any:
+    """Rows in llama.cpp's order, which rotates neighbours; transformers rotates halves."""
+    rows, columns = weight.shape
+    halves = weight.reshape(heads, 2, rows // heads // 2, columns)
+    return halves.swapaxes(1, 2).reshape(rows, columns)
+
+
+@pytest.fixture(scope="session")
+def ullage() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`ullage(*words, stdin=, **environment)`: the command as a shell runs it."""
+
+    def run(
+        *words: str, stdin: str | None = None, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "ullage", *words],
+            capture_output=True, text=True, check=False, input=stdin,
+            env=os.environ | environment,
+        )  # fmt: skip
+
+    return run
 
 
 @pytest.fixture

@@ -1,16 +1,13 @@
 """ullage run, as a shell sees it, on a tiny model."""
 
 import json
-import os
-import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+Ullage = Callable[..., subprocess.CompletedProcess[str]]
 SIZED = ["--device", "cpu-16gb"]
 
 
@@ -19,17 +16,7 @@ def tiny_folder(model_folder: Callable[[str], Path]) -> Path:
     return model_folder("llama")
 
 
-def ullage(*words: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "ullage", *words],
-        capture_output=True,
-        text=True,
-        check=False,
-        input=stdin,
-    )
-
-
-def test_the_text_is_on_stdout_and_the_peak_on_stderr(tiny_folder: Path) -> None:
+def test_the_text_is_on_stdout_and_the_peak_on_stderr(ullage: Ullage, tiny_folder: Path) -> None:
     words = ["run", str(tiny_folder), "--max-new-tokens", "5", *SIZED]
     named = ullage(*words, "--prompt", "w6 w7 w8")
     piped = ullage(*words, "-", stdin="w6 w7 w8")
@@ -40,7 +27,7 @@ def test_the_text_is_on_stdout_and_the_peak_on_stderr(tiny_folder: Path) -> None
     assert "measured" in named.stderr
 
 
-def test_a_plan_file_is_run_as_it_says(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_plan_file_is_run_as_it_says(ullage: Ullage, tiny_folder: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     made = ullage("plan", str(tiny_folder), *SIZED, "--prefill-chunk", "7", "--json")
     plan.write_text(made.stdout)
@@ -51,7 +38,7 @@ def test_a_plan_file_is_run_as_it_says(tiny_folder: Path, tmp_path: Path) -> Non
     assert "chunks of 7" in done.stderr
 
 
-def test_a_budget_that_cannot_work_names_one_that_does(tiny_folder: Path) -> None:
+def test_a_budget_that_cannot_work_names_one_that_does(ullage: Ullage, tiny_folder: Path) -> None:
     words = ["run", str(tiny_folder), "--prompt", "w6", "--max-new-tokens", "1", *SIZED]
     refused = ullage(*words, "--memory", "10MiB")
     assert refused.returncode == 1
@@ -71,7 +58,7 @@ def test_a_budget_that_cannot_work_names_one_that_does(tiny_folder: Path) -> Non
     ],
 )
 def test_bad_input_is_two_lines_and_exit_code_2(
-    tiny_folder: Path, words: list[str], says: str
+    ullage: Ullage, tiny_folder: Path, words: list[str], says: str
 ) -> None:
     done = ullage("run", str(tiny_folder), *SIZED, *words)
     assert done.returncode == 2
@@ -80,53 +67,57 @@ def test_bad_input_is_two_lines_and_exit_code_2(
     assert done.stdout == ""
 
 
-def test_a_pickle_checkpoint_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
-    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    done = ullage("run", str(tmp_path), "--prompt", "w6")
-    assert done.returncode == 2
-    assert "pickle" in done.stderr
-
-
-def test_a_truncated_checkpoint_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
-    for file in tiny_folder.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    done = ullage("run", str(tmp_path), "--prompt", "w6")
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-
-
-def test_an_unwritable_cache_folder_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_gguf_file_runs_like_the_model_it_was_made_from(
+    ullage: Ullage, gguf_file: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("ULLAGE_CACHE", str(tmp_path / "file" / "cache"))
-    done = ullage("run", "smollm2-135m", "--prompt", "x", *SIZED)
+    words = ["run", str(gguf_file), "--prompt", "the cat", "--max-new-tokens", "6", *SIZED]
+    first = ullage(*words, ULLAGE_CACHE=str(tmp_path))
+    again = ullage(*words, ULLAGE_CACHE=str(tmp_path))
+    assert first.returncode == 0, first.stderr
+    assert "Converting tiny.gguf" in first.stderr
+    assert "Converting" not in again.stderr
+    assert 0 < len(first.stdout.strip()) <= 12
+    assert again.stdout == first.stdout
+
+
+def test_chat_wraps_the_prompt_in_the_models_template(ullage: Ullage, tiny_folder: Path) -> None:
+    words = ["run", str(tiny_folder), "--max-new-tokens", "5", *SIZED]
+    wrapped = ullage(*words, "--chat", "--prompt", "w6 w7")
+    by_hand = ullage(*words, "--prompt", "user w6 w7 assistant")
+    assert wrapped.returncode == 0, wrapped.stderr
+    assert wrapped.stdout == by_hand.stdout
+    assert wrapped.stdout != ullage(*words, "--prompt", "w6 w7").stdout
+
+
+def test_chat_without_a_template_is_refused(ullage: Ullage, copied_folder: Path) -> None:
+    (copied_folder / "chat_template.jinja").unlink()
+    done = ullage("run", str(copied_folder), "--chat", "--prompt", "w6", *SIZED)
     assert done.returncode == 2
-    assert "Traceback" not in done.stderr
+    assert "no chat template" in done.stderr
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_an_interrupt_ends_with_130_and_no_traceback(tiny_folder: Path, tmp_path: Path) -> None:
-    config = json.loads((tiny_folder / "config.json").read_text())
-    for file in tiny_folder.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    config["max_position_embeddings"] = 100_000
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    prompt = tmp_path / "prompt.txt"
-    prompt.write_text("w6 " * 60_000)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ullage", "run", str(tmp_path), "--prompt-file", str(prompt),
-         "--prefill-chunk", "4", *SIZED],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stderr is not None
-    first_line = process.stderr.readline()  # the choice: weights are about to be read
-    time.sleep(2)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert "planned peak" in first_line
-    assert process.returncode == 130
-    assert "Traceback" not in errors
+def test_what_was_chosen_to_fit_is_said_with_its_reason(ullage: Ullage, tiny_folder: Path) -> None:
+    words = ["run", str(tiny_folder), "--max-new-tokens", "1", "--prompt", "w6 " * 200, *SIZED]
+    plan = ["plan", str(tiny_folder), "--max-model-len", "201", "--output-len", "1", *SIZED]
+    whole = json.loads(ullage(*plan, "--json").stdout)["peak_bytes"]
+    tight = ullage(*words, "--memory", str(whole - 1))
+    assert tight.returncode == 0, tight.stderr
+    assert "would need" in tight.stderr
+    assert "chunks of 128" in tight.stderr  # the first that does not read the prompt in one pass
+    assert "nothing had to shrink" in ullage(*words, "--memory", str(whole)).stderr
+
+
+def test_a_plan_of_another_model_is_refused(
+    ullage: Ullage, tiny_folder: Path, model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text(ullage("plan", str(model_folder("qwen2")), *SIZED, "--json").stdout)
+    done = ullage("run", str(tiny_folder), "--plan", str(plan), "--prompt", "w6")
+    assert done.returncode == 2
+    assert "not this model" in done.stderr
+
+
+def test_a_seed_draws_the_same_text_again(ullage: Ullage, tiny_folder: Path) -> None:
+    words = ["run", str(tiny_folder), "--prompt", "w6", "--temperature", "5", *SIZED]
+    texts = [ullage(*words, "--seed", seed).stdout for seed in ("1", "1", "2")]
+    assert texts[0] == texts[1] != texts[2]

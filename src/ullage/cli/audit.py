@@ -1,6 +1,7 @@
 """ullage audit: what really happened, against the plan."""
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,7 +24,7 @@ from ullage.cli.options import (
     WeightsOption,
     workload_of,
 )
-from ullage.errors import DoesNotFit
+from ullage.errors import DoesNotFit, InputError
 from ullage.planner import build_plan
 from ullage.planner.search import describe
 from ullage.specs.calibration import Calibration
@@ -69,6 +70,7 @@ def audit(
         device, memory, weights, kv_cache_dtype, "sdpa", prefill_chunk, tuple(technique or ()),
         calibration=calibration,
     )  # fmt: skip
+    _refuse_unwritable(plot, write)
     spec, place = resolve(model), options.find_device()
     recipe = options.recipe(spec, place, workload_of(spec, max_model_len, output_len, 1))
     budget_bytes, known = options.budget_bytes(place), options.read_calibration()
@@ -87,6 +89,15 @@ def audit(
     Console(stderr=True, highlight=False).print(
         f"Picture in {plot}; use the calibration by `plan --calibration {write}`."
     )
+
+
+def _refuse_unwritable(plot: Path, write: Path) -> None:
+    """Refuse before minutes of work what could not be written after them."""
+    if plot.suffix.lower() not in (".svg", ".png"):
+        raise InputError(f"--plot {plot}: the picture is .svg or .png.")
+    for path in (plot, write):
+        if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+            raise InputError(f"Cannot write {path}: no such folder, or not a writable one.")
 
 
 def _largest_tokens(
