@@ -99,7 +99,7 @@ def test_json_says_the_figures_that_people_read(tiny_spec: TinySpec) -> None:
     [
         "budget_bytes", "kv_bytes_per_token", "techniques", "phases", "phases.decode", "cliff",
         "cliff.max_num_seqs", "device.kind", "device.memory_bytes", "workload.prompt_tokens",
-        "execution", "model.windows", "model.tensors", "model.tensors.0.shape", "model.num_layers",
+        "execution", "model.caches", "model.tensors", "model.tensors.0.shape", "model.num_layers",
     ],
 )  # fmt: skip
 def test_a_plan_that_lacks_something_is_an_input_error(tiny_spec: TinySpec, path: str) -> None:

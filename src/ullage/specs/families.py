@@ -13,10 +13,10 @@ from ullage.errors import CheckpointError, ModelError, UnknownArchitecture
 from ullage.specs import tensors
 from ullage.specs.config import Config, refuse_foreign
 from ullage.specs.dtypes import dtype_name
-from ullage.specs.model import ModelSpec
+from ullage.specs.model import LayerCache, ModelSpec
 from ullage.specs.tensors import Tensors
 
-# `windows` has an entry a layer, so a config that lies about its depth must not fill the memory.
+# `caches` has an entry a layer, so a config that lies about its depth must not fill the memory.
 _MOST_LAYERS = 4096
 Windows = tuple[int | None, ...]
 
@@ -95,6 +95,8 @@ def _geometry(config: Config, family: Family) -> ModelSpec:
         raise ModelError(
             f"The model's config has {heads} heads for {kv_heads} KV heads: no multiple."
         )
+    head_dim = config.optional_size("head_dim") or _split_evenly(hidden, heads)
+    width = 2 * kv_heads * head_dim
     return ModelSpec(
         name="",
         family="",
@@ -102,14 +104,14 @@ def _geometry(config: Config, family: Family) -> ModelSpec:
         hidden_size=hidden,
         num_heads=heads,
         num_kv_heads=kv_heads,
-        head_dim=config.optional_size("head_dim") or _split_evenly(hidden, heads),
+        head_dim=head_dim,
         intermediate_size=_intermediate_size(config, hidden),
         vocab_size=config.size("vocab_size"),
         max_context_tokens=config.size("max_position_embeddings"),
         tie_embeddings=config.flag("tie_word_embeddings"),
         gated_mlp=family.gated_mlp,
         dtype=_dtype(config),
-        windows=family.windows(config, num_layers),
+        caches=tuple(LayerCache(width, window) for window in family.windows(config, num_layers)),
         tensors=(),
         softcap=config.optional_number("attn_logit_softcapping"),
     )

@@ -1,42 +1,87 @@
 """ModelSpec: what the arithmetic of memory needs to know of a model."""
 
 from dataclasses import asdict, dataclass
+from math import ceil, prod
 from typing import Any, Literal
 
-# Which weights a quantizer may touch: the projections inside the layers. Embeddings and the output
-# head keep their format, as bitsandbytes and torchao leave them.
-Role = Literal["embedding", "head", "linear", "other"]
+from ullage.specs.dtypes import DTYPE_BYTES
+
+# Which weights a quantizer may touch: the projections inside the layers ("linear"), experts' too
+# ("expert"). Embeddings and the output head keep their format, as bitsandbytes and
+# torchao leave them.
+Role = Literal["embedding", "head", "linear", "expert", "other"]
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a quantized checkpoint stores a weight: `bits` a number, and `group_bytes` of scales and
+    zeros for each group of `group_rows` x `group_columns` numbers. A group of 0 spans that side."""
+
+    name: str
+    bits: float
+    group_rows: int = 0
+    group_columns: int = 0
+    group_bytes: float = 0.0
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of one weight ``[..., out, in]`` with its side data."""
+        *stack, rows, columns = (1, *shape) if len(shape) == 1 else shape
+        groups = ceil(rows / (self.group_rows or rows)) * ceil(
+            columns / (self.group_columns or columns)
+        )
+        return prod(stack) * ceil(rows * columns * self.bits / 8 + groups * self.group_bytes)
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One weight of the checkpoint, or the same weight in `count` layers.
+    """One weight of the checkpoint, or the same weight `count` times over layers and experts.
 
-    `name` is the checkpoint's, with ``{}`` for the layer's number where `count` is more than one.
-    `shape` is as stored: ``[out, in]`` for a linear weight.
+    `name` is the checkpoint's, with ``{}`` for the number of the layer (and of the expert). `shape`
+    is as stored: ``[out, in]`` for a linear weight. A token goes through `active` of the `count`,
+    None for all. `storage` is that of a quantized checkpoint, None for the model's own dtype.
     """
 
     name: str
     shape: tuple[int, ...]
     role: Role
     count: int = 1
+    active: int | None = None
+    storage: Storage | None = None
 
     @property
     def elements(self) -> int:
         """Numbers in one such tensor."""
-        product = 1
-        for size in self.shape:
-            product *= size
-        return product
+        return prod(self.shape)
+
+    def stored_bytes(self, dtype: str) -> int:
+        """Bytes of one such tensor in its storage, `dtype` where it has none."""
+        if self.storage is None:
+            return self.elements * DTYPE_BYTES[dtype]
+        return self.storage.nbytes(self.shape)
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """What one layer keeps of a sequence: `width` numbers a token (K and V of every KV head, or an
+    MLA latent with its rotary part; 0 for none), of the `window` newest tokens (None: of all), and
+    `state_bytes` that do not grow (convolution and recurrent state)."""
+
+    width: int
+    window: int | None = None
+    state_bytes: int = 0
+
+    def kept_tokens(self, tokens: int) -> int:
+        """Of `tokens`, how many are kept."""
+        return tokens if self.window is None else min(tokens, self.window)
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A dense decoder-only model's geometry. Sizes are counts of numbers, never bytes.
+    """A decoder-only model's geometry. Sizes are counts of numbers, never bytes.
 
-    `windows` holds one entry a layer: None for full attention, else the tokens that a sliding layer
-    sees, its own included. `source` is where the weights are: a folder, a .gguf file, a hub id, or
-    "" for a bare config or a catalog entry without weights.
+    `caches` holds one entry a layer. `intermediate_size` is the widest MLP that a token goes
+    through, experts' shares together. `source` is where the weights are: a folder, a .gguf file, a
+    hub id, or "" for a bare config or a catalog entry without weights.
     """
 
     name: str
@@ -52,7 +97,7 @@ class ModelSpec:
     tie_embeddings: bool
     gated_mlp: bool
     dtype: str  # the checkpoint's: fp32, bf16 or fp16
-    windows: tuple[int | None, ...]
+    caches: tuple[LayerCache, ...]
     tensors: tuple[TensorSpec, ...]
     softcap: float | None = None  # of attention scores (Gemma 2)
     source: str = ""
@@ -63,9 +108,27 @@ class ModelSpec:
         return sum(tensor.elements * tensor.count for tensor in self.tensors)
 
     @property
+    def active_parameters(self) -> int:
+        """Numbers that one token goes through: of the experts, those that it is sent to."""
+        return sum(
+            tensor.elements * (tensor.count if tensor.active is None else tensor.active)
+            for tensor in self.tensors
+        )
+
+    @property
     def kv_width(self) -> int:
-        """Numbers that one token adds to the KV cache of one layer: K and V of every KV head."""
-        return 2 * self.num_kv_heads * self.head_dim
+        """Numbers that one token adds to the widest layer's KV cache."""
+        return max((cache.width for cache in self.caches), default=0)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """One entry a layer: None for full attention, else the tokens that a sliding layer sees."""
+        return tuple(cache.window for cache in self.caches)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes a sequence that do not grow with it, over all layers."""
+        return sum(cache.state_bytes for cache in self.caches)
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types; `from_json` gives the same spec back."""
@@ -74,7 +137,11 @@ class ModelSpec:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "ModelSpec":
         """The spec that `to_json` wrote."""
-        tensors = tuple(
-            TensorSpec(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in data["tensors"]
-        )
-        return cls(**{**data, "windows": tuple(data["windows"]), "tensors": tensors})
+        caches = tuple(LayerCache(**cache) for cache in data["caches"])
+        tensors = tuple(_tensor(tensor) for tensor in data["tensors"])
+        return cls(**{**data, "caches": caches, "tensors": tensors})
+
+
+def _tensor(data: dict[str, Any]) -> TensorSpec:
+    storage = None if data["storage"] is None else Storage(**data["storage"])
+    return TensorSpec(**{**data, "shape": tuple(data["shape"]), "storage": storage})
