@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ullage import ModelSpec
-from ullage.errors import CheckpointError, InputError, ModelError
+from ullage.errors import CheckpointError, InputError, ModelError, UnknownArchitecture
 from ullage.runtime import checkpoint
 from ullage.runtime.checkpoint import weights_folder
 
@@ -69,6 +69,19 @@ def files_in(folder: Path) -> list[Path]:
 def test_a_model_without_weights_is_refused(tiny_spec: TinySpec) -> None:
     with pytest.raises(ModelError, match="without weights"):
         weights_folder(tiny_spec("llama"))
+
+
+def test_a_quantized_checkpoint_is_planned_and_not_run(tmp_path: Path, tiny_spec: TinySpec) -> None:
+    spec = tiny_spec("llama", quantization_config={"quant_method": "fp8"})
+    with pytest.raises(ModelError, match="unquantized"):
+        weights_folder(replace(spec, source=str(tmp_path)))
+
+
+def test_a_family_that_the_runtime_has_not_is_planned_and_not_run(
+    tmp_path: Path, tiny_spec: TinySpec
+) -> None:
+    with pytest.raises(UnknownArchitecture, match="not run yet"):
+        weights_folder(replace(tiny_spec("llama"), runs=False, source=str(tmp_path)))
 
 
 def test_a_folder_is_itself(tmp_path: Path, tiny_spec: TinySpec) -> None:

@@ -234,6 +234,10 @@ def test_remote_copy_of_the_native_class_is_not_needed() -> None:
     assert spec_from_config({**CASES["phi3"], "auto_map": native}).family == "phi3"
 
 
-def test_pre_quantized_says_what_to_do() -> None:
-    with pytest.raises(ModelError, match="unquantized"):
-        spec_from_config({**CASES["llama"], "quantization_config": {"bits": 4}})
+def test_a_quantized_checkpoint_keeps_its_geometry() -> None:
+    plain = spec_from_config(CASES["llama"])
+    fp8 = spec_from_config({**CASES["llama"], "quantization_config": {"quant_method": "fp8"}})
+    assert fp8.prequantized
+    assert not plain.prequantized
+    assert fp8.parameters == plain.parameters
+    assert fp8.weights_bytes("fp32") < plain.weights_bytes("fp32")

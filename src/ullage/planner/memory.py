@@ -66,7 +66,7 @@ def _footprint(recipe: Recipe, step: Step, calibration: Calibration | None) -> F
     overhead_bytes = runtime_bytes(recipe.device, step.execution.engine)
     if calibration is not None:
         overhead_bytes = calibration.runtime_bytes
-    weights_bytes = model.parameters * number_bytes
+    weights_bytes = model.weights_bytes(dtype)
     if step.phase == "load":
         return Footprint(
             weights_bytes=weights_bytes,
@@ -86,7 +86,7 @@ def _footprint(recipe: Recipe, step: Step, calibration: Calibration | None) -> F
 def _load_scratch_bytes(model: ModelSpec, execution: Execution) -> int:
     """Weights of another format than the checkpoint's are read into a staging copy each. What
     transformers maps from the file counts nothing: the kernel drops those pages when it must."""
-    if model.dtype == execution.dtype or execution.engine == "transformers":
+    if model.prequantized or model.dtype == execution.dtype or execution.engine == "transformers":
         return 0
     stored_bytes = DTYPE_BYTES[model.dtype]
 

@@ -14,7 +14,7 @@ import tempfile
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from ullage.errors import CheckpointError, InputError, ModelError
+from ullage.errors import CheckpointError, InputError, ModelError, UnknownArchitecture
 from ullage.specs.model import ModelSpec
 
 _RECORD = "ullage.json"  # written last: its hash vouches for the weights
@@ -26,10 +26,21 @@ def weights_folder(model: ModelSpec, gguf_dtype: str = "float32") -> Path:
     GGUF file holds is exact in float32; bfloat16 takes half the space.
 
     Raises:
-        ModelError: the spec has no weights behind it, or its package is not installed.
+        UnknownArchitecture: a family that is planned and not run.
+        ModelError: the spec has no weights behind it, they are quantized already, or its package is
+            not installed.
         CheckpointError: the conversion failed, or the converted weights are damaged.
         InputError: the cache folder cannot be written.
     """
+    if not model.runs:
+        raise UnknownArchitecture(
+            f"The family {model.family} is planned by ullage, and not run yet."
+        )
+    if model.prequantized:
+        raise ModelError(
+            f"{model.name} is a quantized checkpoint, which ullage plans and does not run yet. "
+            "Point at the unquantized model: ullage quantizes it itself."
+        )
     source = model.source
     if not source:
         raise ModelError(

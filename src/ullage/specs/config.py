@@ -93,13 +93,8 @@ def refuse_foreign(config: Mapping[str, Any], family: str, native_classes: tuple
     Raises:
         CheckpointError: the model runs code from its own repository.
         UnknownArchitecture: a class of the family that is no plain causal language model.
-        ModelError: a pre-quantized checkpoint, or a config that is garbled.
+        ModelError: a config that is garbled.
     """
-    if config.get("quantization_config"):
-        raise ModelError(
-            "Pre-quantized checkpoints are not supported yet. Point at the unquantized model: "
-            "ullage quantizes it itself."
-        )
     remote_class = remote_code_class(config)
     if remote_class is not None and remote_class not in native_classes:
         raise CheckpointError(

@@ -14,6 +14,7 @@ from ullage.specs import tensors
 from ullage.specs.config import Config, refuse_foreign
 from ullage.specs.dtypes import dtype_name
 from ullage.specs.model import LayerCache, ModelSpec
+from ullage.specs.quantized import apply, read_quantization
 from ullage.specs.tensors import Tensors
 
 # `caches` has an entry a layer, so a config that lies about its depth must not fill the memory.
@@ -51,7 +52,9 @@ def spec_from_config(config: Mapping[str, Any], name: str = "", source: str = ""
         if reader.get(oddity):
             raise UnknownArchitecture(f"There is no arithmetic for models with {oddity}.")
     spec = replace(_geometry(reader, family), name=name, family=family_name, source=source)
-    return replace(spec, tensors=tuple(family.tensors(spec, reader)))
+    tensors = family.tensors(spec, reader)
+    quantized = read_quantization(config)
+    return replace(spec, tensors=tuple(tensors if quantized is None else apply(quantized, tensors)))
 
 
 def _text_model(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str, tuple[str, ...]]:

@@ -34,24 +34,38 @@ class Storage:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One weight of the checkpoint, or the same weight `count` times over layers and experts.
+    """One weight of the checkpoint, or the same weight in all of `layers`.
 
-    `name` is the checkpoint's, with ``{}`` for the number of the layer (and of the expert). `shape`
-    is as stored: ``[out, in]`` for a linear weight. A token goes through `active` of the `count`,
-    None for all. `storage` is that of a quantized checkpoint, None for the model's own dtype.
+    `name` is the checkpoint's, with ``{}`` for the layer's number where there are `layers`, and one
+    more for the expert's where a layer holds `copies`. `shape` is as stored: ``[out, in]`` for a
+    linear weight. A token goes through `active` of the copies, None for all. `storage` is that of a
+    quantized checkpoint, None for the model's own dtype.
     """
 
     name: str
     shape: tuple[int, ...]
     role: Role
-    count: int = 1
+    layers: tuple[int, ...] = ()
+    copies: int = 1
     active: int | None = None
     storage: Storage | None = None
+
+    @property
+    def count(self) -> int:
+        """How many there are, over layers and copies."""
+        return max(1, len(self.layers)) * self.copies
 
     @property
     def elements(self) -> int:
         """Numbers in one such tensor."""
         return prod(self.shape)
+
+    def names(self) -> list[str]:
+        """The name of each."""
+        if not self.layers:
+            return [self.name]
+        named = [self.name.replace("{}", str(layer), 1) for layer in self.layers]
+        return [name.replace("{}", str(n), 1) for name in named for n in range(self.copies)]
 
     def stored_bytes(self, dtype: str) -> int:
         """Bytes of one such tensor in its storage, `dtype` where it has none."""
@@ -100,7 +114,13 @@ class ModelSpec:
     caches: tuple[LayerCache, ...]
     tensors: tuple[TensorSpec, ...]
     softcap: float | None = None  # of attention scores (Gemma 2)
+    runs: bool = True  # whether ullage's runtime has the family; others are planned only
     source: str = ""
+
+    @property
+    def all_layers(self) -> tuple[int, ...]:
+        """The numbers of the layers."""
+        return tuple(range(self.num_layers))
 
     @property
     def parameters(self) -> int:
@@ -111,9 +131,18 @@ class ModelSpec:
     def active_parameters(self) -> int:
         """Numbers that one token goes through: of the experts, those that it is sent to."""
         return sum(
-            tensor.elements * (tensor.count if tensor.active is None else tensor.active)
+            tensor.elements * tensor.count * (tensor.active or tensor.copies) // tensor.copies
             for tensor in self.tensors
         )
+
+    def weights_bytes(self, dtype: str) -> int:
+        """Bytes of all weights: quantized ones as they are stored, the others in `dtype`."""
+        return sum(tensor.stored_bytes(dtype) * tensor.count for tensor in self.tensors)
+
+    @property
+    def prequantized(self) -> bool:
+        """Whether the checkpoint holds quantized weights."""
+        return any(tensor.storage is not None for tensor in self.tensors)
 
     @property
     def kv_width(self) -> int:
@@ -144,4 +173,5 @@ class ModelSpec:
 
 def _tensor(data: dict[str, Any]) -> TensorSpec:
     storage = None if data["storage"] is None else Storage(**data["storage"])
-    return TensorSpec(**{**data, "shape": tuple(data["shape"]), "storage": storage})
+    shape, layers = tuple(data["shape"]), tuple(data["layers"])
+    return TensorSpec(**{**data, "shape": shape, "layers": layers, "storage": storage})

@@ -145,8 +145,8 @@ def _text_name(name: str) -> str:
 
 def _expected(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
     for tensor in spec.tensors:
-        for layer in range(tensor.count):
-            yield tensor.name.format(layer), tensor.shape
+        for name in tensor.names():
+            yield name, tensor.shape
 
 
 def _stored_dtype(stored: list[StoredTensor]) -> str:

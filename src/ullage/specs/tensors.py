@@ -14,19 +14,19 @@ _FOUR_NORMS = (*_TWO_NORMS, "pre_feedforward_layernorm", "post_feedforward_layer
 
 def _linear(spec: ModelSpec, name: str, out: int, width: int, bias: bool = False) -> Tensors:
     """A projection that every layer has, ``[out, in]``, with its bias."""
-    yield TensorSpec(f"{name}.weight", (out, width), "linear", spec.num_layers)
+    yield TensorSpec(f"{name}.weight", (out, width), "linear", spec.all_layers)
     if bias:
-        yield TensorSpec(f"{name}.bias", (out,), "other", spec.num_layers)
+        yield TensorSpec(f"{name}.bias", (out,), "other", spec.all_layers)
 
 
 def _norms(spec: ModelSpec, prefix: str, names: tuple[str, ...], width: int) -> Tensors:
     for name in names:
-        yield TensorSpec(f"{prefix}.{name}.weight", (width,), "other", spec.num_layers)
+        yield TensorSpec(f"{prefix}.{name}.weight", (width,), "other", spec.all_layers)
 
 
-def _layer_norm(name: str, width: int, count: int = 1) -> Tensors:
-    yield TensorSpec(f"{name}.weight", (width,), "other", count)
-    yield TensorSpec(f"{name}.bias", (width,), "other", count)
+def _layer_norm(name: str, width: int, layers: tuple[int, ...] = ()) -> Tensors:
+    yield TensorSpec(f"{name}.weight", (width,), "other", layers)
+    yield TensorSpec(f"{name}.bias", (width,), "other", layers)
 
 
 def _ends(spec: ModelSpec, embedding: str) -> Tensors:
@@ -135,9 +135,9 @@ def phi(spec: ModelSpec, config: Config) -> Tensors:
     yield from _linear(spec, f"{layer}.mlp.fc1", inner, hidden, bias=True)
     yield from _linear(spec, f"{layer}.mlp.fc2", hidden, inner, bias=True)
     if config.flag("qk_layernorm"):
-        yield from _layer_norm(f"{attention}.q_layernorm", spec.head_dim, spec.num_layers)
-        yield from _layer_norm(f"{attention}.k_layernorm", spec.head_dim, spec.num_layers)
-    yield from _layer_norm(f"{layer}.input_layernorm", hidden, spec.num_layers)
+        yield from _layer_norm(f"{attention}.q_layernorm", spec.head_dim, spec.all_layers)
+        yield from _layer_norm(f"{attention}.k_layernorm", spec.head_dim, spec.all_layers)
+    yield from _layer_norm(f"{layer}.input_layernorm", hidden, spec.all_layers)
     yield from _layer_norm("model.final_layernorm", hidden)
 
 
@@ -152,8 +152,8 @@ def gpt2(spec: ModelSpec, config: Config) -> Tensors:
         ("mlp.c_fc", hidden, inner),
         ("mlp.c_proj", inner, hidden),
     ):
-        yield TensorSpec(f"{layer}.{name}.weight", (width, out), "other", spec.num_layers)
-        yield TensorSpec(f"{layer}.{name}.bias", (out,), "other", spec.num_layers)
+        yield TensorSpec(f"{layer}.{name}.weight", (width, out), "other", spec.all_layers)
+        yield TensorSpec(f"{layer}.{name}.bias", (out,), "other", spec.all_layers)
     for name in ("ln_1", "ln_2"):
-        yield from _layer_norm(f"{layer}.{name}", hidden, spec.num_layers)
+        yield from _layer_norm(f"{layer}.{name}", hidden, spec.all_layers)
     yield from _layer_norm("transformer.ln_f", hidden)

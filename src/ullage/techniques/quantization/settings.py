@@ -53,6 +53,8 @@ class Quantization(Technique):
         return cls(scheme="none")
 
     def unsupported(self, model: ModelSpec) -> str | None:
+        if self.scheme != "none" and model.prequantized:
+            return "its weights are quantized already."
         if self.scheme != "none" and not any(t.role == "linear" for t in model.tensors):
             return f"{model.family} models have no linear layers that a quantizer converts."
         return None
