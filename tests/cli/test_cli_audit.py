@@ -47,7 +47,9 @@ def test_plan_and_measurement_stand_side_by_side(audited: Audited) -> None:
 
 def test_a_picture_and_a_calibration_are_written(audited: Audited) -> None:
     assert (audited[0] / "curve.svg").read_text().lstrip().startswith("<?xml")
-    assert json.loads((audited[0] / "calibration.json").read_text())["runtime_bytes"] > 0
+    assert (
+        json.loads((audited[0] / "calibration.json").read_text())["constants"]["runtime_bytes"] > 0
+    )
 
 
 def test_the_calibrated_plan_is_what_was_measured(

@@ -51,7 +51,7 @@ def test_a_calibration_gives_back_the_measured_runtime(
     audit = Audit([AuditPoint(plan, measured_with(plan, runtime_bytes)) for plan in plans], {})
     calibrated(audit).write(tmp_path / "calibration.json")
     found = read_calibration(tmp_path / "calibration.json")
-    assert found.runtime_bytes == runtime_bytes
+    assert found.constants["runtime_bytes"] == runtime_bytes
     again = build_plan(plans[0].recipe, calibration=found)
     assert again.peak_bytes == audit.points[0].measured.peak_bytes
 

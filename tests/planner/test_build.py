@@ -132,7 +132,7 @@ def test_a_plan_with_sizes_of_another_type_is_an_input_error(tiny_spec: TinySpec
             Plan.from_json(damaged)
 
 
-@pytest.mark.parametrize("data", [[], None, 3, "plan", {}, {"schema_version": 2}])
+@pytest.mark.parametrize("data", [[], None, 3, "plan", {}, {"schema_version": 1}])
 def test_what_is_no_plan_is_an_input_error(data: Any) -> None:
     with pytest.raises(InputError, match="not a plan"):
         Plan.from_json(data)

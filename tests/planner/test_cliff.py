@@ -89,7 +89,7 @@ def test_windows_and_chunks_leave_no_cliff_in_length(tiny_spec: TinySpec) -> Non
 
 def test_a_calibration_moves_the_cliff(tiny_spec: TinySpec) -> None:
     made = Recipe(tiny_spec("llama"), CPU, Workload(100, 10), Execution())
-    lighter = Calibration("cpu", 200_000_000, {})
+    lighter = Calibration("cpu", "ullage", {"runtime_bytes": 200_000_000}, {})
     before = build_plan(made, 450 * MIB).cliff
     after = build_plan(made, 450 * MIB, lighter).cliff
     assert after.max_model_len > 2 * before.max_model_len

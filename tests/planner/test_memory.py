@@ -166,7 +166,10 @@ def test_the_cache_writes_no_more_than_the_pool_that_was_planned(
 
 
 def test_a_calibration_goes_before_the_built_in_figures(tiny_spec: TinySpec) -> None:
-    made, measured = recipe(tiny_spec("llama")), Calibration("cpu", 123_456, {})
+    made, measured = (
+        recipe(tiny_spec("llama")),
+        Calibration("cpu", "ullage", {"runtime_bytes": 123_456}, {}),
+    )
     built_in = phase_footprints(made)["load"].overhead_bytes
     assert all(part.overhead_bytes == 123_456 for part in phase_footprints(made, measured).values())
     assert peak_bytes(made) - peak_bytes(made, measured) == built_in - 123_456

@@ -175,7 +175,7 @@ def _show(audit: "Audit", found: Calibration) -> None:
     worst = max(audit.points, key=lambda point: abs(point.error))
     console.print(
         f"Largest difference of a run's peak: {worst.error:+.1%}. Runtime measured as "
-        f"{format_bytes(found.runtime_bytes)}."
+        f"{format_bytes(found.constants['runtime_bytes'])}."
     )
 
 

@@ -85,7 +85,8 @@ def calibrated(audit: Audit) -> Calibration:
     ]
     return Calibration(
         device=audit.points[0].plan.recipe.device.name,
-        runtime_bytes=int(median(beside)),
+        engine="ullage",
+        constants={"runtime_bytes": int(median(beside))},
         versions={name: version(name) for name in ("torch", "transformers")},
     )
 

@@ -3,6 +3,8 @@
 from ullage import techniques
 from ullage.errors import TechniqueError
 from ullage.planner.cliff import find_cliff
+from ullage.planner.constants import Constants
+from ullage.planner.engines import ENGINES
 from ullage.planner.memory import kv_bytes_per_token, phase_footprints
 from ullage.specs.calibration import Calibration
 from ullage.specs.device import Device
@@ -13,20 +15,25 @@ from ullage.specs.workload import Execution
 def build_plan(
     recipe: Recipe, budget_bytes: int | None = None, calibration: Calibration | None = None
 ) -> Plan:
-    """The plan of `recipe` inside `budget_bytes` (default: all of the device).
+    """The plan of `recipe` inside `budget_bytes` (default: what the engine takes of the device).
 
     Raises:
         TechniqueError: a technique that does not support the model.
+        InputError: something that the engine does not have.
     """
+    engine = ENGINES[recipe.execution.engine]
+    recipe = engine.settle(recipe)
     for choice in recipe.techniques:
         reason = techniques.create(choice).unsupported(recipe.model)
         if reason is not None:
             raise TechniqueError(f"{choice.name} cannot act on {recipe.model.name}: {reason}")
-    budget_bytes = budget_bytes or recipe.device.memory_bytes
+    budget_bytes = budget_bytes or engine.limit_bytes(recipe)
+    phases = phase_footprints(recipe, calibration)
     return Plan(
         recipe=recipe,
         budget_bytes=budget_bytes,
-        phases=phase_footprints(recipe, calibration),
+        phases=phases,
+        share=engine.share(recipe, phases, budget_bytes, Constants(recipe, calibration)),
         cliff=find_cliff(recipe, budget_bytes, calibration),
         kv_bytes_per_token=kv_bytes_per_token(recipe),
     )

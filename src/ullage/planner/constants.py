@@ -1,20 +1,66 @@
 """The figures that no config holds, read from constants.toml beside this file."""
 
 import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from ullage.specs.device import Device
-from ullage.specs.workload import Engine
+from ullage.specs.calibration import Calibration
+from ullage.specs.footprint import Label
+from ullage.specs.plan import Recipe
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A figure with its trustworthiness and its source."""
+
+    value: float
+    label: Label
+    source: str
+
+
+class Constants:
+    """The constants of a recipe's engine, version and kind of device; a calibration's figures go
+    before the built-in ones."""
+
+    def __init__(self, recipe: Recipe, calibration: Calibration | None = None) -> None:
+        execution = recipe.execution
+        kind = "cpu" if recipe.device.kind == "cpu" else "cuda"
+        self._found = _constants(execution.engine, execution.engine_version, kind)
+        self._measured = {} if calibration is None else calibration.constants
+        self._device = "" if calibration is None else calibration.device
+
+    def __getitem__(self, key: str) -> Constant:
+        """The constant called `key`."""
+        if key in self._measured:
+            source = f"the calibration of {self._device}"
+            return Constant(self._measured[key], "measured", source)
+        return self._found[key]
 
 
 @cache
-def _table() -> dict[str, Any]:
+def _table() -> Mapping[str, Any]:
     return tomllib.loads(files(__package__).joinpath("constants.toml").read_text("utf-8"))
 
 
-def runtime_bytes(device: Device, engine: Engine) -> int:
-    """Bytes that `engine` takes on `device` before any weight is there."""
-    kind = "cpu" if device.kind == "cpu" else "cuda"
-    return int(_table()[kind][engine]["runtime_bytes"]["value"])
+@cache
+def _constants(engine: str, version: str, kind: str) -> Mapping[str, Constant]:
+    section = _table()[engine]
+    merged = {**section.get("any", {}), **section.get(kind, {})}
+    for since in sorted(section.get("since", {}), key=version_key):
+        if not version or version_key(since) <= version_key(version):
+            merged.update(section["since"][since])
+    return {key: Constant(**entry) for key, entry in merged.items()}
+
+
+def version_key(version: str) -> tuple[int, ...]:
+    """What orders versions such as ``0.19.0``: their leading numbers."""
+    parts = []
+    for part in version.removeprefix("v").split("."):
+        digits = part[: len(part) - len(part.lstrip("0123456789"))]
+        if not digits:
+            break
+        parts.append(int(digits))
+    return tuple(parts)

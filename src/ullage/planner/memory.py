@@ -1,31 +1,27 @@
-"""The bytes of each phase: one factor a line, with its unit and its reason.
-
-Letters as in the field: N new tokens in a forward pass, T held tokens.
-"""
+"""The bytes of each phase: an engine's terms, then the techniques in their order."""
 
 from ullage import techniques
-from ullage.planner.constants import runtime_bytes
-from ullage.specs.blocks import block_bytes, sequence_blocks
+from ullage.planner.constants import Constants
+from ullage.planner.engines import ENGINES
 from ullage.specs.calibration import Calibration
-from ullage.specs.dtypes import DTYPE_BYTES
-from ullage.specs.footprint import Footprint
-from ullage.specs.loading import load_spike_bytes
-from ullage.specs.model import ModelSpec, TensorSpec
+from ullage.specs.dtypes import KV_BITS
+from ullage.specs.footprint import Footprint, Part, Term
 from ullage.specs.plan import Recipe
-from ullage.specs.workload import PHASES, Execution, PhaseName, Step
+from ullage.specs.workload import PHASES, PhaseName
 
-KV_TILE_TOKENS = 1024  # stored entries that the kernels convert to the arithmetic's format at once
+_PARTS: tuple[Part, ...] = ("weights", "kv", "activation", "logits", "overhead")
 
 
 def phase_footprints(
     recipe: Recipe, calibration: Calibration | None = None
 ) -> dict[PhaseName, Footprint]:
-    """The peak of each phase, all techniques applied in their order."""
+    """The peak of each phase on the fullest device, all techniques applied."""
+    engine, constants = ENGINES[recipe.execution.engine], Constants(recipe, calibration)
     chain = [techniques.create(choice) for choice in recipe.techniques]
     footprints: dict[PhaseName, Footprint] = {}
     for phase in PHASES:
-        step = _step(recipe, phase)
-        footprint = _footprint(recipe, step, calibration)
+        step = engine.step(recipe, phase)
+        footprint = Footprint.of(engine.terms(recipe, step, constants))
         for technique in chain:
             footprint = technique.footprint(footprint, recipe.model, step)
         footprints[phase] = footprint
@@ -37,144 +33,33 @@ def peak_bytes(recipe: Recipe, calibration: Calibration | None = None) -> int:
     return max(part.total_bytes for part in phase_footprints(recipe, calibration).values())
 
 
+def explain(recipe: Recipe, phase: PhaseName, calibration: Calibration | None = None) -> list[Term]:
+    """Every line of a phase's sum: the engine's, then what each technique adds or takes away."""
+    engine = ENGINES[recipe.execution.engine]
+    step = engine.step(recipe, phase)
+    lines = engine.terms(recipe, step, Constants(recipe, calibration))
+    footprint = Footprint.of(lines)
+    for choice in recipe.techniques:
+        technique = techniques.create(choice)
+        after = technique.footprint(footprint, recipe.model, step)
+        lines += _differences(footprint, after, choice.name, technique.paper)
+        footprint = after
+    return lines
+
+
+def _differences(before: Footprint, after: Footprint, name: str, paper: str) -> list[Term]:
+    terms = []
+    for part in _PARTS:
+        change = getattr(after, f"{part}_bytes") - getattr(before, f"{part}_bytes")
+        if change:
+            terms.append(Term(part, name, change, "exact", paper))
+    return terms
+
+
 def kv_bytes_per_token(recipe: Recipe) -> int:
     """Bytes that each further token of one sequence adds: the layers without a window, or all where
     every layer slides."""
     model = recipe.model
-    growing = model.windows.count(None) or model.num_layers
-    return growing * model.kv_width * DTYPE_BYTES[recipe.execution.kv_dtype]
-
-
-def _step(recipe: Recipe, phase: PhaseName) -> Step:
-    work, execution = recipe.workload, recipe.execution
-    chunk_tokens = min(execution.prefill_chunk or work.prompt_tokens, work.prompt_tokens)
-    if execution.engine == "ullage":
-        # Room for prompt and output is reserved at the door; prompts are read one at a time.
-        held = {"load": 0, "prefill": work.context_tokens, "decode": work.context_tokens}
-        new = {"load": 0, "prefill": chunk_tokens, "decode": work.sequences}
-    else:
-        # The last token out is never fed back, so its KV entries are never made.
-        held = {"load": 0, "prefill": work.prompt_tokens, "decode": work.context_tokens - 1}
-        new = {"load": 0, "prefill": chunk_tokens * work.sequences, "decode": work.sequences}
-    return Step(phase, work.sequences, held[phase], new[phase], execution)
-
-
-def _footprint(recipe: Recipe, step: Step, calibration: Calibration | None) -> Footprint:
-    """One phase without techniques."""
-    model, dtype = recipe.model, step.execution.dtype
-    number_bytes = DTYPE_BYTES[dtype]
-    overhead_bytes = runtime_bytes(recipe.device, step.execution.engine)
-    if calibration is not None:
-        overhead_bytes = calibration.runtime_bytes
-    weights_bytes = model.weights_bytes(dtype)
-    if step.phase == "load":
-        return Footprint(
-            weights_bytes=weights_bytes,
-            activation_bytes=_load_scratch_bytes(model, step.execution),
-            overhead_bytes=overhead_bytes,
-        )
-    return Footprint(
-        weights_bytes=weights_bytes,
-        kv_bytes=_kv_bytes(model, step),
-        activation_bytes=_layer_bytes(model, step) + _attention_bytes(model, step),
-        # last token's logits in the model's format, and the fp32 copy that sampling reads
-        logits_bytes=step.sequences * model.vocab_size * (number_bytes + 4),
-        overhead_bytes=overhead_bytes,
-    )
-
-
-def _load_scratch_bytes(model: ModelSpec, execution: Execution) -> int:
-    """Weights of another format than the checkpoint's are read into a staging copy each. What
-    transformers maps from the file counts nothing: the kernel drops those pages when it must."""
-    if model.prequantized or model.dtype == execution.dtype or execution.engine == "transformers":
-        return 0
-    stored_bytes = DTYPE_BYTES[model.dtype]
-
-    def resident(tensor: TensorSpec) -> int:
-        return tensor.elements * DTYPE_BYTES[execution.dtype]
-
-    return load_spike_bytes(model, resident, lambda tensor: tensor.elements * stored_bytes)
-
-
-def _kv_bytes(model: ModelSpec, step: Step) -> int:
-    """What the cache holds: blocks in ullage, exact tensors in transformers."""
-    kv_dtype = step.execution.kv_dtype
-    if step.execution.engine == "ullage":
-        per_sequence = sequence_blocks(model, step.held_tokens) * block_bytes(model, kv_dtype)
-        return step.sequences * per_sequence
-    # DynamicCache keeps window - 1 entries of a sliding layer: the newest is the query's own.
-    kept = (
-        step.held_tokens if window is None else min(step.held_tokens, window - 1)
-        for window in model.windows
-    )
-    return step.sequences * sum(kept) * model.kv_width * DTYPE_BYTES[kv_dtype]
-
-
-def _layer_bytes(model: ModelSpec, step: Step) -> int:
-    """Hidden states of the layer that stands highest; layers run one after the other."""
-    hidden, head_dim = model.hidden_size, model.head_dim
-    heads, kv_heads = model.num_heads * head_dim, model.num_kv_heads * head_dim
-    # alive through all layers: the embedded tokens, and the rotary cosines and sines
-    base = hidden + 2 * head_dim
-    # layer input and its normed copy; then q, q cos, rotated q and their sum beside k and v
-    attention = base + 2 * hidden + 4 * heads + 2 * kv_heads
-    # layer input, residual and its normed copy; then, gated, act(gate), up and their product, or,
-    # plain, the terms of gelu_new's polynomial
-    mlp = base + 3 * hidden + (3 if model.gated_mlp else 4) * model.intermediate_size
-    return step.new_tokens * max(attention, mlp) * DTYPE_BYTES[step.execution.dtype]
-
-
-def _attention_bytes(model: ModelSpec, step: Step) -> int:
-    """Scratch of attention beyond its inputs and output, for the layer that takes most."""
-    if step.execution.attention == "eager":
-        return _eager_bytes(model, step)
-    if step.execution.engine == "ullage":
-        return _kernel_bytes(model, step)
-    return _sdpa_bytes(model, step)
-
-
-def _eager_bytes(model: ModelSpec, step: Step) -> int:
-    """The score matrix, quadratic in the prompt: [heads, N, T] a sequence."""
-    number_bytes = DTYPE_BYTES[step.execution.dtype]
-    # scores and the softmax in fp32; a narrower format is widened for the softmax and narrowed
-    # again
-    score_bytes = 4 + 4 if number_bytes == 4 else number_bytes + 4 + 4
-    scores = model.num_heads * step.new_tokens * step.held_tokens * score_bytes
-    mask = step.new_tokens * step.held_tokens * number_bytes
-    return scores + mask + _repeated_kv_bytes(model, step)
-
-
-def _repeated_kv_bytes(model: ModelSpec, step: Step) -> int:
-    """K and V of one layer, repeated to all query heads."""
-    if model.num_heads == model.num_kv_heads:
-        return 0
-    width = 2 * model.num_heads * model.head_dim
-    return step.sequences * step.held_tokens * width * DTYPE_BYTES[step.execution.dtype]
-
-
-def _sdpa_bytes(model: ModelSpec, step: Step) -> int:
-    """DynamicCache appends by copying a layer's K, then its V; later chunks need a mask, and with a
-    mask K and V are repeated to all query heads."""
-    number_bytes = DTYPE_BYTES[step.execution.dtype]
-    copied = step.sequences * step.held_tokens * model.kv_width // 2 * number_bytes
-    if step.phase == "prefill" and step.new_tokens < step.sequences * step.held_tokens:
-        mask = step.new_tokens * step.held_tokens * (1 + number_bytes)
-        copied = max(copied, mask + _repeated_kv_bytes(model, step))
-    return copied
-
-
-def _kernel_bytes(model: ModelSpec, step: Step) -> int:
-    """ullage's own kernels read the pool where it lies; what they copy is bounded."""
-    execution = step.execution
-    number_bytes = DTYPE_BYTES[execution.dtype]
-    scratch = 0
-    if execution.kv_dtype != execution.dtype:
-        tile_tokens = min(KV_TILE_TOKENS, step.held_tokens)
-        scratch = tile_tokens * model.kv_width * number_bytes
-    windows = [window for window in model.windows if window is not None]
-    if step.phase == "prefill" and windows:
-        # a sliding layer lays its window and the chunk side by side, under a band mask
-        span_tokens = min(max(windows), step.held_tokens) + step.new_tokens
-        band = span_tokens * (model.kv_width * number_bytes + step.new_tokens * (1 + number_bytes))
-        scratch = max(scratch, band)
-    return scratch
+    growing = [kind for kind in model.cache_kinds if kind[0].window is None and kind[0].width]
+    numbers = sum(cache.width * count for cache, count in growing or model.cache_kinds)
+    return int(numbers * KV_BITS[recipe.execution.kv_dtype] / 8)

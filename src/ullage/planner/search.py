@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ullage.errors import DoesNotFit
+from ullage.planner.engines import ENGINES
 from ullage.planner.memory import peak_bytes
 from ullage.specs.calibration import Calibration
 from ullage.specs.plan import Recipe, TechniqueChoice
@@ -41,6 +42,7 @@ def fit_run(
     Raises:
         DoesNotFit: none fits; carries the smallest budget that would.
     """
+    recipe = ENGINES[recipe.execution.engine].settle(recipe)
     smallest_bytes = None
     for variant in _variants(recipe, freedom):
         variant_bytes = peak_bytes(variant, calibration)

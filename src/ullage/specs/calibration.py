@@ -1,20 +1,22 @@
-"""Calibration: what `ullage audit` measured on this machine, for the planner to use instead of its
-built-in constants."""
+"""Calibration: what was measured on this machine, for the planner to use instead of its built-in
+constants. `ullage audit` measures ullage's own, `ullage doctor --learn` reads an engine's log."""
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ullage.errors import InputError
+from ullage.specs.workload import Engine
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """`runtime_bytes` is what the process takes beside weights, KV entries and activations:
-    interpreter, libraries, tokenizer, thread scratch."""
+    """`constants` are bytes by the names that planner/constants.toml has for `engine`, such as
+    ``runtime_bytes``: what ullage's process takes beside weights, KV entries and activations."""
 
     device: str
-    runtime_bytes: int
+    engine: Engine
+    constants: dict[str, int]
     versions: dict[str, str]
 
     def write(self, path: Path) -> None:
@@ -33,17 +35,18 @@ class Calibration:
 
 
 def read_calibration(path: Path) -> Calibration:
-    """The calibration in a file that `ullage audit` wrote.
+    """The calibration in a file that `ullage audit` or `ullage doctor --learn` wrote.
 
     Raises:
         InputError: no such file, or not a calibration.
     """
     try:
         calibration = Calibration(**json.loads(path.read_text(encoding="utf-8")))
+        figures = list(calibration.constants.values())
     except OSError as error:
         raise InputError(f"Cannot read {path}: {error.strerror}.") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is no calibration file: `ullage audit` writes one.") from error
-    if calibration.runtime_bytes <= 0:
-        raise InputError(f"{path} holds no usable figures: run `ullage audit` again.")
+    if not figures or not all(isinstance(figure, int) and figure > 0 for figure in figures):
+        raise InputError(f"{path} holds no usable figures: write it again.")
     return calibration

@@ -1,6 +1,8 @@
 """ModelSpec: what the arithmetic of memory needs to know of a model."""
 
+from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from math import ceil, prod
 from typing import Any, Literal
 
@@ -137,7 +139,20 @@ class ModelSpec:
 
     def weights_bytes(self, dtype: str) -> int:
         """Bytes of all weights: quantized ones as they are stored, the others in `dtype`."""
-        return sum(tensor.stored_bytes(dtype) * tensor.count for tensor in self.tensors)
+        return self._weights_bytes[dtype]
+
+    @cached_property
+    def _weights_bytes(self) -> dict[str, int]:
+        """`weights_bytes` by dtype: a search asks for it thousands of times."""
+        return {
+            dtype: sum(tensor.stored_bytes(dtype) * tensor.count for tensor in self.tensors)
+            for dtype in DTYPE_BYTES
+        }
+
+    @cached_property
+    def cache_kinds(self) -> tuple[tuple[LayerCache, int], ...]:
+        """The different entries of `caches`, each with the number of its layers."""
+        return tuple(Counter(self.caches).items())
 
     @property
     def prequantized(self) -> bool:
@@ -157,7 +172,7 @@ class ModelSpec:
     @property
     def state_bytes(self) -> int:
         """Bytes a sequence that do not grow with it, over all layers."""
-        return sum(cache.state_bytes for cache in self.caches)
+        return sum(cache.state_bytes * count for cache, count in self.cache_kinds)
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types; `from_json` gives the same spec back."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _Data = TypeVar("_Data", bound="DataclassInstance")
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,32 @@ class Cliff:
 
 
 @dataclass(frozen=True)
+class DeviceShare:
+    """What one device holds while it serves: the peak of everything but KV entries, and the pool
+    that is left for those.
+
+    `kv_pool_tokens` is what the pool holds at the planned length, over all sequences;
+    `max_concurrency` how many sequences of that length. With several devices it is the fullest.
+    """
+
+    weights_bytes: int
+    activation_bytes: int
+    non_torch_bytes: int
+    graph_bytes: int
+    kv_pool_bytes: int
+    kv_pool_tokens: int
+    max_concurrency: float
+
+
+@dataclass(frozen=True)
 class Plan:
-    """A recipe, the budget it is held against, and the bytes of each phase."""
+    """A recipe, the budget it is held against, and the bytes of each phase: per device, where a
+    model is spread over several."""
 
     recipe: Recipe
     budget_bytes: int
     phases: dict[PhaseName, Footprint]
+    share: DeviceShare
     cliff: Cliff
     kv_bytes_per_token: int
 
@@ -84,6 +104,7 @@ class Plan:
                 for name, footprint in self.phases.items()
             },
             "cliff": asdict(self.cliff),
+            **asdict(self.share),
             "kv_bytes_per_token": self.kv_bytes_per_token,
             "model": {**recipe.model.to_json(), "parameters": recipe.model.parameters},
             "device": asdict(recipe.device),
@@ -106,6 +127,7 @@ class Plan:
                 recipe=_recipe(data),
                 budget_bytes=data["budget_bytes"],
                 phases={name: _footprint(data["phases"][name]) for name in PHASES},
+                share=_whole(DeviceShare, _only(DeviceShare, data)),
                 cliff=_whole(Cliff, data["cliff"]),
                 kv_bytes_per_token=data["kv_bytes_per_token"],
             )
@@ -131,6 +153,11 @@ def _recipe(data: dict[str, Any]) -> Recipe:
 def _footprint(data: dict[str, int]) -> Footprint:
     parts = {key: value for key, value in data.items() if key != "total_bytes"}
     return _whole(Footprint, parts)
+
+
+def _only(cls: type["DataclassInstance"], data: dict[str, Any]) -> dict[str, Any]:
+    """Of `data`, the fields of `cls`."""
+    return {field.name: data[field.name] for field in fields(cls)}
 
 
 def _whole(cls: type[_Data], data: dict[str, Any]) -> _Data:

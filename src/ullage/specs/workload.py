@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Engine = Literal["ullage", "transformers"]
+Engine = Literal["ullage", "transformers", "vllm", "sglang", "llama.cpp"]
 Attention = Literal["eager", "sdpa", "flash"]
 PhaseName = Literal["load", "prefill", "decode"]
 PHASES: tuple[PhaseName, ...] = ("load", "prefill", "decode")
@@ -28,7 +28,11 @@ class Execution:
     """How the model runs.
 
     `dtype` is the format of unquantized weights and of the arithmetic, `kv_dtype` that of stored KV
-    entries. `prefill_chunk` is in tokens; 0 reads the whole prompt in one forward pass.
+    entries. `prefill_chunk` is in tokens; 0 reads the whole prompt in one forward pass: vLLM's
+    ``--max-num-batched-tokens``, llama.cpp's ``--ubatch-size``. An `engine_version` of "" is the
+    newest that there are constants of. `max_num_seqs` is the engine's own limit of sequences in a
+    step, and `utilization` the share of a device that it lets itself take; None is its default.
+    `tensor_parallel` times `pipeline_parallel` devices hold one copy of the model.
     """
 
     engine: Engine = "ullage"
@@ -36,6 +40,11 @@ class Execution:
     kv_dtype: str = "bf16"
     attention: Attention = "sdpa"
     prefill_chunk: int = 512
+    engine_version: str = ""
+    max_num_seqs: int | None = None
+    utilization: float | None = None
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,75 @@
+"""What a forward pass of transformers' modules holds, in whichever engine they run.
+
+Letters as in the field: N new tokens in a forward pass, T held tokens.
+"""
+
+from ullage.specs.dtypes import DTYPE_BYTES
+from ullage.specs.footprint import Term
+from ullage.specs.loading import load_spike_bytes
+from ullage.specs.model import ModelSpec, TensorSpec
+from ullage.specs.workload import Step
+
+
+def layer_term(model: ModelSpec, step: Step) -> Term:
+    """Hidden states of the layer that stands highest; layers run one after the other."""
+    hidden, head_dim = model.hidden_size, model.head_dim
+    heads, kv_heads = model.num_heads * head_dim, model.num_kv_heads * head_dim
+    # alive through all layers: the embedded tokens, and the rotary cosines and sines
+    base = hidden + 2 * head_dim
+    # layer input and its normed copy; then q, q cos, rotated q and their sum beside k and v
+    attention = base + 2 * hidden + 4 * heads + 2 * kv_heads
+    # layer input, residual and its normed copy; then, gated, act(gate), up and their product, or,
+    # plain, the terms of gelu_new's polynomial
+    mlp = base + 3 * hidden + (3 if model.gated_mlp else 4) * model.intermediate_size
+    nbytes = step.new_tokens * max(attention, mlp) * DTYPE_BYTES[step.execution.dtype]
+    widest = "attention" if attention > mlp else "MLP"
+    source = f"{step.new_tokens:,} tokens x {max(attention, mlp):,} numbers, {widest} the widest"
+    return Term("activation", "hidden states of one layer", nbytes, "exact", source)
+
+
+def logits_term(model: ModelSpec, step: Step) -> Term:
+    """The last token's logits in the model's format, and the fp32 copy that sampling reads."""
+    number_bytes = DTYPE_BYTES[step.execution.dtype] + 4
+    nbytes = step.sequences * model.vocab_size * number_bytes
+    source = f"{step.sequences:,} rows x {model.vocab_size:,} x {number_bytes} B, fp32 copy too"
+    return Term("logits", "logits of the last token", nbytes, "exact", source)
+
+
+def eager_term(model: ModelSpec, step: Step) -> Term:
+    """The score matrix, quadratic in the prompt: [heads, N, T] a sequence."""
+    number_bytes = DTYPE_BYTES[step.execution.dtype]
+    # scores and the softmax in fp32; a narrower format is widened for the softmax and narrowed
+    # again
+    score_bytes = 4 + 4 if number_bytes == 4 else number_bytes + 4 + 4
+    scores = model.num_heads * step.new_tokens * step.held_tokens * score_bytes
+    mask = step.new_tokens * step.held_tokens * number_bytes
+    nbytes = scores + mask + repeated_kv_bytes(model, step)
+    source = f"{model.num_heads} heads x {step.new_tokens:,} x {step.held_tokens:,} tokens, twice"
+    return Term("activation", "score matrix, its softmax and mask", nbytes, "exact", source)
+
+
+def repeated_kv_bytes(model: ModelSpec, step: Step) -> int:
+    """K and V of one layer, repeated to all query heads."""
+    if model.num_heads == model.num_kv_heads:
+        return 0
+    width = 2 * model.num_heads * model.head_dim
+    return step.sequences * step.held_tokens * width * DTYPE_BYTES[step.execution.dtype]
+
+
+def conversion_term(model: ModelSpec, dtype: str) -> Term:
+    """Weights of another format than the checkpoint's are read into a staging copy each."""
+    nbytes = 0
+    if not model.prequantized and model.dtype != dtype:
+        stored_bytes = DTYPE_BYTES[model.dtype]
+
+        def resident(tensor: TensorSpec) -> int:
+            return tensor.elements * DTYPE_BYTES[dtype]
+
+        nbytes = load_spike_bytes(model, resident, lambda tensor: tensor.elements * stored_bytes)
+    source = f"{model.dtype} read, {dtype} kept, one tensor at a time"
+    return Term("activation", "staging copy while loading", nbytes, "exact", source)
+
+
+def state_bytes(model: ModelSpec, step: Step) -> int:
+    """Convolution and recurrent states, which do not grow."""
+    return step.sequences * model.state_bytes

@@ -1,0 +1,114 @@
+"""ullage's own engine: a paged pool sized once, prompts read one at a time in chunks."""
+
+from collections.abc import Mapping
+
+from ullage.errors import InputError
+from ullage.planner.constants import Constants
+from ullage.planner.engines import forward
+from ullage.specs.blocks import BLOCK_TOKENS
+from ullage.specs.dtypes import DTYPE_BYTES
+from ullage.specs.footprint import Footprint, Term
+from ullage.specs.model import ModelSpec
+from ullage.specs.plan import DeviceShare, Recipe
+from ullage.specs.workload import PhaseName, Step
+
+KV_DTYPES: tuple[str, ...] = tuple(DTYPE_BYTES)
+WEIGHTS: tuple[str, ...] = ("fp32", "bf16", "fp16", "int8", "nf4")
+KV_TILE_TOKENS = 1024  # stored entries that the kernels convert to the arithmetic's format at once
+
+
+def settle(recipe: Recipe) -> Recipe:
+    """Nothing is left open, and there is one device."""
+    execution = recipe.execution
+    if execution.tensor_parallel * execution.pipeline_parallel > 1:
+        raise InputError(
+            "ullage and transformers' generate run on one device: leave --tp and --pp out."
+        )
+    return recipe
+
+
+def limit_bytes(recipe: Recipe) -> int:
+    """All of the device."""
+    return recipe.device.memory_bytes
+
+
+def step(recipe: Recipe, phase: PhaseName) -> Step:
+    """Room for prompt and output is reserved at the door; prompts are read one at a time."""
+    work = recipe.workload
+    chunk_tokens = min(recipe.execution.prefill_chunk or work.prompt_tokens, work.prompt_tokens)
+    held = {"load": 0, "prefill": work.context_tokens, "decode": work.context_tokens}
+    new = {"load": 0, "prefill": chunk_tokens, "decode": work.sequences}
+    return Step(phase, work.sequences, held[phase], new[phase], recipe.execution)
+
+
+def terms(recipe: Recipe, step: Step, constants: Constants) -> list[Term]:
+    """Weights, blocks of the pool, one chunk's activations, one row of logits a sequence."""
+    model, dtype = recipe.model, step.execution.dtype
+    runtime = constants["runtime_bytes"]
+    always = [
+        Term("weights", f"weights in {dtype}", model.weights_bytes(dtype), "exact", "every tensor"),
+        Term("overhead", "runtime", int(runtime.value), runtime.label, runtime.source),
+    ]
+    if step.phase == "load":
+        return [*always, forward.conversion_term(model, dtype)]
+    eager = step.execution.attention == "eager"
+    return [
+        *always,
+        _kv_term(model, step),
+        forward.layer_term(model, step),
+        forward.eager_term(model, step) if eager else _kernel_term(model, step),
+        forward.logits_term(model, step),
+    ]
+
+
+def share(
+    recipe: Recipe,
+    phases: Mapping[PhaseName, Footprint],
+    budget_bytes: int,
+    constants: Constants,
+) -> DeviceShare:
+    """The pool gets what the highest phase leaves beside its KV entries."""
+    serving = (phases["prefill"], phases["decode"])
+    beside_bytes = max(part.total_bytes - part.kv_bytes for part in phases.values())
+    pool_bytes = max(0, budget_bytes - beside_bytes)
+    concurrency = pool_bytes * recipe.workload.sequences / max(1, phases["decode"].kv_bytes)
+    return DeviceShare(
+        weights_bytes=phases["decode"].weights_bytes,
+        activation_bytes=max(part.activation_bytes + part.logits_bytes for part in serving),
+        non_torch_bytes=phases["decode"].overhead_bytes,
+        graph_bytes=0,
+        kv_pool_bytes=pool_bytes,
+        kv_pool_tokens=int(concurrency * recipe.workload.context_tokens),
+        max_concurrency=round(concurrency, 2),
+    )
+
+
+def _kv_term(model: ModelSpec, step: Step) -> Term:
+    """Whole blocks of every KV head; a sliding layer keeps its window and no more."""
+    number_bytes = DTYPE_BYTES[step.execution.kv_dtype]
+    numbers = sum(
+        count * cache.width * BLOCK_TOKENS * -(-cache.kept_tokens(step.held_tokens) // BLOCK_TOKENS)
+        for cache, count in model.cache_kinds
+    )
+    nbytes = step.sequences * numbers * number_bytes + forward.state_bytes(model, step)
+    source = f"{step.sequences:,} x {step.held_tokens:,} tokens in blocks of {BLOCK_TOKENS}"
+    return Term("kv", f"KV blocks in {step.execution.kv_dtype}", nbytes, "exact", source)
+
+
+def _kernel_term(model: ModelSpec, step: Step) -> Term:
+    """ullage's own kernels read the pool where it lies; what they copy is bounded."""
+    execution = step.execution
+    number_bytes = DTYPE_BYTES[execution.dtype]
+    scratch = 0
+    if execution.kv_dtype != execution.dtype:
+        tile_tokens = min(KV_TILE_TOKENS, step.held_tokens)
+        scratch = tile_tokens * model.kv_width * number_bytes
+    windows = [cache.window for cache, _ in model.cache_kinds if cache.window is not None]
+    if step.phase == "prefill" and windows:
+        # a sliding layer lays its window and the chunk side by side, under a band mask
+        span_tokens = min(max(windows), step.held_tokens) + step.new_tokens
+        band = span_tokens * (model.kv_width * number_bytes + step.new_tokens * (1 + number_bytes))
+        scratch = max(scratch, band)
+    return Term(
+        "activation", "scratch of attention", scratch, "exact", "tile or window of one layer"
+    )
