@@ -9,10 +9,11 @@ import typer
 from ullage import techniques
 from ullage.errors import InputError
 from ullage.planner import default_execution
+from ullage.planner.engines import ENGINES
 from ullage.planner.search import Freedom
 from ullage.specs.calibration import Calibration, read_calibration
 from ullage.specs.device import Device, find_device
-from ullage.specs.dtypes import DTYPE_BYTES, dtype_name
+from ullage.specs.dtypes import dtype_name, kv_dtype_name
 from ullage.specs.model import ModelSpec
 from ullage.specs.plan import Recipe, TechniqueChoice
 from ullage.specs.workload import Attention, Engine, Execution, Workload
@@ -49,7 +50,13 @@ MaxModelLenOption = Annotated[
     ),
 ]
 MaxNumSeqsOption = Annotated[
-    int, typer.Option("--max-num-seqs", min=1, help="Sequences at the same time.")
+    int | None,
+    typer.Option(
+        "--max-num-seqs",
+        min=1,
+        help="Sequences at the same time, and the server's own limit. Default: 1, and the "
+        "server's default limit.",
+    ),
 ]
 OutputLenOption = Annotated[
     str | None,
@@ -63,16 +70,18 @@ WeightsOption = Annotated[
     str | None,
     typer.Option(
         "--weights",
-        metavar="fp32|bf16|int8|nf4",
-        help="Format of the weights. Default: bf16 on accelerators, fp32 on CPU.",
+        metavar="FORMAT",
+        help="Format of the weights: fp32, bf16, int8, nf4; fp8, w4a16 and others in vllm, GGUF "
+        "types in llama.cpp. Default: bf16 on accelerators, fp32 on CPU.",
     ),
 ]
 KvOption = Annotated[
     str | None,
     typer.Option(
         "--kv-cache-dtype",
-        metavar="fp32|bf16|fp16",
-        help="Format of the KV entries. Default: that of the arithmetic.",
+        metavar="FORMAT",
+        help="Format of the KV entries: fp32, bf16, fp16; fp8 in vllm and sglang, q8_0 and others "
+        "in llama.cpp. Default: that of the arithmetic.",
     ),
 ]
 AttentionOption = Annotated[
@@ -98,7 +107,31 @@ EngineOption = Annotated[
     Engine,
     typer.Option(
         "--engine",
-        help="Whose memory is planned: ullage's own engine, or transformers' generate.",
+        help="Whose memory is planned: ullage's own engine, transformers' generate, or a server's.",
+    ),
+]
+EngineVersionOption = Annotated[
+    str,
+    typer.Option(
+        "--engine-version",
+        metavar="VERSION",
+        help="Of --engine, as 0.19.0. Default: the newest with figures of its own.",
+    ),
+]
+TpOption = Annotated[
+    int, typer.Option("--tp", min=1, help="Devices that share each layer (tensor parallel).")
+]
+PpOption = Annotated[
+    int, typer.Option("--pp", min=1, help="Devices that share the stack (pipeline parallel).")
+]
+UtilizationOption = Annotated[
+    float | None,
+    typer.Option(
+        "--gpu-memory-utilization",
+        min=0.01,
+        max=1.0,
+        help="Share of a device that vllm takes (sglang: --mem-fraction-static). "
+        "Default: the engine's.",
     ),
 ]
 CalibrationOption = Annotated[
@@ -120,6 +153,11 @@ class PlanOptions:
     technique: tuple[str, ...] = ()
     engine: Engine = "ullage"
     calibration: Path | None = None
+    engine_version: str = ""
+    max_num_seqs: int | None = None
+    tp: int = 1
+    pp: int = 1
+    utilization: float | None = None
 
     def find_device(self) -> Device:
         """The device that is named, or this machine."""
@@ -159,29 +197,42 @@ class PlanOptions:
         """
         chosen = [techniques.parse(text) for text in self.technique]
         choices = tuple(techniques.choice_of(technique) for technique in chosen)
-        if self.weights in ("int8", "nf4"):
-            choices = (TechniqueChoice("quantization", {"scheme": self.weights}), *choices)
-        _refuse_twice(choices)
-        return Recipe(model, device, workload, self._execution(device), choices)
+        recipe = Recipe(model, device, workload, self._execution(device), choices)
+        recipe = self._with_formats(recipe)
+        _refuse_twice(recipe.techniques)
+        return recipe
 
     def read_calibration(self) -> Calibration | None:
         """The calibration that is named, if any."""
         return None if self.calibration is None else read_calibration(self.calibration)
 
     def _execution(self, device: Device) -> Execution:
-        execution = default_execution(device)
-        if self.weights is not None and self.weights not in ("int8", "nf4"):
-            dtype = _dtype("--weights", self.weights, "fp32, bf16, int8 or nf4")
-            execution = replace(execution, dtype=dtype, kv_dtype=dtype)
-        if self.kv_cache_dtype not in (None, "auto"):
-            kv_dtype = _dtype("--kv-cache-dtype", self.kv_cache_dtype, ", ".join(DTYPE_BYTES))
-            execution = replace(execution, kv_dtype=kv_dtype)
-        execution = replace(execution, attention=self.attention, engine=self.engine)
-        if self.prefill_chunk is not None:
-            execution = replace(execution, prefill_chunk=self.prefill_chunk)
-        elif self.engine == "transformers":  # generate reads the whole prompt at once
-            execution = replace(execution, prefill_chunk=0)
-        return execution
+        default = default_execution(device, self.engine)
+        chunk = default.prefill_chunk if self.prefill_chunk is None else self.prefill_chunk
+        return replace(
+            default,
+            attention=self.attention,
+            prefill_chunk=chunk,
+            engine_version=self.engine_version,
+            max_num_seqs=self.max_num_seqs,
+            utilization=self.utilization,
+            tensor_parallel=self.tp,
+            pipeline_parallel=self.pp,
+        )
+
+    def _with_formats(self, recipe: Recipe) -> Recipe:
+        engine = ENGINES[self.engine]
+        if self.weights is not None:
+            weights = dtype_name(self.weights) or self.weights.lower()
+            if weights not in engine.weights:
+                raise _unknown("--weights", self.weights, self.engine, engine.weights)
+            recipe = engine.with_weights(recipe, weights)
+        if self.kv_cache_dtype in (None, "auto"):
+            return recipe
+        kv_dtype = kv_dtype_name(self.kv_cache_dtype)
+        if kv_dtype not in engine.kv_dtypes:
+            raise _unknown("--kv-cache-dtype", self.kv_cache_dtype, self.engine, engine.kv_dtypes)
+        return replace(recipe, execution=replace(recipe.execution, kv_dtype=kv_dtype))
 
 
 def workload_of(
@@ -204,11 +255,8 @@ def workload_of(
     return Workload(total - output, output, sequences)
 
 
-def _dtype(option: str, text: str | None, known: str) -> str:
-    name = dtype_name(text or "")
-    if name is None:
-        raise InputError(f"{option} is {known}, not {text!r}.")
-    return name
+def _unknown(option: str, text: str, engine: Engine, known: tuple[str, ...]) -> InputError:
+    return InputError(f"{option} {text!r}: {engine} has {', '.join(known)}.")
 
 
 def _refuse_twice(choices: tuple[TechniqueChoice, ...]) -> None:

@@ -13,6 +13,7 @@ from ullage.cli.options import (
     ChunkOption,
     DeviceOption,
     EngineOption,
+    EngineVersionOption,
     KvOption,
     MaxModelLenOption,
     MaxNumSeqsOption,
@@ -20,7 +21,10 @@ from ullage.cli.options import (
     ModelArgument,
     OutputLenOption,
     PlanOptions,
+    PpOption,
     TechniqueOption,
+    TpOption,
+    UtilizationOption,
     WeightsOption,
     workload_of,
 )
@@ -38,7 +42,7 @@ def plan(
     device: DeviceOption = None,
     memory: MemoryOption = None,
     max_model_len: MaxModelLenOption = None,
-    max_num_seqs: MaxNumSeqsOption = 1,
+    max_num_seqs: MaxNumSeqsOption = None,
     output_len: OutputLenOption = None,
     weights: WeightsOption = None,
     kv_cache_dtype: KvOption = None,
@@ -46,6 +50,10 @@ def plan(
     prefill_chunk: ChunkOption = None,
     technique: TechniqueOption = None,
     engine: EngineOption = "ullage",
+    engine_version: EngineVersionOption = "",
+    tp: TpOption = 1,
+    pp: PpOption = 1,
+    gpu_memory_utilization: UtilizationOption = None,
     calibration: CalibrationOption = None,
     as_json: bool = typer.Option(False, "--json", help="The plan as JSON, for `run --plan`."),
 ) -> None:
@@ -55,14 +63,13 @@ def plan(
     """
     options = PlanOptions(
         device, memory, weights, kv_cache_dtype, attention, prefill_chunk, tuple(technique or ()),
-        engine, calibration,
+        engine, calibration, engine_version, max_num_seqs, tp, pp, gpu_memory_utilization,
     )  # fmt: skip
     spec, place = resolve(model), options.find_device()
-    workload = workload_of(spec, max_model_len, output_len, max_num_seqs)
+    workload = workload_of(spec, max_model_len, output_len, max_num_seqs or 1)
     calibrated = options.read_calibration()
-    made = build_plan(
-        options.recipe(spec, place, workload), options.budget_bytes(place), calibrated
-    )
+    budget_bytes = None if memory is None else options.budget_bytes(place)
+    made = build_plan(options.recipe(spec, place, workload), budget_bytes, calibrated)
     if as_json:
         typer.echo(json.dumps(made.to_json(), indent=2))
     else:

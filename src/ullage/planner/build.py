@@ -3,13 +3,12 @@
 from ullage import techniques
 from ullage.errors import TechniqueError
 from ullage.planner.cliff import find_cliff
-from ullage.planner.constants import Constants
 from ullage.planner.engines import ENGINES
 from ullage.planner.memory import kv_bytes_per_token, phase_footprints
 from ullage.specs.calibration import Calibration
 from ullage.specs.device import Device
 from ullage.specs.plan import Plan, Recipe
-from ullage.specs.workload import Execution
+from ullage.specs.workload import Engine, Execution
 
 
 def build_plan(
@@ -33,14 +32,12 @@ def build_plan(
         recipe=recipe,
         budget_bytes=budget_bytes,
         phases=phases,
-        share=engine.share(recipe, phases, budget_bytes, Constants(recipe, calibration)),
+        share=engine.share(recipe, phases, budget_bytes),
         cliff=find_cliff(recipe, budget_bytes, calibration),
         kv_bytes_per_token=kv_bytes_per_token(recipe),
     )
 
 
-def default_execution(device: Device) -> Execution:
-    """What ullage runs when nothing is asked: bf16 on accelerators; fp32 on CPUs, most of which
-    multiply bf16 matrices several times slower."""
-    dtype = "fp32" if device.kind == "cpu" else "bf16"
-    return Execution(dtype=dtype, kv_dtype=dtype)
+def default_execution(device: Device, engine: Engine = "ullage") -> Execution:
+    """What `engine` runs on `device` when nothing is asked."""
+    return ENGINES[engine].defaults(device)

@@ -1,9 +1,10 @@
-"""The engines whose memory can be planned: one engine, one file; its module is its arithmetic."""
+"""The engines whose memory can be planned: one engine, one file."""
 
-from ullage.planner.engines import transformers, ullage
 from ullage.planner.engines.base import EngineArithmetic
+from ullage.planner.engines.transformers import Transformers
+from ullage.planner.engines.ullage import Ullage
 from ullage.specs.workload import Engine
 
 __all__ = ["ENGINES", "EngineArithmetic"]
 
-ENGINES: dict[Engine, EngineArithmetic] = {"ullage": ullage, "transformers": transformers}
+ENGINES: dict[Engine, EngineArithmetic] = {"ullage": Ullage(), "transformers": Transformers()}

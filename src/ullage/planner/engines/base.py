@@ -1,19 +1,30 @@
-"""What the planner asks of an engine's module. Adding an engine is adding a file that has these."""
+"""What the planner asks of an engine. Adding an engine is adding a file with one subclass."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Protocol
+from typing import ClassVar
 
+from ullage.errors import InputError
 from ullage.planner.constants import Constants
+from ullage.specs.device import Device
 from ullage.specs.footprint import Footprint, Term
 from ullage.specs.plan import DeviceShare, Recipe
-from ullage.specs.workload import PhaseName, Step
+from ullage.specs.workload import Execution, PhaseName, Step
 
 
-class EngineArithmetic(Protocol):
+class EngineArithmetic(ABC):
     """The memory of one engine, per device: its terms, its limits and its defaults."""
 
-    KV_DTYPES: tuple[str, ...]
-    WEIGHTS: tuple[str, ...]
+    kv_dtypes: ClassVar[tuple[str, ...]]
+    weights: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def defaults(self, device: Device) -> Execution:
+        """What the engine runs on `device` when nothing is asked."""
+
+    @abstractmethod
+    def with_weights(self, recipe: Recipe, weights: str) -> Recipe:
+        """`recipe` with its weights in the format called `weights`, one of `self.weights`."""
 
     def settle(self, recipe: Recipe) -> Recipe:
         """`recipe` with the engine's own defaults where nothing was asked for.
@@ -21,22 +32,40 @@ class EngineArithmetic(Protocol):
         Raises:
             InputError: something that the engine does not have.
         """
+        execution = recipe.execution
+        if execution.tensor_parallel * execution.pipeline_parallel > 1:
+            raise InputError(
+                f"{execution.engine} runs on one device here: leave --tp and --pp out."
+            )
+        return recipe
 
     def limit_bytes(self, recipe: Recipe) -> int:
         """Bytes that the engine lets itself take of one device."""
+        return recipe.device.memory_bytes
 
+    @abstractmethod
     def step(self, recipe: Recipe, phase: PhaseName) -> Step:
         """The largest forward pass of a phase."""
 
+    @abstractmethod
     def terms(self, recipe: Recipe, step: Step, constants: Constants) -> list[Term]:
         """The peak of a phase on the fullest device, one factor a line, without techniques."""
 
     def share(
-        self,
-        recipe: Recipe,
-        phases: Mapping[PhaseName, Footprint],
-        budget_bytes: int,
-        constants: Constants,
+        self, recipe: Recipe, phases: Mapping[PhaseName, Footprint], budget_bytes: int
     ) -> DeviceShare:
         """What one device holds inside `budget_bytes`, given the peak of each phase with all
-        techniques, and the KV pool that is left."""
+        techniques: the KV pool gets what the highest phase leaves beside its KV entries."""
+        serving = (phases["prefill"], phases["decode"])
+        beside_bytes = max(part.total_bytes - part.kv_bytes for part in phases.values())
+        pool_bytes = max(0, budget_bytes - beside_bytes)
+        concurrency = pool_bytes * recipe.workload.sequences / max(1, phases["decode"].kv_bytes)
+        return DeviceShare(
+            weights_bytes=phases["decode"].weights_bytes,
+            activation_bytes=max(part.activation_bytes + part.logits_bytes for part in serving),
+            non_torch_bytes=phases["decode"].overhead_bytes,
+            graph_bytes=0,
+            kv_pool_bytes=pool_bytes,
+            kv_pool_tokens=int(concurrency * recipe.workload.context_tokens),
+            max_concurrency=round(concurrency, 2),
+        )

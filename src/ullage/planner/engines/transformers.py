@@ -1,49 +1,59 @@
 """transformers' generate: one pass over the prompt, a DynamicCache that appends by copying."""
 
+from dataclasses import replace
+
 from ullage.planner.constants import Constants
 from ullage.planner.engines import forward
-from ullage.planner.engines.ullage import limit_bytes, settle, share
+from ullage.planner.engines.ullage import Ullage
+from ullage.specs.device import Device
 from ullage.specs.dtypes import DTYPE_BYTES
 from ullage.specs.footprint import Term
 from ullage.specs.model import LayerCache, ModelSpec
 from ullage.specs.plan import Recipe
-from ullage.specs.workload import PhaseName, Step
-
-__all__ = ["KV_DTYPES", "WEIGHTS", "limit_bytes", "settle", "share", "step", "terms"]
-
-KV_DTYPES: tuple[str, ...] = tuple(DTYPE_BYTES)
-WEIGHTS: tuple[str, ...] = ("fp32", "bf16", "fp16", "int8", "nf4")
+from ullage.specs.workload import Execution, PhaseName, Step
 
 
-def step(recipe: Recipe, phase: PhaseName) -> Step:
-    """All prompts at once. The last token out is never fed back, so its KV entries are never
-    made."""
-    work = recipe.workload
-    chunk_tokens = min(recipe.execution.prefill_chunk or work.prompt_tokens, work.prompt_tokens)
-    held = {"load": 0, "prefill": work.prompt_tokens, "decode": work.context_tokens - 1}
-    new = {"load": 0, "prefill": chunk_tokens * work.sequences, "decode": work.sequences}
-    return Step(phase, work.sequences, held[phase], new[phase], recipe.execution)
+class Transformers(Ullage):
+    """`generate`, in ullage's formats and on its devices."""
 
+    def defaults(self, device: Device) -> Execution:
+        """ullage's formats, and the whole prompt at once."""
+        return replace(super().defaults(device), engine="transformers", prefill_chunk=0)
 
-def terms(recipe: Recipe, step: Step, constants: Constants) -> list[Term]:
-    """What transformers maps from the checkpoint counts nothing while loading: the kernel drops
-    those pages when it must."""
-    model, dtype = recipe.model, step.execution.dtype
-    runtime = constants["runtime_bytes"]
-    always = [
-        Term("weights", f"weights in {dtype}", model.weights_bytes(dtype), "exact", "every tensor"),
-        Term("overhead", "runtime", int(runtime.value), runtime.label, runtime.source),
-    ]
-    if step.phase == "load":
-        return always
-    eager = step.execution.attention == "eager"
-    return [
-        *always,
-        _kv_term(model, step),
-        forward.layer_term(model, step),
-        forward.eager_term(model, step) if eager else _sdpa_term(model, step),
-        forward.logits_term(model, step),
-    ]
+    def step(self, recipe: Recipe, phase: PhaseName) -> Step:
+        """All prompts at once. The last token out is never fed back, so its KV entries are never
+        made."""
+        work = recipe.workload
+        chunk_tokens = min(recipe.execution.prefill_chunk or work.prompt_tokens, work.prompt_tokens)
+        held = {"load": 0, "prefill": work.prompt_tokens, "decode": work.context_tokens - 1}
+        new = {"load": 0, "prefill": chunk_tokens * work.sequences, "decode": work.sequences}
+        return Step(phase, work.sequences, held[phase], new[phase], recipe.execution)
+
+    def terms(self, recipe: Recipe, step: Step, constants: Constants) -> list[Term]:
+        """What transformers maps from the checkpoint counts nothing while loading: the kernel drops
+        those pages when it must."""
+        model, dtype = recipe.model, step.execution.dtype
+        runtime = constants["runtime_bytes"]
+        always = [
+            Term(
+                "weights",
+                f"weights in {dtype}",
+                model.weights_bytes(dtype),
+                "exact",
+                "every tensor",
+            ),
+            Term("overhead", "runtime", int(runtime.value), runtime.label, runtime.source),
+        ]
+        if step.phase == "load":
+            return always
+        eager = step.execution.attention == "eager"
+        return [
+            *always,
+            _kv_term(model, step),
+            forward.layer_term(model, step),
+            forward.eager_term(model, step) if eager else _sdpa_term(model, step),
+            forward.logits_term(model, step),
+        ]
 
 
 def _kv_term(model: ModelSpec, step: Step) -> Term:

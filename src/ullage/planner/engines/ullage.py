@@ -1,86 +1,74 @@
 """ullage's own engine: a paged pool sized once, prompts read one at a time in chunks."""
 
-from collections.abc import Mapping
+from dataclasses import replace
 
-from ullage.errors import InputError
 from ullage.planner.constants import Constants
 from ullage.planner.engines import forward
+from ullage.planner.engines.base import EngineArithmetic
 from ullage.specs.blocks import BLOCK_TOKENS
+from ullage.specs.device import Device
 from ullage.specs.dtypes import DTYPE_BYTES
-from ullage.specs.footprint import Footprint, Term
+from ullage.specs.footprint import Term
 from ullage.specs.model import ModelSpec
-from ullage.specs.plan import DeviceShare, Recipe
-from ullage.specs.workload import PhaseName, Step
+from ullage.specs.plan import Recipe, TechniqueChoice
+from ullage.specs.workload import Execution, PhaseName, Step
 
-KV_DTYPES: tuple[str, ...] = tuple(DTYPE_BYTES)
-WEIGHTS: tuple[str, ...] = ("fp32", "bf16", "fp16", "int8", "nf4")
 KV_TILE_TOKENS = 1024  # stored entries that the kernels convert to the arithmetic's format at once
 
 
-def settle(recipe: Recipe) -> Recipe:
-    """Nothing is left open, and there is one device."""
-    execution = recipe.execution
-    if execution.tensor_parallel * execution.pipeline_parallel > 1:
-        raise InputError(
-            "ullage and transformers' generate run on one device: leave --tp and --pp out."
-        )
-    return recipe
+class Ullage(EngineArithmetic):
+    """`ullage run`."""
 
+    kv_dtypes = tuple(DTYPE_BYTES)
+    weights = ("fp32", "bf16", "fp16", "int8", "nf4")
 
-def limit_bytes(recipe: Recipe) -> int:
-    """All of the device."""
-    return recipe.device.memory_bytes
+    def defaults(self, device: Device) -> Execution:
+        """bf16 on accelerators; fp32 on CPUs, most of which multiply bf16 matrices several times
+        slower."""
+        dtype = "fp32" if device.kind == "cpu" else "bf16"
+        return Execution(dtype=dtype, kv_dtype=dtype)
 
+    def with_weights(self, recipe: Recipe, weights: str) -> Recipe:
+        """A plain format is the arithmetic's and the KV entries' too; a quantized one is a
+        technique."""
+        if weights in DTYPE_BYTES:
+            execution = replace(recipe.execution, dtype=weights, kv_dtype=weights)
+            return replace(recipe, execution=execution)
+        choice = TechniqueChoice("quantization", {"scheme": weights})
+        return replace(recipe, techniques=(choice, *recipe.techniques))
 
-def step(recipe: Recipe, phase: PhaseName) -> Step:
-    """Room for prompt and output is reserved at the door; prompts are read one at a time."""
-    work = recipe.workload
-    chunk_tokens = min(recipe.execution.prefill_chunk or work.prompt_tokens, work.prompt_tokens)
-    held = {"load": 0, "prefill": work.context_tokens, "decode": work.context_tokens}
-    new = {"load": 0, "prefill": chunk_tokens, "decode": work.sequences}
-    return Step(phase, work.sequences, held[phase], new[phase], recipe.execution)
+    def step(self, recipe: Recipe, phase: PhaseName) -> Step:
+        """Room for prompt and output is reserved at the door; prompts are read one at a time."""
+        work = recipe.workload
+        chunk_tokens = min(recipe.execution.prefill_chunk or work.prompt_tokens, work.prompt_tokens)
+        held = {"load": 0, "prefill": work.context_tokens, "decode": work.context_tokens}
+        new = {"load": 0, "prefill": chunk_tokens, "decode": work.sequences}
+        return Step(phase, work.sequences, held[phase], new[phase], recipe.execution)
 
-
-def terms(recipe: Recipe, step: Step, constants: Constants) -> list[Term]:
-    """Weights, blocks of the pool, one chunk's activations, one row of logits a sequence."""
-    model, dtype = recipe.model, step.execution.dtype
-    runtime = constants["runtime_bytes"]
-    always = [
-        Term("weights", f"weights in {dtype}", model.weights_bytes(dtype), "exact", "every tensor"),
-        Term("overhead", "runtime", int(runtime.value), runtime.label, runtime.source),
-    ]
-    if step.phase == "load":
-        return [*always, forward.conversion_term(model, dtype)]
-    eager = step.execution.attention == "eager"
-    return [
-        *always,
-        _kv_term(model, step),
-        forward.layer_term(model, step),
-        forward.eager_term(model, step) if eager else _kernel_term(model, step),
-        forward.logits_term(model, step),
-    ]
-
-
-def share(
-    recipe: Recipe,
-    phases: Mapping[PhaseName, Footprint],
-    budget_bytes: int,
-    constants: Constants,
-) -> DeviceShare:
-    """The pool gets what the highest phase leaves beside its KV entries."""
-    serving = (phases["prefill"], phases["decode"])
-    beside_bytes = max(part.total_bytes - part.kv_bytes for part in phases.values())
-    pool_bytes = max(0, budget_bytes - beside_bytes)
-    concurrency = pool_bytes * recipe.workload.sequences / max(1, phases["decode"].kv_bytes)
-    return DeviceShare(
-        weights_bytes=phases["decode"].weights_bytes,
-        activation_bytes=max(part.activation_bytes + part.logits_bytes for part in serving),
-        non_torch_bytes=phases["decode"].overhead_bytes,
-        graph_bytes=0,
-        kv_pool_bytes=pool_bytes,
-        kv_pool_tokens=int(concurrency * recipe.workload.context_tokens),
-        max_concurrency=round(concurrency, 2),
-    )
+    def terms(self, recipe: Recipe, step: Step, constants: Constants) -> list[Term]:
+        """Weights, blocks of the pool, one chunk's activations, one row of logits a sequence."""
+        model, dtype = recipe.model, step.execution.dtype
+        runtime = constants["runtime_bytes"]
+        always = [
+            Term(
+                "weights",
+                f"weights in {dtype}",
+                model.weights_bytes(dtype),
+                "exact",
+                "every tensor",
+            ),
+            Term("overhead", "runtime", int(runtime.value), runtime.label, runtime.source),
+        ]
+        if step.phase == "load":
+            return [*always, forward.conversion_term(model, dtype)]
+        eager = step.execution.attention == "eager"
+        return [
+            *always,
+            _kv_term(model, step),
+            forward.layer_term(model, step),
+            forward.eager_term(model, step) if eager else _kernel_term(model, step),
+            forward.logits_term(model, step),
+        ]
 
 
 def _kv_term(model: ModelSpec, step: Step) -> Term:
