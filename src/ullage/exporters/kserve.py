@@ -67,7 +67,8 @@ def _container(plan: Plan) -> dict[str, Any]:
 
 def _uri(plan: Plan) -> str:
     weights = plans.weights_of(plan.recipe.model)
-    if not _HUB_ID.fullmatch(weights.name):
+    reachable = "/" in weights.name or weights.unknown
+    if not reachable or not _HUB_ID.fullmatch(weights.name):
         raise InputError(
             f"A cluster cannot read {weights.name!r}: plan a hub id, or copy the weights to a "
             "volume and write its pvc:// address into an exported manifest."

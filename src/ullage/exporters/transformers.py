@@ -118,7 +118,7 @@ def _generate(plan: Plan) -> Iterator[Option]:
     plain = not any(model.windows) and not model.state_bytes
     if execution.kv_dtype != "fp8" or not plain:
         raise InputError(
-            f"transformers has no {execution.kv_dtype} KV entries for {model.name}: plan with "
+            f"transformers has no {execution.kv_dtype} KV entries for this model: plan with "
             f"--kv-cache-dtype {execution.dtype}."
         )
     known("transformers").choice("cache_config.backend", "fp8")

@@ -27,11 +27,10 @@ def notes(plan: Plan) -> list[str]:
     lines = plans.notes_of(plan, known("vllm"))
     stored = plans.storages_of(plan.recipe.model)
     if stored:
-        online = (
-            f" If it is not quantized: --quantization {_ONLINE_FP8}." if "fp8" in stored else ""
-        )
+        lines.append(f"{', '.join(stored)} weights: vLLM reads that from the checkpoint's config.")
+    if "fp8" in stored:
         lines.append(
-            f"{', '.join(stored)} weights: vLLM reads that from the checkpoint's config.{online}"
+            f"If it is not quantized, --quantization {_ONLINE_FP8} does that while loading."
         )
     if plan.recipe.execution.attention == "eager":
         lines.append("vLLM has no eager attention: its kernels build no score matrix.")
@@ -102,8 +101,8 @@ def _sizes(plan: Plan) -> list[Option]:
 
 
 def _memory(plan: Plan) -> list[Option]:
-    """A share, and never --kv-cache-memory-bytes: that would skip the profiling of the peak, and the
-    first long prompt would find no room."""
+    """A share, and never --kv-cache-memory-bytes: that skips the profiling of the peak, and the
+    first long prompt finds no room."""
     share = plans.fraction_of(plan, plan.budget_bytes)
     if share is None:
         return []

@@ -1,4 +1,4 @@
-"""A plan as an exporter reads it: where the weights are, in which format, and the share of memory."""
+"""A plan as an exporter reads it: where the weights are, their format, and the share of memory."""
 
 import re
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ _BITSANDBYTES = ("nf4", "fp4")
 
 @dataclass(frozen=True)
 class Weights:
-    """Where the weights are: a hub id or a folder with perhaps a revision, or a GGUF file. Where the
+    """Where the weights are: a hub id with perhaps a revision, a folder, or a GGUF file. Where the
     plan names none, `name` is the model's and `unknown` is set."""
 
     name: str
@@ -139,11 +139,11 @@ def refuse_others(plan: Plan, engine: str, *kinds: DeviceKind) -> None:
     for choice in plan.recipe.techniques:
         if choice.name != "quantization":
             raise InputError(
-                f"{engine} has no {choice.name}: leave it out of the plan, or run it in ullage."
+                f"{engine} has no {choice.name[:60]!r}: leave it out of the plan, or run it in ullage."
             )
     device = plan.recipe.device
     if device.kind not in kinds:
-        raise InputError(f"{engine} does not run on {device.name} ({device.kind}).")
+        raise InputError(f"{engine} does not run on {device.name[:60]!r} ({device.kind}).")
 
 
 def notes_of(plan: Plan, known: Known) -> list[str]:

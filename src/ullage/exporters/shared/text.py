@@ -33,12 +33,12 @@ def writable(text: str, what: str) -> str:
     for character in text:
         category = unicodedata.category(character)
         if character not in "\n\t" and (category[0] == "C" or category in ("Zl", "Zp")):
-            raise InputError(f"The {what} holds the character {ascii(character)}: give it another.")
+            raise InputError(f"The {what} holds the character {character!a}: give it another.")
     return text
 
 
 def comments(lines: Iterable[str], indent: int = 0) -> list[str]:
-    """`lines` as comments, on one line each: what cannot be seen is escaped, so that no name can end
+    """`lines` as comments, each on one line: what cannot be seen is escaped, so that no name ends
     a comment."""
     return [f"{' ' * indent}# {_visible(line)}" for line in lines]
 
