@@ -5,6 +5,7 @@ import ast
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -156,6 +157,27 @@ def test_sglang_gets_what_was_planned(make_plan: MakePlan) -> None:
     }
 
 
+def test_sglang_quantizes_to_nf4_while_loading(make_plan: MakePlan) -> None:
+    found = argv(exporters.export(make_plan(scheme="nf4"), "sglang"))
+    assert found["--quantization"] == found["--load-format"] == "bitsandbytes"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"device": CPU}, {"--gpu-layers": "0", "--cache-ram": "0"}),
+        ({"tensor_parallel": 2}, {"--split-mode": "tensor", "--tensor-split": "1,1"}),
+        ({"pipeline_parallel": 3}, {"--split-mode": "layer", "--tensor-split": "1,1,1"}),
+        ({"attention": "eager"}, {"--flash-attn": "off"}),
+    ],
+)
+def test_llama_cpp_is_told_the_devices(
+    make_plan: MakePlan, changes: dict[str, Any], expected: dict[str, str]
+) -> None:
+    found = argv(exporters.export(make_plan("/m/tiny.gguf", **changes), "llama.cpp"))
+    assert expected.items() <= found.items()
+
+
 def test_llama_cpp_gets_what_was_planned(make_plan: MakePlan) -> None:
     found = argv(exporters.export(make_plan("/m/tiny.gguf", kv_dtype="q8_0"), "llama.cpp"))
     assert found == {
@@ -199,6 +221,11 @@ def test_transformers_gets_what_was_planned(make_plan: MakePlan) -> None:
         "device_map": "'cuda'",
     }
     assert calls["model.generate"] == {"max_new_tokens": "256", "prefill_chunk_size": "512"}
+
+
+def test_transformers_reads_a_gguf_file_from_its_folder(make_plan: MakePlan) -> None:
+    program = exporters.export(make_plan("/m/x y/tiny.gguf"), "transformers")
+    assert program.count('"/m/x y"') == program.count('gguf_file="tiny.gguf"') == 2  # tokenizer too
 
 
 def test_a_ray_config_has_known_fields_only(make_plan: MakePlan) -> None:
@@ -246,6 +273,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("vllm", {"source": "a\0b"}, "The model's source holds the character"),
     ("vllm", {"dtype": "fp64"}, "No engine computes in 'fp64'"),
     ("sglang", {"scheme": "int8"}, "has no int8 weights"),
+    ("sglang", {"scheme": "nf4", "device": CPU}, "has no nf4 weights"),
     ("sglang", {"kv_dtype": "fp16"}, "has no --kv-cache-dtype 'fp16'"),
     ("sglang", {"others": ("camelot",)}, "sglang has no 'camelot'"),
     ("llama.cpp", {"scheme": "nf4"}, "has no nf4 weights"),
@@ -309,15 +337,15 @@ plans = st.fixed_dictionaries(
             st.sampled_from(["org/tiny", "org/tiny@v1", "-rf", "/m/x y.gguf", "", "$(x)'\"\n#"]),
             st.text(max_size=12),
         ),
-        "scheme": st.sampled_from(["none", "int8", "nf4"]),
-        "others": st.sampled_from([(), (), ("dms",)]),
+        "scheme": st.sampled_from(["none", "none", "none", "int8", "nf4"]),
+        "others": st.sampled_from([(), (), (), (), ("dms",)]),
         "device": st.sampled_from([H100, CPU, M3, MI300X]),
         "budget_bytes": st.integers(1, 80 * GIB),
         "work": st.builds(Workload, st.integers(1, 9999), st.integers(1, 999), st.integers(1, 300)),
         "family": st.sampled_from(["llama", "gemma3_text", "gpt2"]),
         "engine": st.sampled_from(get_args(Engine)),
         "dtype": st.sampled_from(list(DTYPE_BYTES)),
-        "kv_dtype": st.sampled_from(list(KV_BITS)),
+        "kv_dtype": st.sampled_from(["dtype", *KV_BITS]),
         "attention": st.sampled_from(get_args(Attention)),
         "prefill_chunk": st.integers(0, 9999),
         "max_num_seqs": st.none() | st.integers(1, 999),
@@ -333,6 +361,8 @@ storages = st.sampled_from([None, None, "fp8", "int4", "nf4", "q4_k", "mxfp4", "
 def test_any_plan_exports_to_what_parses_or_to_our_error(
     make_plan: MakePlan, changes: dict[str, Any], storage: str | None, target: str
 ) -> None:
+    if changes["kv_dtype"] == "dtype":
+        changes["kv_dtype"] = changes["dtype"]
     plan = make_plan(**changes)
     if storage is not None:
         plan = stored(plan, Storage(storage, 4))
@@ -351,3 +381,16 @@ def test_any_plan_exports_to_what_parses_or_to_our_error(
     else:
         names = {name for name in argv(text) if name}
         assert names <= known(target).names
+
+
+# Not nf4: on some CPUs bitsandbytes repacks weights, and fails at ones as narrow as these.
+@pytest.mark.parametrize("scheme", ["none", "int8"])
+def test_the_program_for_transformers_runs(
+    make_plan: MakePlan, model_folder: Callable[[str], Path], scheme: str, capsys: Any
+) -> None:
+    plan = make_plan(
+        str(model_folder("llama")), scheme, device=CPU, work=Workload(8, 4), dtype="fp32",
+        kv_dtype="fp32", prefill_chunk=2,
+    )  # fmt: skip
+    exec(compile(exporters.export(plan, "transformers"), "exported.py", "exec"), {})
+    assert capsys.readouterr().out.strip()

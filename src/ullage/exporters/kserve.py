@@ -39,8 +39,10 @@ def export(plan: Plan) -> str:
         "metadata": {"name": _object_name(model.name)},
         "spec": spec,
     }
-    version = f"LLMInferenceService of kserve {known('kserve').version}."
-    return text.yaml([*vllm.notes(plan), version], manifest)
+    notes = [*vllm.notes(plan), f"LLMInferenceService of kserve {known('kserve').version}."]
+    if plan.recipe.device.kind not in _GPUS:
+        notes.append("KServe's own image is for GPUs: give the container main one for CPUs.")
+    return text.yaml(notes, manifest)
 
 
 def _container(plan: Plan) -> dict[str, Any]:

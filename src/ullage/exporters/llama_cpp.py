@@ -63,7 +63,7 @@ def _sizes(plan: Plan) -> list[Option]:
         Option(
             "--ctx-size",
             work.context_tokens * work.sequences,
-            f"{work.context_tokens:,} tokens for each of the slots",
+            f"{work.context_tokens:,} tokens for each of {work.sequences:,} slots",
         ),
         Option("--parallel", work.sequences, "slots: sequences at the same time"),
         Option("--ubatch-size", chunk_tokens, why),

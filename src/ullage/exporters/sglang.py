@@ -2,7 +2,6 @@
 
 from ullage.exporters.shared import plans, text
 from ullage.exporters.shared.options import Option, known
-from ullage.exporters.vllm import no_graphs
 from ullage.specs.plan import Plan
 from ullage.units import format_bytes
 
@@ -28,9 +27,10 @@ def _notes(plan: Plan) -> list[str]:
     stored = plans.storages_of(plan.recipe.model)
     if stored and not plans.weights_of(plan.recipe.model).gguf:
         lines.append(
-            f"{', '.join(stored)} weights: SGLang reads that from the checkpoint's config. "
-            "If it is not quantized: --quantization fp8 does that while loading."
+            f"{', '.join(stored)} weights: SGLang reads that from the checkpoint's config."
         )
+    if "fp8" in stored:
+        lines.append("If it is not quantized, --quantization fp8 does that while loading.")
     if plan.recipe.execution.attention == "eager":
         lines.append("SGLang has no eager attention: its kernels build no score matrix.")
     if not _memory(plan):
@@ -54,7 +54,7 @@ def _weights(plan: Plan) -> list[Option]:
         plans.refuse_scheme(plan, known("sglang"))
         return [*options, *_loader("gguf", "weights as the GGUF file has them")]
     plans.refuse_gguf_types(plan, "sglang")
-    if plans.scheme_of(plan) == "nf4":
+    if plans.scheme_of(plan) == "nf4" and plan.recipe.device.kind == "cuda":
         return [*options, *_loader("bitsandbytes", "nf4, quantized while loading")]
     plans.refuse_scheme(plan, known("sglang"))
     return options
@@ -121,7 +121,7 @@ def _devices(plan: Plan) -> list[Option]:
     if execution.pipeline_parallel > 1:
         why = "devices that share the stack"
         found.append(Option("--pp-size", execution.pipeline_parallel, why))
-    if no_graphs(plan, "sglang"):
+    if plans.no_graphs(plan, "sglang"):
         why = "no room is planned for CUDA graphs"
         found.append(Option("--disable-prefill-cuda-graph", None, why))
         found.append(Option("--disable-decode-cuda-graph", None, why))

@@ -10,6 +10,7 @@ from ullage.specs.plan import Plan
 from ullage.units import format_bytes
 
 _ATTENTION = {"eager": "eager", "sdpa": "sdpa", "flash": "flash_attention_2"}
+_WALLED = ("cuda", "rocm")  # where torch can be told how much it may take
 
 
 def export(plan: Plan) -> str:
@@ -23,7 +24,7 @@ def export(plan: Plan) -> str:
     if execution.tensor_parallel * execution.pipeline_parallel > 1:
         raise InputError("transformers runs on one device here: plan without --tp and --pp.")
     sections = [
-        text.comments(plans.notes_of(plan, known("transformers"))),
+        text.comments(_notes(plan)),
         [*_imports(plan), ""],
         *_memory(plan),
         [*_tokenizer(plan), *_call("model", "AutoModelForCausalLM.from_pretrained", _load(plan))],
@@ -32,6 +33,13 @@ def export(plan: Plan) -> str:
         ["print(tokenizer.decode(output[0], skip_special_tokens=True))"],
     ]
     return "\n".join(line for section in sections for line in section) + "\n"
+
+
+def _notes(plan: Plan) -> list[str]:
+    lines = plans.notes_of(plan, known("transformers"))
+    if plan.recipe.device.kind not in _WALLED:
+        lines.append("Nothing holds the budget here, as `ullage run` would.")
+    return lines
 
 
 def _imports(plan: Plan) -> Iterator[str]:
@@ -51,7 +59,7 @@ def _imports(plan: Plan) -> Iterator[str]:
 
 def _memory(plan: Plan) -> Iterator[list[str]]:
     share = plans.fraction_of(plan, plan.budget_bytes)
-    if share is not None and plan.recipe.device.kind in ("cuda", "rocm"):
+    if share is not None and plan.recipe.device.kind in _WALLED:
         yield [
             f"# a wall: what would pass {format_bytes(plan.budget_bytes)} fails instead",
             f"torch.cuda.set_per_process_memory_fraction({share})",

@@ -121,13 +121,6 @@ def _devices(plan: Plan) -> list[Option]:
     if execution.pipeline_parallel > 1:
         why = "devices that share the stack"
         found.append(Option("--pipeline-parallel-size", execution.pipeline_parallel, why))
-    if no_graphs(plan, "vllm"):
+    if plans.no_graphs(plan, "vllm"):
         found.append(Option("--enforce-eager", None, "no room is planned for CUDA graphs"))
     return found
-
-
-def no_graphs(plan: Plan, engine: str) -> bool:
-    """Whether a plan of this very engine has no CUDA graphs; another's says nothing of them."""
-    recipe = plan.recipe
-    own = recipe.execution.engine == engine and recipe.device.kind != "cpu"
-    return own and plan.share.graph_bytes == 0

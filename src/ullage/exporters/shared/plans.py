@@ -139,7 +139,7 @@ def refuse_others(plan: Plan, engine: str, *kinds: DeviceKind) -> None:
     for choice in plan.recipe.techniques:
         if choice.name != "quantization":
             raise InputError(
-                f"{engine} has no {choice.name[:60]!r}: leave it out of the plan, or run it in ullage."
+                f"{engine} has no {choice.name[:60]!r}: plan without it, or run it in ullage."
             )
     device = plan.recipe.device
     if device.kind not in kinds:
@@ -178,3 +178,10 @@ def fraction_of(plan: Plan, nbytes: int) -> float | None:
     if steps * memory_bytes // FRACTION_STEPS > nbytes:
         steps -= 1
     return max(1, steps) / FRACTION_STEPS
+
+
+def no_graphs(plan: Plan, engine: str) -> bool:
+    """Whether a plan of this very engine has no CUDA graphs; another's says nothing of them."""
+    recipe = plan.recipe
+    own = recipe.execution.engine == engine and recipe.device.kind != "cpu"
+    return own and plan.share.graph_bytes == 0
