@@ -9,6 +9,8 @@ from ullage.exporters.shared.options import Option, known
 from ullage.specs.plan import Plan
 
 _PLAIN_TYPES = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
+_CONVERTED = ("f32", "f16", "bf16")  # what the converter itself writes
+_MIXED = ("q3_k", "q4_k", "q5_k")  # names of types and of several mixtures of them
 _LOGICAL_BATCH_TOKENS = 2048  # llama.cpp's own; a larger physical batch needs a larger one
 
 
@@ -43,16 +45,18 @@ def _converted(plan: Plan) -> tuple[str, list[str]]:
         )
     stem = re.sub(r"[^\w.-]+", "-", model.name, flags=re.ASCII).strip("-.") or "model"
     plans.torch_dtype(plan.recipe.execution.dtype)  # an error of ours, if it is none
-    plain = _PLAIN_TYPES[plan.recipe.execution.dtype]
-    whole = f"{stem}-{plain}.gguf"
-    folder = shlex.quote(plans.weights_of(model).name)
+    kind = stored[0] if stored else _PLAIN_TYPES[plan.recipe.execution.dtype]
+    made = kind in _CONVERTED
+    whole = f"{stem}-{kind if made else 'bf16'}.gguf"
     lines = [
-        f"It reads GGUF: convert_hf_to_gguf.py {folder} --outtype {plain} --outfile {whole}",
+        f"It reads GGUF: convert_hf_to_gguf.py {shlex.quote(plans.weights_of(model).name)} "
+        f"--outtype {kind if made else 'bf16'} --outfile {whole}",
     ]
-    if not stored or stored == ["mxfp4"]:
+    if made:
         return whole, lines
-    file = f"{stem}-{stored[0]}.gguf"
-    return file, [*lines, f"then llama-quantize {whole} {file} {stored[0].upper()}"]
+    file = f"{stem}-{kind}.gguf"
+    mixture = f"{kind.upper()}_M, or _S if that was planned" if kind in _MIXED else kind.upper()
+    return file, [*lines, f"then llama-quantize {whole} {file} {mixture}"]
 
 
 def _sizes(plan: Plan) -> list[Option]:

@@ -102,8 +102,11 @@ def _sizes(plan: Plan) -> list[Option]:
 
 
 def _memory(plan: Plan) -> list[Option]:
-    """Of the budget, what is static: SGLang's share leaves activations and graphs out."""
+    """SGLang's own plans have the static share for a budget; of another's it is what is static:
+    activations and graphs stand beside it."""
     static_bytes = plan.share.weights_bytes + plan.share.kv_pool_bytes
+    if plan.recipe.execution.engine == "sglang":
+        static_bytes = plan.budget_bytes
     share = plans.fraction_of(plan, min(static_bytes, plan.budget_bytes))
     if share is None:
         return []
@@ -121,6 +124,10 @@ def _devices(plan: Plan) -> list[Option]:
     if execution.pipeline_parallel > 1:
         why = "devices that share the stack"
         found.append(Option("--pp-size", execution.pipeline_parallel, why))
+    if execution.engine == "sglang" and plan.share.graph_bytes:
+        why = "CUDA graphs are planned for so many"
+        largest = execution.max_num_seqs or plan.recipe.workload.sequences
+        found.append(Option("--cuda-graph-max-bs-decode", largest, why))
     if plans.no_graphs(plan, "sglang"):
         why = "no room is planned for CUDA graphs"
         found.append(Option("--disable-prefill-cuda-graph", None, why))
