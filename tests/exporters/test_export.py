@@ -203,9 +203,12 @@ def test_llama_cpp_gets_what_was_planned(make_plan: MakePlan) -> None:
     }
 
 
-def test_a_plain_gguf_file_is_only_converted(make_plan: MakePlan) -> None:
-    text = exporters.export(stored(make_plan(), Storage("F16", 16)), "llama.cpp")
-    assert "--outtype f16 --outfile tiny-llama-f16.gguf" in text
+@pytest.mark.parametrize(("kind", "outtype"), [("F16", "f16"), ("mxfp4", "bf16")])
+def test_what_the_converter_writes_is_only_converted(
+    make_plan: MakePlan, kind: str, outtype: str
+) -> None:
+    text = exporters.export(stored(make_plan(), Storage(kind, 16)), "llama.cpp")
+    assert f"--outtype {outtype} --outfile tiny-llama-{kind.lower()}.gguf" in text
     assert "llama-quantize" not in text
 
 

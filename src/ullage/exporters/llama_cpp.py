@@ -9,7 +9,7 @@ from ullage.exporters.shared.options import Option, known
 from ullage.specs.plan import Plan
 
 _PLAIN_TYPES = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
-_CONVERTED = ("f32", "f16", "bf16")  # what the converter itself writes
+_CONVERTED = ("f32", "f16", "bf16", "mxfp4")  # what the converter writes, or leaves as it is
 _MIXED = ("q3_k", "q4_k", "q5_k")  # names of types and of several mixtures of them
 _LOGICAL_BATCH_TOKENS = 2048  # llama.cpp's own; a larger physical batch needs a larger one
 
@@ -35,28 +35,37 @@ def export(plan: Plan) -> str:
 
 
 def _converted(plan: Plan) -> tuple[str, list[str]]:
-    """The GGUF file that has to be made first, and how."""
+    """The GGUF file that has to be made first, and how.
+
+    Raises:
+        InputError: a checkpoint of which none can be made.
+    """
     model = plan.recipe.model
-    stored = plans.storages_of(model)
-    if not plans.gguf_types(model):
+    folder, kind = shlex.quote(plans.weights_of(model).name), _file_type(plan)
+    stem = re.sub(r"[^\w.-]+", "-", model.name, flags=re.ASCII).strip("-.") or "model"
+    file = f"{stem}-{kind}.gguf"
+    whole = file if kind in _CONVERTED else f"{stem}-bf16.gguf"
+    outtype = kind if kind in _PLAIN_TYPES.values() else "bf16"
+    lines = [
+        f"It reads GGUF: convert_hf_to_gguf.py {folder} --outtype {outtype} --outfile {whole} "
+        "(a hub id: with --remote)"
+    ]
+    if kind not in _CONVERTED:
+        mixture = f"{kind.upper()}_M, or _S if that was planned" if kind in _MIXED else kind.upper()
+        lines.append(f"then llama-quantize {whole} {file} {mixture}")
+    return file, lines
+
+
+def _file_type(plan: Plan) -> str:
+    """The type of most weights in the file."""
+    stored, dtype = plans.storages_of(plan.recipe.model), plan.recipe.execution.dtype
+    if not plans.gguf_types(plan.recipe.model):
         raise InputError(
             f"llama.cpp reads no {stored[0]} checkpoint: plan with --engine llama.cpp "
             "--weights q4_k_m, or a .gguf file."
         )
-    stem = re.sub(r"[^\w.-]+", "-", model.name, flags=re.ASCII).strip("-.") or "model"
-    plans.torch_dtype(plan.recipe.execution.dtype)  # an error of ours, if it is none
-    kind = stored[0] if stored else _PLAIN_TYPES[plan.recipe.execution.dtype]
-    made = kind in _CONVERTED
-    whole = f"{stem}-{kind if made else 'bf16'}.gguf"
-    lines = [
-        f"It reads GGUF: convert_hf_to_gguf.py {shlex.quote(plans.weights_of(model).name)} "
-        f"--outtype {kind if made else 'bf16'} --outfile {whole}",
-    ]
-    if made:
-        return whole, lines
-    file = f"{stem}-{kind}.gguf"
-    mixture = f"{kind.upper()}_M, or _S if that was planned" if kind in _MIXED else kind.upper()
-    return file, [*lines, f"then llama-quantize {whole} {file} {mixture}"]
+    plans.torch_dtype(dtype)  # an error of ours, if it is none
+    return stored[0] if stored else _PLAIN_TYPES[dtype]
 
 
 def _sizes(plan: Plan) -> list[Option]:
