@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ullage.errors import ModelError
-from ullage.specs.model import Storage, TensorSpec
+from ullage.specs.model import ModelSpec, Storage, TensorSpec
 
 _QUANTIZABLE = ("linear", "expert")
 
@@ -205,3 +205,26 @@ _METHODS: Mapping[str, Callable[[Mapping[str, Any]], Quantized]] = {
     "mxfp4": _mxfp4,
     "bitsandbytes": _bitsandbytes,
 }
+
+
+# What a checkpoint of a format holds for each weight of a linear layer, by the name people use.
+CHECKPOINT_FORMATS: Mapping[str, Storage] = {
+    "fp8": Storage("fp8", 8, 1, 0, 2.0),  # w8a8 fp8 with a scale a row
+    "int8": Storage("int8", 8, 1, 0, 2.0),  # w8a8 with a scale a row
+    "int4": Storage("int4", 4, 1, 128, 2.0),  # w4a16, symmetric, groups of 128
+    "nvfp4": _NVFP4,
+    "mxfp4": Storage("mxfp4", 4, 1, 32, 1.0),
+    "nf4": Storage("nf4", 4, 1, 64, 4.0),
+}
+
+
+def as_checkpoint(model: ModelSpec, name: str) -> ModelSpec:
+    """`model` as a checkpoint in the format called `name` holds it; embeddings and head stay.
+
+    Raises:
+        ModelError: the checkpoint is quantized already.
+    """
+    if model.prequantized:
+        raise ModelError(f"{model.name} is quantized already: leave --weights out.")
+    tensors = apply(Quantized(CHECKPOINT_FORMATS[name]), model.tensors)
+    return replace(model, tensors=tuple(tensors))
