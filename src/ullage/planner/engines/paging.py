@@ -16,6 +16,7 @@ from ullage.specs.model import LayerCache, ModelSpec
 from ullage.specs.workload import Execution
 
 BLOCK_TOKENS = 16
+_LATENT_ALIGNMENT = 64  # tokens; what attention over latents wants beside states
 _MOST_ALIKE = 1.5  # from here on the smaller kind sets the size of a group
 
 
@@ -74,8 +75,9 @@ class _Kind:
 
 def paging(model: ModelSpec, execution: Execution, stage: Stage) -> Paging:
     """The blocks of `model` on a device of `stage`."""
-    kinds = Counter(_kinds(model.caches, model.num_kv_heads, execution))
-    here = Counter(_kinds([model.caches[n] for n in stage.layers], model.num_kv_heads, execution))
+    latent = is_latent(model)
+    kinds = Counter(_kinds(model.caches, execution, latent))
+    here = Counter(_kinds([model.caches[layer] for layer in stage.layers], execution, latent))
     if not kinds:
         return Paging((), 0)
     if len({(kind.window, kind.state) for kind in kinds}) == 1:
@@ -108,16 +110,17 @@ def _enlarged(kind: _Kind, page_bytes: int) -> int:
     return kind.block_tokens * max(1, page_bytes // kind.page_bytes)
 
 
-def _kinds(caches: Sequence[LayerCache], heads: int, execution: Execution) -> list[_Kind]:
+def _kinds(caches: Sequence[LayerCache], execution: Execution, latent: bool) -> list[_Kind]:
     """One entry for each layer that keeps tokens, and one for each that keeps a state; an attention
     page grows until a state fits in it."""
     split = execution.tensor_parallel
-    token_bytes = [_token_bytes(cache, heads, execution) if cache.width else 0 for cache in caches]
+    token_bytes = [_token_bytes(cache, execution) if cache.width else 0 for cache in caches]
     state_bytes = max((ceil(cache.state_bytes / split) for cache in caches), default=0)
     widest_bytes = max(token_bytes, default=0)
     block_tokens = BLOCK_TOKENS
     if state_bytes and widest_bytes:
-        block_tokens = BLOCK_TOKENS * ceil(state_bytes / (BLOCK_TOKENS * widest_bytes))
+        step = _LATENT_ALIGNMENT if latent else BLOCK_TOKENS
+        block_tokens = step * ceil(state_bytes / (step * widest_bytes))
     found = []
     for cache, each_bytes in zip(caches, token_bytes, strict=True):
         if cache.width:
@@ -129,7 +132,13 @@ def _kinds(caches: Sequence[LayerCache], heads: int, execution: Execution) -> li
     return found
 
 
-def _token_bytes(cache: LayerCache, heads: int, execution: Execution) -> float:
+def _token_bytes(cache: LayerCache, execution: Execution) -> float:
     """Bytes of one token in one layer of one device: its KV heads', or a whole latent."""
-    kept = kept_heads(heads, execution.tensor_parallel)
-    return cache.width / heads * kept * KV_BITS[execution.kv_dtype] / 8
+    heads = kept_heads(cache.heads, execution.tensor_parallel)
+    return cache.width / cache.heads * heads * KV_BITS[execution.kv_dtype] / 8
+
+
+def is_latent(model: ModelSpec) -> bool:
+    """Whether what is cached is one latent for all heads."""
+    growing = [cache for cache in model.caches if cache.width]
+    return bool(growing) and all(cache.heads == 1 < model.num_kv_heads for cache in growing)

@@ -1,7 +1,7 @@
 """What one device of several holds of a model: tensor and pipeline parallelism as vLLM and SGLang
 split them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from ullage.errors import InputError
@@ -100,13 +100,19 @@ def _tied_bytes(model: ModelSpec, execution: Execution) -> int:
     return _stored_bytes(shard(model, table, execution.tensor_parallel), execution.dtype)
 
 
-def split_bytes(tensors: Iterable[TensorSpec], execution: Execution) -> int:
-    """Bytes of a tower that is split like a plain transformer."""
+def tower_bytes(tensors: Iterable[TensorSpec], execution: Execution) -> int:
+    """Bytes of a vision tower on one device: its projections are split, embeddings are not."""
     return sum(
-        _stored_bytes(_plain_shard(tensor, execution.tensor_parallel), execution.dtype)
-        * max(1, len(tensor.layers))
+        tensor.stored_bytes(execution.dtype)
+        * tensor.count
+        // (execution.tensor_parallel if _is_projection(tensor) else 1)
         for tensor in tensors
     )
+
+
+def _is_projection(tensor: TensorSpec) -> bool:
+    whole = ("embedding", "merging_layer", "pos_embed")
+    return len(tensor.shape) == 2 and not any(word in tensor.name for word in whole)
 
 
 def _stored_bytes(tensor: TensorSpec, dtype: str) -> int:
@@ -117,7 +123,7 @@ def shard(model: ModelSpec, tensor: TensorSpec, split: int) -> TensorSpec:
     """One device's part of a weight, in one layer."""
     module = _module(tensor)
     if tensor.role in ("embedding", "head") and tensor.shape[0] == model.vocab_size:
-        rows = -(-model.vocab_size // VOCAB_ROWS) * VOCAB_ROWS
+        rows = _round_up(model.vocab_size, VOCAB_ROWS)
         return replace(tensor, shape=(-(-rows // split), *tensor.shape[1:]))
     if module in _KV:
         rows = tensor.shape[0]
@@ -125,7 +131,7 @@ def shard(model: ModelSpec, tensor: TensorSpec, split: int) -> TensorSpec:
         return replace(tensor, shape=(rows * heads // model.num_kv_heads, *tensor.shape[1:]))
     if module == "qkv_proj":
         return replace(tensor, shape=(_fused_rows(model, split), *tensor.shape[1:]))
-    return _plain_shard(tensor, split)
+    return _plain_shard(model, tensor, split)
 
 
 def _fused_rows(model: ModelSpec, split: int) -> int:
@@ -133,17 +139,33 @@ def _fused_rows(model: ModelSpec, split: int) -> int:
     return heads * model.head_dim
 
 
-def _plain_shard(tensor: TensorSpec, split: int) -> TensorSpec:
+def _plain_shard(model: ModelSpec, tensor: TensorSpec, split: int) -> TensorSpec:
     """Split by columns or by rows; norms, biases and other small ones are held whole."""
     module = _module(tensor)
     if tensor.role not in ("linear", "expert") or module in _WHOLE or len(tensor.shape) < 2:
         return tensor
     *stack, rows, columns = tensor.shape
+    if tensor.storage is not None and tensor.storage.name == "mxfp4" and tensor.role == "expert":
+        return _padded_expert(model, tensor, split)
     if module in _ROW_PARALLEL:
         columns = -(-columns // split)
     else:
         rows = -(-rows // split)
     return replace(tensor, shape=(*stack, rows, columns))
+
+
+def _padded_expert(model: ModelSpec, tensor: TensorSpec, split: int) -> TensorSpec:
+    """The kernels of mxfp4 want the hidden side in steps of 256 and an expert's own in steps of
+    128, on each device."""
+    inner = tensor.elements // model.hidden_size
+    halves = 2 if "gate_up" in tensor.name else 1
+    each = inner // halves
+    width = halves * _round_up(-(-each // split), 128)
+    return replace(tensor, shape=(width, _round_up(model.hidden_size, 256)))
+
+
+def _round_up(size: int, step: int) -> int:
+    return -(-size // step) * step
 
 
 def _module(tensor: TensorSpec) -> str:

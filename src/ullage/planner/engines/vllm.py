@@ -10,6 +10,7 @@ from ullage.planner.engines.paging import Paging, paging
 from ullage.planner.engines.shards import (
     Stage,
     check_split,
+    tower_bytes,
     stages,
     weights_bytes,
 )
@@ -26,7 +27,7 @@ NEWEST = "0.33.0"
 # Cards whose links go through a switch: collectives among them reserve buffers for multicast.
 _SWITCHED = ("h100", "h200", "h20", "h800", "b200", "b300", "gb200", "gb300", "a100")
 GRAPH_TOKENS = 512  # the largest step that is captured
-_SINCE_INT8_KV = (0, 21)
+_SINCE_INT8_KV = (0, 20)
 
 
 class Vllm(EngineArithmetic):
@@ -166,6 +167,13 @@ def _loaded_terms(recipe: Recipe, stage: Stage, constants: Constants) -> list[Te
         Term("weights", "weights", weights_bytes(model, execution, stage), "exact", where),
         _non_torch_term(recipe, stage, constants),
     ]
+    if model.rope_tables:
+        nbytes = model.rope_bytes(execution.dtype)
+        terms.append(Term("weights", "cosines and sines", nbytes, "exact", "every position"))
+    if stage.first and (model.encoder or model.encoder_gap):
+        model.encoder_bytes(execution.dtype)  # raises where it is not known
+        nbytes = tower_bytes(model.encoder, execution)
+        terms.append(Term("weights", "vision tower", nbytes, "exact", "every tensor"))
     return terms
 
 
@@ -200,8 +208,10 @@ def graph_bytes(recipe: Recipe, stage: Stage, constants: Constants) -> int:
         constants["graph_hidden_copies"].value * model.hidden_size
         + constants["graph_inner_copies"].value * inner
     )
+    experts = any(tensor.role == "expert" for tensor in model.tensors)
     return int(
         constants["graph_bytes"].value
+        + experts * constants["graph_expert_bytes"].value
         + constants["graph_layer_bytes"].value * len(stage.layers)
         + tokens * numbers * 2
     )
@@ -243,7 +253,7 @@ def _check(recipe: Recipe) -> None:
             f"vLLM has no {execution.kv_dtype} KV cache. It has {', '.join(Vllm.kv_dtypes)}."
         )
     if execution.kv_dtype == "int8" and version < _SINCE_INT8_KV:
-        raise InputError(f"vLLM {execution.engine_version} has no int8 KV cache: 0.21 has.")
+        raise InputError(f"vLLM {execution.engine_version} has no int8 KV cache: 0.20 has.")
     if execution.utilization is not None and not 0 < execution.utilization <= 1:
         raise InputError("vLLM's utilization is above 0 and at most 1.")
 

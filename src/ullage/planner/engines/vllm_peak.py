@@ -5,11 +5,14 @@ Letters as in the field: N tokens in a step, h hidden size, I width of the MLP, 
 """
 
 from ullage.planner.constants import Constants
+from ullage.planner.engines.paging import is_latent
 from ullage.planner.engines.shards import Stage
 from ullage.specs.dtypes import DTYPE_BYTES
 from ullage.specs.footprint import Part, Term
 from ullage.specs.model import ModelSpec, TensorSpec
 from ullage.specs.workload import Execution
+
+LATENT_TOKENS = 64 * 1024  # context that is expanded at once, at most
 
 
 def peak_terms(
@@ -28,6 +31,8 @@ def peak_terms(
     experts = [tensor for tensor in model.tensors if tensor.role == "expert"]
     if experts:
         terms.append(_expert_workspace(model, execution, experts, constants))
+    if model.encoder and stage.first:
+        terms.append(_images(model, execution, constants))
     return terms
 
 
@@ -58,8 +63,9 @@ def _forward(model: ModelSpec, execution: Execution, stage: Stage, constants: Co
     if not (stage.first and stage.last):
         hidden += 2 * model.hidden_size
     dtype_bytes = DTYPE_BYTES[execution.dtype]
-    widest = max(_mlp_bytes(model, split, dtype_bytes), _attention_bytes(model, split, dtype_bytes))
-    nbytes = tokens * (widest + hidden * dtype_bytes)
+    mlp, attention = _mlp_bytes(model, split, dtype_bytes), _attention_bytes(model, execution)
+    nbytes = max(tokens * mlp, tokens * attention + _latent_bytes(model, execution))
+    nbytes += tokens * hidden * dtype_bytes
     source = f"{tokens:,} tokens in the widest layer; {copies.source}"
     part: Part = "activation"
     return Term(part, "profile peak: forward pass", nbytes, copies.label, source)
@@ -89,9 +95,20 @@ def _plain_width(model: ModelSpec) -> int:
     return max(widths, default=0)
 
 
-def _attention_bytes(model: ModelSpec, split: int, dtype_bytes: int) -> int:
+def _attention_bytes(model: ModelSpec, execution: Execution) -> int:
     heads = 2 * model.num_heads + 2 * model.num_kv_heads
-    return -(-heads // split) * model.head_dim * dtype_bytes
+    number_bytes = DTYPE_BYTES[execution.dtype]
+    return -(-heads // execution.tensor_parallel) * model.head_dim * number_bytes
+
+
+def _latent_bytes(model: ModelSpec, execution: Execution) -> int:
+    """Latents of earlier chunks, expanded to the keys and values of every head."""
+    if not model.caches or not is_latent(model):
+        return 0
+    heads = model.num_heads // execution.tensor_parallel
+    # values are as wide as keys without their rotary part; taken as wide as with it
+    width = 2 * model.head_dim * DTYPE_BYTES[execution.dtype]
+    return LATENT_TOKENS * heads * width
 
 
 def _expert_workspace(
@@ -109,3 +126,12 @@ def _expert_workspace(
     nbytes = int(workspace.value * rows * width * DTYPE_BYTES[execution.dtype])
     source = f"{rows:,} rows x {width:,} numbers; {workspace.source}"
     return Term("activation", "workspace of the experts", nbytes, workspace.label, source)
+
+
+def _images(model: ModelSpec, execution: Execution, constants: Constants) -> Term:
+    """Pixels of as many images as fill a step, and what the encoder makes of them."""
+    pixels = constants["image_token_bytes"]
+    each_bytes = int(pixels.value) + model.hidden_size * DTYPE_BYTES[execution.dtype]
+    source = f"{execution.prefill_chunk:,} tokens x {each_bytes:,} B; {pixels.source}"
+    nbytes = execution.prefill_chunk * each_bytes
+    return Term("activation", "images of the profile", nbytes, pixels.label, source)
