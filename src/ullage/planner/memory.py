@@ -5,7 +5,7 @@ Letters as in the field: N new tokens in a forward pass, T held tokens.
 
 from ullage import techniques
 from ullage.planner.constants import runtime_bytes
-from ullage.specs.blocks import block_bytes, sequence_blocks
+from ullage.specs.blocks import sequence_bytes
 from ullage.specs.calibration import Calibration
 from ullage.specs.dtypes import DTYPE_BYTES
 from ullage.specs.footprint import Footprint
@@ -40,9 +40,10 @@ def peak_bytes(recipe: Recipe, calibration: Calibration | None = None) -> int:
 def kv_bytes_per_token(recipe: Recipe) -> int:
     """Bytes that each further token of one sequence adds: the layers without a window, or all where
     every layer slides."""
-    model = recipe.model
-    growing = model.windows.count(None) or model.num_layers
-    return growing * model.kv_width * DTYPE_BYTES[recipe.execution.kv_dtype]
+    caches = recipe.model.caches
+    growing = sum(cache.width for cache in caches if cache.window is None)
+    width = growing or sum(cache.width for cache in caches)
+    return width * DTYPE_BYTES[recipe.execution.kv_dtype]
 
 
 def _step(recipe: Recipe, phase: PhaseName) -> Step:
@@ -97,17 +98,17 @@ def _load_scratch_bytes(model: ModelSpec, execution: Execution) -> int:
 
 
 def _kv_bytes(model: ModelSpec, step: Step) -> int:
-    """What the cache holds: blocks in ullage, exact tensors in transformers."""
+    """What the caches hold: blocks in ullage, exact tensors in transformers; and the state of
+    layers that keep one."""
     kv_dtype = step.execution.kv_dtype
     if step.execution.engine == "ullage":
-        per_sequence = sequence_blocks(model, step.held_tokens) * block_bytes(model, kv_dtype)
-        return step.sequences * per_sequence
+        return step.sequences * sequence_bytes(model, step.held_tokens, kv_dtype)
     # DynamicCache keeps window - 1 entries of a sliding layer: the newest is the query's own.
-    kept = (
-        step.held_tokens if window is None else min(step.held_tokens, window - 1)
-        for window in model.windows
+    numbers = sum(
+        cache.width * min(step.held_tokens, (cache.window or step.held_tokens + 1) - 1)
+        for cache in model.caches
     )
-    return step.sequences * sum(kept) * model.kv_width * DTYPE_BYTES[kv_dtype]
+    return step.sequences * (numbers * DTYPE_BYTES[kv_dtype] + model.state_bytes)
 
 
 def _layer_bytes(model: ModelSpec, step: Step) -> int:
