@@ -26,7 +26,8 @@ class Quantized:
 
     def keeps(self, name: str, role: str) -> bool:
         """Whether the weight of that name stays as it is."""
-        if role not in _QUANTIZABLE or not name.endswith(".weight"):
+        # stacked experts are called by their module alone
+        if role not in _QUANTIZABLE or not (name.endswith(".weight") or role == "expert"):
             return True
         if self.experts_only and role != "expert":
             return True

@@ -1,6 +1,7 @@
 """The engines whose memory can be planned: one engine, one file."""
 
 from ullage.planner.engines.base import EngineArithmetic
+from ullage.planner.engines.sglang import Sglang
 from ullage.planner.engines.transformers import Transformers
 from ullage.planner.engines.ullage import Ullage
 from ullage.planner.engines.vllm import Vllm
@@ -12,4 +13,5 @@ ENGINES: dict[Engine, EngineArithmetic] = {
     "ullage": Ullage(),
     "transformers": Transformers(),
     "vllm": Vllm(),
+    "sglang": Sglang(),
 }

@@ -5,21 +5,14 @@ from dataclasses import replace
 
 from ullage.errors import InputError
 from ullage.planner.constants import Constants, version_key
-from ullage.planner.engines.base import EngineArithmetic
 from ullage.planner.engines.paging import Paging, paging
-from ullage.planner.engines.shards import (
-    Stage,
-    check_split,
-    tower_bytes,
-    stages,
-    weights_bytes,
-)
+from ullage.planner.engines.serving import Serving, weights_terms
+from ullage.planner.engines.shards import Stage, check_split, stages
 from ullage.planner.engines.vllm_peak import peak_terms
 from ullage.specs.device import Device
 from ullage.specs.dtypes import DTYPE_BYTES
 from ullage.specs.footprint import Footprint, Term
 from ullage.specs.plan import DeviceShare, Recipe
-from ullage.specs.quantized import CHECKPOINT_FORMATS, as_checkpoint
 from ullage.specs.workload import Execution, PhaseName, Step
 from ullage.units import GIB
 
@@ -30,11 +23,10 @@ GRAPH_TOKENS = 512  # the largest step that is captured
 _SINCE_INT8_KV = (0, 20)
 
 
-class Vllm(EngineArithmetic):
+class Vllm(Serving):
     """`vllm serve`. `prefill_chunk` is its ``--max-num-batched-tokens``."""
 
     kv_dtypes = (*DTYPE_BYTES, "fp8", "int8")
-    weights = (*DTYPE_BYTES, *CHECKPOINT_FORMATS)
 
     def defaults(self, device: Device) -> Execution:
         """The server's own, by the device's memory; bf16 whatever the device."""
@@ -43,14 +35,6 @@ class Vllm(EngineArithmetic):
         else:
             chunk_tokens = 8192 if _is_large(device) else 2048
         return Execution(engine="vllm", attention="flash", prefill_chunk=chunk_tokens)
-
-    def with_weights(self, recipe: Recipe, weights: str) -> Recipe:
-        """A plain format is the arithmetic's and the KV entries' too; of the others the checkpoint
-        is taken to have them."""
-        if weights in DTYPE_BYTES:
-            execution = replace(recipe.execution, dtype=weights, kv_dtype=weights)
-            return replace(recipe, execution=execution)
-        return replace(recipe, model=as_checkpoint(recipe.model, weights))
 
     def settle(self, recipe: Recipe) -> Recipe:
         """`recipe` with a version, its utilization and its largest number of sequences."""
@@ -72,20 +56,12 @@ class Vllm(EngineArithmetic):
         utilization = self.settle(recipe).execution.utilization or 0.0
         return int(recipe.device.memory_bytes * utilization)
 
-    def step(self, recipe: Recipe, phase: PhaseName) -> Step:
-        """Prompts in chunks of `max_num_batched_tokens`, over all sequences together."""
-        work, execution = recipe.workload, recipe.execution
-        tokens = work.prompt_tokens * work.sequences
-        held = {"load": 0, "prefill": work.context_tokens, "decode": work.context_tokens}
-        new = {"load": 0, "prefill": min(execution.prefill_chunk, tokens), "decode": work.sequences}
-        return Step(phase, work.sequences, held[phase], new[phase], execution)
-
     def terms(self, recipe: Recipe, step: Step, constants: Constants) -> list[Term]:
         """The rank with the fewest blocks. The profile's peak is reserved whatever the workload."""
         stage = tightest_stage(recipe, constants)
         if step.phase == "load":
             return _loaded_terms(recipe, stage, constants)
-        return [*_beside_terms(recipe, stage, constants), _kv_term(recipe, step, stage)]
+        return [*_beside_terms(recipe, stage, constants), _kv_term(recipe, step, stage, constants)]
 
     def share(
         self, recipe: Recipe, phases: Mapping[PhaseName, Footprint], budget_bytes: int
@@ -98,7 +74,7 @@ class Vllm(EngineArithmetic):
         inside = graphs if constants["graphs_in_budget"].value else 0
         pages = paging(recipe.model, recipe.execution, stage)
         tokens, concurrency = _capacity(recipe, pages, usual.kv_pool_bytes, constants)
-        kv_bytes = _kv_term(recipe, self.step(recipe, "decode"), stage).nbytes
+        kv_bytes = _kv_term(recipe, self.step(recipe, "decode"), stage, constants).nbytes
         gain = kv_bytes / max(1, phases["decode"].kv_bytes)
         return replace(
             usual,
@@ -161,20 +137,7 @@ def _beside_terms(recipe: Recipe, stage: Stage, constants: Constants) -> list[Te
 
 def _loaded_terms(recipe: Recipe, stage: Stage, constants: Constants) -> list[Term]:
     """What is there once the weights are."""
-    model, execution = recipe.model, recipe.execution
-    where = f"rank with layers {stage.layers.start} to {stage.layers.stop - 1}"
-    terms = [
-        Term("weights", "weights", weights_bytes(model, execution, stage), "exact", where),
-        _non_torch_term(recipe, stage, constants),
-    ]
-    if model.rope_tables:
-        nbytes = model.rope_bytes(execution.dtype)
-        terms.append(Term("weights", "cosines and sines", nbytes, "exact", "every position"))
-    if stage.first and (model.encoder or model.encoder_gap):
-        model.encoder_bytes(execution.dtype)  # raises where it is not known
-        nbytes = tower_bytes(model.encoder, execution)
-        terms.append(Term("weights", "vision tower", nbytes, "exact", "every tensor"))
-    return terms
+    return [*weights_terms(recipe, stage), _non_torch_term(recipe, stage, constants)]
 
 
 def _non_torch_term(recipe: Recipe, stage: Stage, constants: Constants) -> Term:
@@ -217,9 +180,15 @@ def graph_bytes(recipe: Recipe, stage: Stage, constants: Constants) -> int:
     )
 
 
-def _kv_term(recipe: Recipe, step: Step, stage: Stage) -> Term:
+def _step_tokens(recipe: Recipe, constants: Constants) -> int:
+    """Tokens whose entries stand beside a window: those of the steps that are under way."""
+    return recipe.execution.prefill_chunk * int(constants["steps_in_flight"].value)
+
+
+def _kv_term(recipe: Recipe, step: Step, stage: Stage, constants: Constants) -> Term:
     pages = paging(recipe.model, step.execution, stage)
-    nbytes = step.sequences * pages.request_bytes(step.held_tokens, step.execution.prefill_chunk)
+    request_bytes = pages.request_bytes(step.held_tokens, _step_tokens(recipe, constants))
+    nbytes = step.sequences * request_bytes
     groups = f" in {len(pages.groups)} groups of layers" if len(pages.groups) > 1 else ""
     source = f"{step.sequences:,} x {step.held_tokens:,} tokens in blocks{groups}"
     return Term("kv", f"KV blocks in {step.execution.kv_dtype}", nbytes, "exact", source)
@@ -229,9 +198,9 @@ def _capacity(
     recipe: Recipe, pages: Paging, pool_bytes: int, constants: Constants
 ) -> tuple[int, float]:
     """Tokens and sequences of the planned length in a pool, as the version's log counts them."""
-    work, chunk_tokens = recipe.workload, recipe.execution.prefill_chunk
+    work, step_tokens = recipe.workload, _step_tokens(recipe, constants)
     blocks = pages.pool_blocks(pool_bytes)
-    concurrency = blocks / max(1, pages.request_blocks(work.context_tokens, chunk_tokens))
+    concurrency = blocks / max(1, pages.request_blocks(work.context_tokens, step_tokens))
     if constants["counts_by_concurrency"].value or not pages.groups:
         return int(concurrency * work.context_tokens), concurrency
     smallest_tokens = min(group.block_tokens for group in pages.groups)
