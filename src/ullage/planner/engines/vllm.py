@@ -61,7 +61,7 @@ class Vllm(Serving):
         stage = tightest_stage(recipe, constants)
         if step.phase == "load":
             return _loaded_terms(recipe, stage, constants)
-        return [*_beside_terms(recipe, stage, constants), _kv_term(recipe, step, stage, constants)]
+        return [*stage_terms(recipe, stage, constants), _kv_term(recipe, step, stage, constants)]
 
     def share(
         self, recipe: Recipe, phases: Mapping[PhaseName, Footprint], budget_bytes: int
@@ -116,18 +116,15 @@ def tightest_stage(recipe: Recipe, constants: Constants) -> Stage:
     budget_bytes = recipe.device.memory_bytes * (recipe.execution.utilization or 1.0)
 
     def blocks(stage: Stage) -> float:
-        pool_bytes = budget_bytes - beside_bytes(recipe, stage, constants)
+        beside_bytes = sum(term.nbytes for term in stage_terms(recipe, stage, constants))
+        pool_bytes = budget_bytes - beside_bytes
         return pool_bytes / paging(recipe.model, recipe.execution, stage).block_bytes
 
     return min(found, key=blocks)
 
 
-def beside_bytes(recipe: Recipe, stage: Stage, constants: Constants) -> int:
-    """Bytes that a rank takes inside of the budget, KV entries aside."""
-    return sum(term.nbytes for term in _beside_terms(recipe, stage, constants))
-
-
-def _beside_terms(recipe: Recipe, stage: Stage, constants: Constants) -> list[Term]:
+def stage_terms(recipe: Recipe, stage: Stage, constants: Constants) -> list[Term]:
+    """What a rank takes inside of the budget, KV entries aside."""
     return [
         *_loaded_terms(recipe, stage, constants),
         *peak_terms(recipe.model, recipe.execution, stage, constants),
