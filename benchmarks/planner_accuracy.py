@@ -288,7 +288,7 @@ def _within(lines: list[Line], quantity: str, bound: float) -> bool:
 
 def main() -> int:
     """Print the lines and the summary; 1 when a bar is missed."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with ground_truth.csv")
     os.environ["HF_HUB_OFFLINE"] = "1"  # only what the catalog knows
     cases = read_cases(parser.parse_args().data / "ground_truth.csv")

@@ -8,12 +8,12 @@ large, so that any group can take any free block.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
 
 from ullage.planner.engines.shards import Stage, kept_heads
 from ullage.specs.dtypes import KV_BITS
 from ullage.specs.model import LayerCache, ModelSpec
-from ullage.specs.workload import Execution
 
 BLOCK_TOKENS = 16
 _LATENT_ALIGNMENT = 64  # tokens; what attention over latents wants beside states
@@ -73,11 +73,12 @@ class _Kind:
     state: bool = False
 
 
-def paging(model: ModelSpec, execution: Execution, stage: Stage) -> Paging:
-    """The blocks of `model` on a device of `stage`."""
+@lru_cache(maxsize=256)
+def paging(model: ModelSpec, kv_dtype: str, split: int, stage: Stage) -> Paging:
+    """The blocks of `model` on one of `split` devices of `stage`."""
     latent = is_latent(model)
-    kinds = Counter(_kinds(model.caches, execution, latent))
-    here = Counter(_kinds([model.caches[layer] for layer in stage.layers], execution, latent))
+    kinds = Counter(_kinds(model.caches, kv_dtype, split, latent))
+    here = Counter(_kinds([model.caches[layer] for layer in stage.layers], kv_dtype, split, latent))
     if not kinds:
         return Paging((), 0)
     if len({(kind.window, kind.state) for kind in kinds}) == 1:
@@ -110,11 +111,10 @@ def _enlarged(kind: _Kind, page_bytes: int) -> int:
     return kind.block_tokens * max(1, page_bytes // kind.page_bytes)
 
 
-def _kinds(caches: Sequence[LayerCache], execution: Execution, latent: bool) -> list[_Kind]:
+def _kinds(caches: Sequence[LayerCache], kv_dtype: str, split: int, latent: bool) -> list[_Kind]:
     """One entry for each layer that keeps tokens, and one for each that keeps a state; an attention
     page grows until a state fits in it."""
-    split = execution.tensor_parallel
-    token_bytes = [_token_bytes(cache, execution) if cache.width else 0 for cache in caches]
+    token_bytes = [_token_bytes(cache, kv_dtype, split) if cache.width else 0 for cache in caches]
     state_bytes = max((ceil(cache.state_bytes / split) for cache in caches), default=0)
     widest_bytes = max(token_bytes, default=0)
     block_tokens = BLOCK_TOKENS
@@ -132,10 +132,10 @@ def _kinds(caches: Sequence[LayerCache], execution: Execution, latent: bool) -> 
     return found
 
 
-def _token_bytes(cache: LayerCache, execution: Execution) -> float:
+def _token_bytes(cache: LayerCache, kv_dtype: str, split: int) -> float:
     """Bytes of one token in one layer of one device: its KV heads', or a whole latent."""
-    heads = kept_heads(cache.heads, execution.tensor_parallel)
-    return cache.width / cache.heads * heads * KV_BITS[execution.kv_dtype] / 8
+    heads = kept_heads(cache.heads, split)
+    return cache.width / cache.heads * heads * KV_BITS[kv_dtype] / 8
 
 
 def is_latent(model: ModelSpec) -> bool:

@@ -39,13 +39,14 @@ def weights_terms(recipe: Recipe, stage: Stage) -> list[Term]:
     Raises:
         UnknownArchitecture: a tower that has no arithmetic here.
     """
-    model, execution = recipe.model, recipe.execution
+    model, dtype = recipe.model, recipe.execution.dtype
+    split = recipe.execution.tensor_parallel
     where = f"layers {stage.layers.start} to {stage.layers.stop - 1}"
-    terms = [Term("weights", "weights", weights_bytes(model, execution, stage), "exact", where)]
+    terms = [Term("weights", "weights", weights_bytes(model, dtype, split, stage), "exact", where)]
     if model.rope_tables:
-        nbytes = model.rope_bytes(execution.dtype)
+        nbytes = model.rope_bytes(dtype)
         terms.append(Term("weights", "cosines and sines", nbytes, "exact", "every position"))
-    if stage.first and model.encoder_bytes(execution.dtype):
-        nbytes = tower_bytes(model.encoder, execution)
+    if stage.first and model.encoder_bytes(dtype):
+        nbytes = tower_bytes(model.encoder, dtype, split)
         terms.append(Term("weights", "vision tower", nbytes, "exact", "every tensor"))
     return terms

@@ -3,6 +3,7 @@ split them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from ullage.errors import InputError
 from ullage.specs.model import ModelSpec, TensorSpec
@@ -82,30 +83,25 @@ def kept_heads(heads: int, split: int) -> int:
     return max(1, -(-heads // split))
 
 
-def weights_bytes(model: ModelSpec, execution: Execution, stage: Stage) -> int:
-    """Bytes of the text model's weights on one device of `stage`."""
-    parts = sum(
-        _stored_bytes(shard(model, tensor, execution.tensor_parallel), execution.dtype)
-        * stage.part(tensor)
-        for tensor in model.tensors
-    )
+@lru_cache(maxsize=256)
+def weights_bytes(model: ModelSpec, dtype: str, split: int, stage: Stage) -> int:
+    """Bytes of the text model's weights on one of `split` devices of `stage`."""
+    parts = sum(_bytes(shard(model, tensor, split), dtype, stage) for tensor in model.tensors)
     if model.tie_embeddings and stage.last and not stage.first:
-        parts += _tied_bytes(model, execution)
+        # the last rank needs a copy of the embedding for its head
+        table = next(tensor for tensor in model.tensors if tensor.role == "embedding")
+        parts += shard(model, table, split).stored_bytes(dtype)
     return parts
 
 
-def _tied_bytes(model: ModelSpec, execution: Execution) -> int:
-    """The last rank needs a copy of the embedding for its head."""
-    table = next(tensor for tensor in model.tensors if tensor.role == "embedding")
-    return _stored_bytes(shard(model, table, execution.tensor_parallel), execution.dtype)
+def _bytes(tensor: TensorSpec, dtype: str, stage: Stage) -> int:
+    return tensor.stored_bytes(dtype) * tensor.copies * stage.part(tensor)
 
 
-def tower_bytes(tensors: Iterable[TensorSpec], execution: Execution) -> int:
+def tower_bytes(tensors: Iterable[TensorSpec], dtype: str, split: int) -> int:
     """Bytes of a vision tower on one device: its projections are split, embeddings are not."""
     return sum(
-        tensor.stored_bytes(execution.dtype)
-        * tensor.count
-        // (execution.tensor_parallel if _is_projection(tensor) else 1)
+        tensor.stored_bytes(dtype) * tensor.count // (split if _is_projection(tensor) else 1)
         for tensor in tensors
     )
 
@@ -113,10 +109,6 @@ def tower_bytes(tensors: Iterable[TensorSpec], execution: Execution) -> int:
 def _is_projection(tensor: TensorSpec) -> bool:
     whole = ("embedding", "merging_layer", "pos_embed")
     return len(tensor.shape) == 2 and not any(word in tensor.name for word in whole)
-
-
-def _stored_bytes(tensor: TensorSpec, dtype: str) -> int:
-    return tensor.stored_bytes(dtype) * tensor.copies
 
 
 def shard(model: ModelSpec, tensor: TensorSpec, split: int) -> TensorSpec:

@@ -72,7 +72,7 @@ class Vllm(Serving):
         usual = super().share(recipe, phases, budget_bytes)
         graphs = graph_bytes(recipe, stage, constants)
         inside = graphs if constants["graphs_in_budget"].value else 0
-        pages = paging(recipe.model, recipe.execution, stage)
+        pages = _paging(recipe, stage)
         tokens, concurrency = _capacity(recipe, pages, usual.kv_pool_bytes, constants)
         kv_bytes = _kv_term(recipe, self.step(recipe, "decode"), stage, constants).nbytes
         gain = kv_bytes / max(1, phases["decode"].kv_bytes)
@@ -118,7 +118,7 @@ def tightest_stage(recipe: Recipe, constants: Constants) -> Stage:
     def blocks(stage: Stage) -> float:
         beside_bytes = sum(term.nbytes for term in stage_terms(recipe, stage, constants))
         pool_bytes = budget_bytes - beside_bytes
-        return pool_bytes / paging(recipe.model, recipe.execution, stage).block_bytes
+        return pool_bytes / _paging(recipe, stage).block_bytes
 
     return min(found, key=blocks)
 
@@ -177,13 +177,18 @@ def graph_bytes(recipe: Recipe, stage: Stage, constants: Constants) -> int:
     )
 
 
+def _paging(recipe: Recipe, stage: Stage) -> Paging:
+    execution = recipe.execution
+    return paging(recipe.model, execution.kv_dtype, execution.tensor_parallel, stage)
+
+
 def _step_tokens(recipe: Recipe, constants: Constants) -> int:
     """Tokens whose entries stand beside a window: those of the steps that are under way."""
     return recipe.execution.prefill_chunk * int(constants["steps_in_flight"].value)
 
 
 def _kv_term(recipe: Recipe, step: Step, stage: Stage, constants: Constants) -> Term:
-    pages = paging(recipe.model, step.execution, stage)
+    pages = _paging(recipe, stage)
     request_bytes = pages.request_bytes(step.held_tokens, _step_tokens(recipe, constants))
     nbytes = step.sequences * request_bytes
     groups = f" in {len(pages.groups)} groups of layers" if len(pages.groups) > 1 else ""

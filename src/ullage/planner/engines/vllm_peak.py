@@ -75,8 +75,6 @@ def _mlp_bytes(model: ModelSpec, split: int, dtype_bytes: int) -> int:
     """A token in a plain MLP; 8-bit weights multiply 8-bit copies of what goes in. Experts have
     their workspace."""
     plain = [tensor for tensor in model.tensors if tensor.role == "linear"]
-    if not any("mlp" in tensor.name or "fc1" in tensor.name for tensor in plain):
-        return 0
     inner = -(-_plain_width(model) // split)
     copies = 3 if model.gated_mlp else 2
     quantized = any(tensor.storage and tensor.storage.bits == 8 for tensor in plain)
