@@ -53,7 +53,9 @@ class Patterns:
 
 def _text_name(name: str) -> str:
     """A module's name in the text model alone."""
-    return re.sub(r"^(language_model\.)?model\.language_model\.|^language_model\.", "model.", name)
+    name = name.removeprefix("language_model.")
+    inner = name.removeprefix("model.language_model.")
+    return name if inner == name else f"model.{inner}"
 
 
 def _spellings(module: str) -> tuple[str, ...]:
