@@ -21,22 +21,31 @@ _MOST_ALIKE = 1.5  # from here on the smaller kind sets the size of a group
 
 
 @dataclass(frozen=True)
+class Running:
+    """What a sequence holds beside its tokens: `step_tokens` that are under way stand beside a
+    window, and a state has `state_blocks`, more than one where prefixes are kept."""
+
+    step_tokens: int
+    state_blocks: int = 1
+
+
+@dataclass(frozen=True)
 class Group:
-    """Layers that share one table of blocks. `window` counts tokens; a state takes one block."""
+    """Layers that share one table of blocks. `window` counts tokens."""
 
     layers: int
     block_tokens: int
     window: int | None = None
     state: bool = False
 
-    def blocks(self, tokens: int, step_tokens: int) -> int:
-        """Blocks of one sequence of `tokens`, read at most `step_tokens` at a time."""
+    def blocks(self, tokens: int, running: Running) -> int:
+        """Blocks of one sequence of `tokens`."""
         if self.state:
-            return 1
+            return running.state_blocks
         if self.window is None:
             return ceil(tokens / self.block_tokens)
         # what a step reads stands beside the window, which may begin inside a block
-        held = min(self.window - 1 + step_tokens, tokens)
+        held = min(self.window - 1 + running.step_tokens, tokens)
         return ceil(held / self.block_tokens) + 1
 
 
@@ -50,13 +59,13 @@ class Paging:
     groups: tuple[Group, ...]
     block_bytes: int
 
-    def request_blocks(self, tokens: int, step_tokens: int) -> int:
+    def request_blocks(self, tokens: int, running: Running) -> int:
         """Blocks of one sequence, over all groups."""
-        return sum(group.blocks(tokens, step_tokens) for group in self.groups)
+        return sum(group.blocks(tokens, running) for group in self.groups)
 
-    def request_bytes(self, tokens: int, step_tokens: int) -> int:
+    def request_bytes(self, tokens: int, running: Running) -> int:
         """Bytes of one sequence on this device."""
-        return self.request_blocks(tokens, step_tokens) * self.block_bytes
+        return self.request_blocks(tokens, running) * self.block_bytes
 
     def pool_blocks(self, pool_bytes: int) -> int:
         """Blocks that a pool holds."""

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from ullage.errors import InputError
 from ullage.planner.constants import Constants, version_key
-from ullage.planner.engines.paging import Paging, paging
+from ullage.planner.engines.paging import Paging, Running, paging
 from ullage.planner.engines.serving import Serving, weights_terms
 from ullage.planner.engines.shards import Stage, check_split, stages
 from ullage.planner.engines.vllm_peak import peak_terms
@@ -182,14 +182,14 @@ def _paging(recipe: Recipe, stage: Stage) -> Paging:
     return paging(recipe.model, execution.kv_dtype, execution.tensor_parallel, stage)
 
 
-def _step_tokens(recipe: Recipe, constants: Constants) -> int:
-    """Tokens whose entries stand beside a window: those of the steps that are under way."""
-    return recipe.execution.prefill_chunk * int(constants["steps_in_flight"].value)
+def _running(recipe: Recipe, constants: Constants) -> Running:
+    steps, states = constants["steps_in_flight"].value, constants["state_blocks"].value
+    return Running(recipe.execution.prefill_chunk * int(steps), int(states))
 
 
 def _kv_term(recipe: Recipe, step: Step, stage: Stage, constants: Constants) -> Term:
     pages = _paging(recipe, stage)
-    request_bytes = pages.request_bytes(step.held_tokens, _step_tokens(recipe, constants))
+    request_bytes = pages.request_bytes(step.held_tokens, _running(recipe, constants))
     nbytes = step.sequences * request_bytes
     groups = f" in {len(pages.groups)} groups of layers" if len(pages.groups) > 1 else ""
     source = f"{step.sequences:,} x {step.held_tokens:,} tokens in blocks{groups}"
@@ -200,9 +200,9 @@ def _capacity(
     recipe: Recipe, pages: Paging, pool_bytes: int, constants: Constants
 ) -> tuple[int, float]:
     """Tokens and sequences of the planned length in a pool, as the version's log counts them."""
-    work, step_tokens = recipe.workload, _step_tokens(recipe, constants)
+    work, running = recipe.workload, _running(recipe, constants)
     blocks = pages.pool_blocks(pool_bytes)
-    concurrency = blocks / max(1, pages.request_blocks(work.context_tokens, step_tokens))
+    concurrency = blocks / max(1, pages.request_blocks(work.context_tokens, running))
     if constants["counts_by_concurrency"].value or not pages.groups:
         return int(concurrency * work.context_tokens), concurrency
     smallest_tokens = min(group.block_tokens for group in pages.groups)
