@@ -143,8 +143,8 @@ def weights_of(case: Case, model: ModelSpec, named: str) -> str:
 def device_of(case: Case) -> Device:
     """The device, with the physical bytes that a row states."""
     text = re.sub(r"\(.*\)", "", case.row["gpu"]).strip()
-    if text in ("CPU", ""):
-        text = "1TiB" if text else "unknown"
+    if text == "CPU":
+        return Device("cpu", "cpu", 1 << 40, source="a dry run takes none")
     counted = re.fullmatch(r"(\d+)x ?(.+)", text)
     name = (counted[2] if counted else text).split("/")[0]
     plain = re.sub(r" +", "-", re.sub(r"(?i) \d+ ?GB( class)?$", "", name).strip()).lower()
