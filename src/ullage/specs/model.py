@@ -123,8 +123,9 @@ class ModelSpec:
     file, a hub id, or "" for a bare config or a catalog entry without weights.
 
     `encoder` is the vision tower with its projector, which `tensors` and `parameters` leave out;
-    `encoder_gap` says what is not known of it. `checkpoint_bytes` is what the tensors of the
-    weights' files take, where their headers were read, the encoder's and unused ones included.
+    `encoder_gap` says what is not known of it. `checkpoint_bytes` is what the text model's tensors
+    take in the weights' files with all their scales, where the headers of these were read: exact,
+    in the format that is stored.
     """
 
     name: str

@@ -45,7 +45,7 @@ def spec_from_config(config: Mapping[str, Any], name: str = "", source: str = ""
     """The spec of the model that a config.json (as a dict) describes.
 
     Of a model with vision the text model counts, and its encoder is listed apart. A config that
-    states no dtype is fp32.
+    states no dtype is fp32, or bf16 where its weights are quantized.
 
     Raises:
         UnknownArchitecture: a family, or a class of a family, that has no arithmetic here.
@@ -125,7 +125,8 @@ def _geometry(config: Config, family: Family) -> ModelSpec:
 
 
 def _dtype(config: Config) -> str:
-    text = config.get("dtype") or config.get("torch_dtype") or "float32"
+    default = "bfloat16" if config.get("quantization_config") else "float32"
+    text = config.get("dtype") or config.get("torch_dtype") or default
     dtype = dtype_name(text) if isinstance(text, str) else None
     if dtype is None:
         raise ModelError(
