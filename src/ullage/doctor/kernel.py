@@ -27,7 +27,7 @@ _EXIT = (
     r"(?i:exit(?:ed)?[ _-]?(?:code|status)?)(?: with)?(?: code)?(?: is)?\"?[:= (]+137\b"
     r"|non-zero exit status 137|SIGKILL|exitcode: -9\b|signal: killed"
 )
-_SHELL = r"^(?:.{0,200}: line \d+: +\d+ )?Killed\b(?! process)"
+_SHELL = r"^(?:.{0,200}: line \d+: \d+ )?Killed\b(?! process)"
 _ROUND_MIB = 512
 
 

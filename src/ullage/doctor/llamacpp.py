@@ -17,7 +17,7 @@ from ullage.units import MIB, format_bytes
 WORDS = (
     r"buffer size|llama_|load_tensors|memory breakdown|unaccounted|cudaMalloc failed|buffer of size"
     r"|failed to allocate|unable to allocate|offloaded \d+/|n_ctx|n_ubatch|n_batch|n_seq_max"
-    r"|CUDA error|OutOfDeviceMemory|llama-server|llama\.cpp|ggml_|Context size has been|build:"
+    r"|CUDA error|current device: |OutOfDeviceMemory|llama-server|llama\.cpp|ggml_|Context size has been|build:"
     r"|MiB free\)|VRAM: \d+|server is listening|model loaded| \+ .{0,40}\) \+"
 )
 
@@ -25,25 +25,25 @@ _SIGNS = (
     r"(?:load_tensors|llama_kv_cache\w*|llama_context|llama_new_context_with_model|sched_reserve"
     r"|llama_init_from_model|llama_memory_recurrent|llama_model_load\w*|graph_reserve"
     r"|llama_params_fit\w*|common_\w+)\s*:",
-    r"ggml_\w+:", r"memory breakdown \[MiB\]", r"CUDA error: out of memory",
+    r"ggml_\w+:", r"memory breakdown \[MiB\]", r"current device: \d+, in function",
 )  # fmt: skip
 _DEVICE = r"(?P<device>[A-Za-z_]\w{0,30}(?:\(\))?)"
 _BUFFERS: tuple[tuple[Part, str, str], ...] = (
-    ("weights", "weights", rf"load_tensors: +{_DEVICE} +(?:model )?buffer size = +{{size}}"),
-    ("kv", "KV cache", rf"{_DEVICE} +KV buffer size = +{{size}}"),
-    ("kv", "recurrent state", rf"{_DEVICE} +RS buffer size = +{{size}}"),
-    ("activation", "compute buffer", rf"{_DEVICE} +compute buffer size = +{{size}}"),
-    ("logits", "output buffer", rf"{_DEVICE} +output buffer size = +{{size}}"),
+    ("weights", "weights", rf"load_tensors: {_DEVICE} (?:model )?buffer size = {{size}}"),
+    ("kv", "KV cache", rf"{_DEVICE} KV buffer size = {{size}}"),
+    ("kv", "recurrent state", rf"{_DEVICE} RS buffer size = {{size}}"),
+    ("activation", "compute buffer", rf"{_DEVICE} compute buffer size = {{size}}"),
+    ("logits", "output buffer", rf"{_DEVICE} output buffer size = {{size}}"),
 )
 _ROW = (  # of the table that llama.cpp prints when it fits or ends, in MiB
-    r"\| +- (?P<device>[^|]{1,80}?) +\| +{total#} = +{free#} \+ \( *{own#} = +{model#} \+ "
-    r"+{context#} \+ +{compute#} ?\)"
+    r"\| - (?P<device>[^|]{1,80}?) \| {total#} = {free#} \+ \( {own#} = {model#} \+ "
+    r"{context#} \+ {compute#} \)"
 )
 _NOT_HAD = (
     r"allocating {wanted} on device \d+: cudaMalloc failed",
     r"failed to allocate (?P<device>\S{1,30}) buffer of size {bytes#}",
     r"failed to allocate buffer of size {bytes#}",
-    r"failed to allocate buffer, size = +{wanted}",
+    r"failed to allocate buffer, size = {wanted}",
     r"ErrorOutOfDeviceMemory",
     r"unable to allocate (?P<device>\S{1,30}) buffer",
 )
@@ -92,7 +92,7 @@ def read_start(log: Log) -> Start:
     total = log.first(_FREE[0], r"VRAM: {total#} MiB")
     return Start(
         run=Run(
-            model=log.word(r"general\.name +(?:str += |= )(?P<word>[^|]{1,80})$"),
+            model=log.word(r"general\.name (?:str )?= (?P<word>[^|]{1,80})$"),
             kv_dtype=log.word(r"K \((?P<word>\w+)\):"),
             max_model_len=log.count(r"\bn_ctx += {n#}", r"\bn_ctx = {n#}"),
             max_num_seqs=log.count(r"n_seq_max += {n#}", r"n_slots = {n#}"),

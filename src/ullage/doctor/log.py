@@ -30,7 +30,7 @@ _PREFIX = re.compile(
     r"|[\w.-]{1,40} +\| "  # docker compose
     r"|\[ *\d+\.\d+\] )"  # dmesg
 )
-_NUMBER = r"-?\d{1,15}(?:\.\d{1,12})?"
+_NUMBER = r"\d{1,15}(?:\.\d{1,12})?"
 _SIZE = rf"{_NUMBER} ?(?:[KMGTk]i?B|bytes|B)\b"
 
 
@@ -93,11 +93,12 @@ class Log:
         """Where `pattern` is found, in order.
 
         It is a regular expression in which a space stands for any blanks or none, ``{free}`` for a
-        size that is called free, ``{rows#}`` for a whole number and ``{share%}`` for any number.
+        size that is called free, ``{left-}`` for one that may be negative, ``{rows#}`` for a whole
+        number and ``{times%}`` for any number.
         """
         compiled = _compiled(pattern)
         for line, window in self._windows:
-            match = compiled.search(window)
+            match = _fuller(compiled.search(line.text), compiled.search(window))
             if match is not None and match.start() < len(line.text):
                 yield Found(line, match)
 
@@ -130,11 +131,19 @@ class Log:
         return None if found is None else found.number("share") or None
 
 
+def _fuller(alone: re.Match[str] | None, joined: re.Match[str] | None) -> re.Match[str] | None:
+    """The match in the line alone, unless more of the message is found with the lines after."""
+    if alone is None or joined is None:
+        return alone or joined
+    missing = [match.groups().count(None) for match in (alone, joined)]
+    return joined if missing[1] < missing[0] else alone
+
+
 @cache
 def _compiled(pattern: str) -> re.Pattern[str]:
-    kinds = {"": _SIZE, "#": r"\d{1,3}(?:,\d{3}){1,5}\b|\d{1,15}", "%": _NUMBER}
+    kinds = {"": _SIZE, "-": f"-?{_SIZE}", "%": _NUMBER, "#": r"\d{1,3}(?:,\d{3}){1,5}\b|\d{1,15}"}
     named = re.sub(
-        r"\{([a-z_]+)([#%]?)\}", lambda match: f"(?P<{match[1]}>{kinds[match[2]]})", pattern
+        r"\{([a-z_]+)([#%-]?)\}", lambda match: f"(?P<{match[1]}>{kinds[match[2]]})", pattern
     )
     return re.compile(named.replace(" ", r"\s*"))
 

@@ -185,7 +185,7 @@ def _healthy(log: Log, start: Start) -> Diagnosis | None:
         return None
     ready = log.first(_READY)
     tokens = start.kv.count("tokens")
-    long = f", {tokens / ready.count('context'):.2f} times the longest request" if ready else ""
+    long = f", {tokens / max(1, ready.count('context')):.2f} times the longest request" if ready else ""
     return replace(
         _base(start, f"SGLang started, with a KV pool of {tokens:,} tokens{long}."),
         failed=False,

@@ -150,7 +150,7 @@ def _small_pool(log: Log, start: Start) -> Diagnosis | None:
         return None
     wanted, free = found.size("wanted"), found.size("free")
     estimate = log.first(_ESTIMATE)
-    fitting = estimate.count("context") if estimate else found.count("context") * free // wanted
+    fitting = estimate.count("context") if estimate else found.count("context") * free // max(1, wanted)
     return _base(
         start,
         f"One request of {found.count('context'):,} tokens needs {format_bytes(wanted)} of KV "

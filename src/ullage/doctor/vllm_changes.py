@@ -114,7 +114,7 @@ def smaller_start(start: Start) -> tuple[Change, ...]:
 
 def fewer_rows(rows: int, refused: Refusal | None) -> Change:
     """A power of two of sequences for which the sampler's tensor that failed would have fitted."""
-    if refused is None or not refused.missing_bytes:
+    if refused is None or not refused.missing_bytes or not rows:
         fitting = max(1, rows // 4)
         return Change(f"--max-num-seqs {fitting}", "a quarter of the sampler's rows")
     most = max(1, rows * refused.free_bytes // refused.wanted_bytes)

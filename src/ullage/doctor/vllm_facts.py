@@ -21,7 +21,10 @@ SIGNS = (
     r"Available KV cache memory:",
     r"the rest of the memory reserved for KV Cache",
     r"GPU KV cache size:",
+    r"the current vLLM instance can use",
     r"No available memory for the cache blocks",
+    r"KV cache is needed, which is larger than the available KV cache memory",
+    r"maximum number of tokens that can be stored in KV cache",
     r"warming up sampler with \d+ dummy requests",
     r"EngineDeadError",
     r"than desired (?:GPU|CPU) memory utilization",
@@ -30,7 +33,7 @@ SIGNS = (
 _VERSION = (
     r"LLM engine \(v?(?P<version>\d[\w.+-]*)\)",
     r"vLLM API server version (?P<version>\d[\w.+-]*)",
-    r"[█▄▀] +version (?P<version>\d[\w.+-]*)",
+    r"[█▄▀] version (?P<version>\d[\w.+-]*)",
 )
 _WEIGHTS = (
     r"Model loading took {size}",
@@ -58,10 +61,10 @@ _GRAPHS = (
     r"CUDA graph pool memory: {size} \(actual\)",
 )
 _POOL = (
-    r"Available KV cache memory: {size}",
-    r"the rest of the memory reserved for KV Cache is {size}",
-    r"available_kv_cache_memory {size}",
-    r"kv_cache_size={size}",
+    r"Available KV cache memory: {size-}",
+    r"the rest of the memory reserved for KV Cache is {size-}",
+    r"available_kv_cache_memory {size-}",
+    r"kv_cache_size={size-}",
 )
 _TOTAL = (
     r"Free memory on device (?:\S+ )?\([\d.]+/{total%} GiB\)",
