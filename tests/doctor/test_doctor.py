@@ -82,7 +82,7 @@ def test_binary_junk_is_not_understood(tmp_path: Path) -> None:
              "vLLM is a fast engine\nollama run llama3\n", "Epoch 137: loss 3.2 (12.5 GiB)\n"],
 )  # fmt: skip
 def test_a_log_of_something_else_is_never_guessed_at(diagnosed: Diagnosed, text: str) -> None:
-    with pytest.raises(InputError, match="vLLM, SGLang, llama.cpp and Ollama"):
+    with pytest.raises(InputError, match=r"vLLM, SGLang, llama\.cpp and Ollama"):
         diagnosed(text)
 
 

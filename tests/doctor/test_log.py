@@ -10,7 +10,7 @@ from ullage.errors import InputError
 from ullage.units import GIB, KIB
 
 
-def lines_of(path: Path, raw: bytes, words: str = "MiB|GiB") -> Log:
+def lines_of(path: Path, raw: bytes, words: tuple[str, ...] = ("MiB", "GiB")) -> Log:
     path.write_bytes(raw)
     return read_log(path, words)
 

@@ -18,7 +18,7 @@ __all__ = ["Diagnosis", "diagnose", "learn"]
 
 # An engine says more than what runs underneath it, so that engines come first.
 _RECOGNISERS = (vllm, sglang, ollama, llamacpp, kernel, torch_cuda, torch_cpu)
-_WORDS = "|".join((FRAME_WORDS, *(recogniser.WORDS for recogniser in _RECOGNISERS)))
+_WORDS = (*FRAME_WORDS, *(word for one in _RECOGNISERS for word in one.WORDS))
 _KNOWN = (
     "start-up and crash logs of vLLM, SGLang, llama.cpp and Ollama, PyTorch's out-of-memory errors "
     "on GPU and CPU, and the kernel's OOM killer (dmesg, exit code 137, OOMKilled)"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ullage.doctor.diagnosis import Culprit, Phase
 from ullage.doctor.log import Found, Log
 
-WORDS = r"line \d+, in |self\.sampler|lm_head"
+WORDS = (", in ", "self.sampler", "lm_head")
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from ullage.specs.footprint import Term
 from ullage.units import MIB, format_bytes
 
 WORDS = (
-    r"Kill(?:ed)? process|oom-kill|OOM ?Killed|\b137\b|SIGKILL|\bKilled\b|anon-rss"
-    r"|limit \d+ ?kB|Memory cgroup|exitcode: -9|\(Killed\)|signal: killed"
-)
+    "Kill process", "Killed", "oom-kill", "OOMKilled", "anon-rss", "kB, limit", "Memory cgroup",
+    "killed as a result", "signal: killed", "SIGKILL", "exitcode: -9", "exit code", "exited with",
+    "Exit Code", "ExitCode", "exitCode", "exit status",
+)  # fmt: skip
 
 _KILLED = r"Killed process \d+ \((?P<name>[^)]{1,64})\)"
 _TOTAL = r"total-vm: ?{total}"

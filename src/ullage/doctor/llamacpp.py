@@ -15,11 +15,12 @@ from ullage.specs.footprint import Part, Term
 from ullage.units import MIB, format_bytes
 
 WORDS = (
-    r"buffer size|llama_|load_tensors|memory breakdown|unaccounted|cudaMalloc failed|buffer of size"
-    r"|failed to allocate|unable to allocate|offloaded \d+/|n_ctx|n_ubatch|n_batch|n_seq_max"
-    r"|CUDA error|current device: |OutOfDeviceMemory|llama-server|llama\.cpp|ggml_|Context size has been|build:"
-    r"|MiB free\)|VRAM: \d+|server is listening|model loaded| \+ .{0,40}\) \+"
-)
+    "buffer size", "load_tensors", "memory breakdown", " MiB on device", "buffer of size",
+    "failed to allocate", "unable to allocate", "layers to GPU", "n_ctx", "n_ubatch", "n_seq_max",
+    "n_slots", "CUDA error", "ROCm error", "HIP error", "current device", "OutOfDeviceMemory",
+    "llama_", "ggml_", "common_", "Context size has been", "MiB free", "VRAM: ", "graph_reserve",
+    "server is listening", "model loaded", "slots are idle", "launch_slot", "general.name",
+)  # fmt: skip
 
 _SIGNS = (
     r"(?:load_tensors|llama_kv_cache\w*|llama_context|llama_new_context_with_model|sched_reserve"

@@ -3,7 +3,7 @@
 import re
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -13,9 +13,10 @@ from ullage.errors import InputError
 
 MOST_BYTES = 200 * 10**6
 _LONGEST_LINE_BYTES = 16_000  # vLLM prints its whole configuration in a line of 6,000
+_BLOCK_BYTES = 1 << 16
 _MOST_KEPT = 5_000  # from the start, and as many from the end
 # A message that a terminal has wrapped goes on in the next lines; a traceback's head is before.
-_LINES_BEFORE, _LINES_AFTER, _WRAPPED_CHARS = 1, 3, 400
+_LINES_BEFORE, _LINES_AFTER, _WRAPPED_CHARS = 2, 3, 400  # the line itself is one of two
 
 _ESCAPES = re.compile(r"\x1b\][^\x07\x1b]*\x07?|\x1b?\[[0-9;]*m|\x1b\[[0-9;?]*[ -/]*[@-~]")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\s\ufffd]+")
@@ -89,6 +90,11 @@ class Log:
             windows.append((line, line.text + "".join(joined)))
         return windows
 
+    @cached_property
+    def _all(self) -> str:
+        """Every text that a pattern may be found in."""
+        return "\n".join(f"{line.text}\n{window}" for line, window in self._windows)
+
     def every(self, pattern: str) -> Iterator[Found]:
         """Where `pattern` is found, in order.
 
@@ -97,6 +103,8 @@ class Log:
         number and ``{times%}`` for any number.
         """
         compiled = _compiled(pattern)
+        if compiled.search(self._all) is None:  # most are not: one search instead of many
+            return
         for line, window in self._windows:
             match = _fuller(compiled.search(line.text), compiled.search(window))
             if match is not None and match.start() < len(line.text):
@@ -145,60 +153,71 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     named = re.sub(
         r"\{([a-z_]+)([#%-]?)\}", lambda match: f"(?P<{match[1]}>{kinds[match[2]]})", pattern
     )
-    return re.compile(named.replace(" ", r"\s*"))
+    return re.compile(named.replace(" ", r"\s*"), re.MULTILINE)
 
 
-def read_log(path: Path | None, words: str) -> Log:
-    """The lines that have one of `words`, a regular expression, and their neighbours. None reads
-    standard input.
+def read_log(path: Path | None, words: Iterable[str]) -> Log:
+    """The lines that have one of `words`, and their neighbours. None reads standard input.
 
     Raises:
         InputError: it cannot be read, or is larger than 200 MB.
     """
+    wanted = tuple(word.encode() for word in words)
     if path is None:
-        return Log(_kept(sys.stdin.buffer, re.compile(words)))
+        return Log(_kept(sys.stdin.buffer, wanted))
     try:
         with path.open("rb") as file:
-            return Log(_kept(file, re.compile(words)))
+            return Log(_kept(file, wanted))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"Cannot read the log {str(path)[:200]}: {reason}.") from error
 
 
-def _kept(file: BinaryIO, words: re.Pattern[str]) -> list[Line]:
+def _kept(file: BinaryIO, words: tuple[bytes, ...]) -> list[Line]:
     head: list[Line] = []
     tail: deque[Line] = deque(maxlen=_MOST_KEPT)
-    before: deque[Line] = deque(maxlen=_LINES_BEFORE)
+    before: deque[tuple[int, bytes]] = deque(maxlen=_LINES_BEFORE)
     after = 0
-    for line in _lines(file):
-        chosen = words.search(line.text) is not None
+    for number, raw, chosen in _lines(file, words):
         after = _LINES_AFTER if chosen else after - 1
+        before.append((number, raw))
         if not chosen and after < 0:
-            before.append(line)
             continue
-        for kept in (*before, line):
-            (head if len(head) < _MOST_KEPT else tail).append(kept)
+        for kept in before:
+            (head if len(head) < _MOST_KEPT else tail).append(Line(kept[0], _clean(kept[1])))
         before.clear()
     return [*head, *tail]
 
 
-def _lines(file: BinaryIO) -> Iterator[Line]:
-    read_bytes = number = 0
-    inside = False  # a line that was too long: the rest of it is dropped
-    while piece := file.readline(_LONGEST_LINE_BYTES):
-        read_bytes += len(piece)
+def _lines(file: BinaryIO, words: tuple[bytes, ...]) -> Iterator[tuple[int, bytes, bool]]:
+    """Lines with their numbers, and whether they have one of `words`."""
+    number = 0
+    for lines in _blocks(file):
+        block = b"\n".join(lines)
+        there = [word for word in words if word in block]
+        for raw in lines:
+            number += 1
+            yield number, raw, any(word in raw for word in there)
+
+
+def _blocks(file: BinaryIO) -> Iterator[list[bytes]]:
+    """Lines, some hundreds at a time. UTF-16 of plain English is read by dropping its zeros."""
+    read_bytes, rest = 0, b""
+    while chunk := file.read(_BLOCK_BYTES):
+        read_bytes += len(chunk)
         if read_bytes > MOST_BYTES:
             raise InputError(
                 f"The log is larger than {MOST_BYTES // 10**6} MB. Its last part will do: "
                 f"`tail -c 100M LOG | ullage doctor -`."
             )
-        if not inside:
-            number += 1
-            yield Line(number, _clean(piece))
-        inside = not piece.endswith(b"\n")
+        lines = (rest + chunk.replace(b"\0", b"")).split(b"\n")
+        rest = lines.pop()[:_LONGEST_LINE_BYTES]
+        yield lines
+    if rest:
+        yield [rest]
 
 
 def _clean(raw: bytes) -> str:
-    """Without escapes and control characters; UTF-16 of plain English is read by the way."""
-    text = _ESCAPES.sub("", raw.replace(b"\0", b"").decode("utf-8", "replace"))
+    """Without escapes and control characters."""
+    text = _ESCAPES.sub("", raw[:_LONGEST_LINE_BYTES].decode("utf-8", "replace"))
     return _CONTROL.sub(" ", text).strip()

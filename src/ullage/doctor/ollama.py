@@ -11,10 +11,7 @@ from ullage.doctor.log import Found, Log
 from ullage.specs.footprint import Part, Term
 from ullage.units import format_bytes
 
-WORDS = (
-    r"ollama|requires more system memory|memory\.required|memory\.available|level=\w+ source="
-    r"|llama runner"
-)
+WORDS = ("ollama", "requires more system memory", "memory.required", "source=", "llama runner")
 
 _SIGNS = (
     r"level=\w+ source=\S+ msg=", r"model requires more system memory", r"\bollama\b",

@@ -12,10 +12,10 @@ from ullage.doctor.log import Found, Log
 from ullage.specs.footprint import Term
 
 WORDS = (
-    r"sglang|ServerArgs|server_args|mem usage|avail mem|KV Cache is allocated|Not enough memory"
-    r"|max_total_num_tokens|cuda graph|CUDA graph|Memory pool end|mem.fraction.static"
-    r"|Scheduler hit an exception|max_total_tokens"
-)
+    "sglang", "ServerArgs", "server_args", "mem usage", "avail mem", "KV Cache is allocated",
+    "Not enough memory", "max_total_num_tokens", "cuda graph", "mem_fraction_static",
+    "mem-fraction-static", "cuda-graph-max-bs", "max_total_tokens", "profiled value",
+)  # fmt: skip
 
 _SIGNS = (
     r"ServerArgs\(", r"sglang/srt/", r"KV Cache is allocated", r"Load weight (?:begin|end)",
@@ -185,7 +185,8 @@ def _healthy(log: Log, start: Start) -> Diagnosis | None:
         return None
     ready = log.first(_READY)
     tokens = start.kv.count("tokens")
-    long = f", {tokens / max(1, ready.count('context')):.2f} times the longest request" if ready else ""
+    times = tokens / max(1, ready.count("context")) if ready else None
+    long = f", {times:.2f} times the longest request" if times else ""
     return replace(
         _base(start, f"SGLang started, with a KV pool of {tokens:,} tokens{long}."),
         failed=False,

@@ -8,7 +8,7 @@ from ullage.doctor.frames import place_of
 from ullage.doctor.log import Log
 from ullage.units import format_bytes
 
-WORDS = r"DefaultCPUAllocator|you tried to allocate|enforce fail at"
+WORDS = ("DefaultCPUAllocator", "you tried to allocate")
 
 _REFUSED = (
     r"DefaultCPUAllocator: (?:can't allocate memory|not enough memory): you tried to allocate "

@@ -11,7 +11,7 @@ from ullage.doctor.log import Found, Log
 from ullage.specs.footprint import Term
 from ullage.units import GIB, MIB, format_bytes
 
-WORDS = r"Tried to allocate|OutOfMemoryError|out of memory|total capaci?ty"
+WORDS = ("Tried to allocate", "OutOfMemoryError", "out of memory", "total capac")
 
 _TRIED = r"Tried to allocate {wanted}"
 _SINCE_2_1 = (
@@ -59,8 +59,9 @@ class Refusal:
         driver_bytes = (
             self.total_bytes - self.free_bytes - self.allocated_bytes - self.spare_bytes
         ) - self.other_bytes
+        tensors_bytes = self.allocated_bytes - self.graph_bytes
         sizes = (
-            ("tensors: weights, KV entries and activations", self.allocated_bytes - self.graph_bytes),
+            ("tensors: weights, KV entries and activations", tensors_bytes),
             ("CUDA graphs", self.graph_bytes),
             ("reserved by PyTorch, unallocated", self.spare_bytes),
             ("context and libraries", driver_bytes),

@@ -20,11 +20,15 @@ from ullage.doctor.vllm_facts import Start, read_start
 from ullage.units import GIB, format_bytes
 
 WORDS = (
-    r"LLM engine|vLLM|vllm/|GiB|KV cache|KV Cache|EngineDead|EngineCore (?:encountered|failed)"
-    r"|dummy requests|max_num_|max_model_len|max_seq_len|non-default args|version \d"
-    r"|gpu_memory_utilization|memory utilization|cache blocks|GPU blocks|CUDA blocks|cuda blocks"
-    r"|Model loading took|weights t[ao]|non_torch_memory|prompt_logprobs|500 Internal|seq len"
-)
+    "LLM engine", "vLLM API server", "vllm/", "KV cache memory", "KV cache size", "for KV Cache",
+    "KV cache is", "stored in KV", "EngineDead", "EngineCore encountered", "dummy requests",
+    "max_num_", "max_model_len", "max_seq_len", "max model len", "max seq len", "args: ",
+    " version ", "memory_utilization", "memory utilization", "memory-utilization", "cache blocks",
+    "U blocks", "A blocks", "cuda blocks", "Model loading took", "model weights t",
+    "non_torch_memory", "non-torch", "total_memory=", "total_gpu_memory", "activation peak",
+    "Maximum concurrency", "Graph capturing", "CUDAGraph", "CUDA graph pool", "maximum model len",
+    "available_kv_cache_memory", "500 Internal", "prompt_logprobs",
+)  # fmt: skip
 
 _BUSY = (
     r"Free memory on device (?:\S+ )?\({free%}/{total%} GiB\) on startup is less than "
@@ -150,7 +154,8 @@ def _small_pool(log: Log, start: Start) -> Diagnosis | None:
         return None
     wanted, free = found.size("wanted"), found.size("free")
     estimate = log.first(_ESTIMATE)
-    fitting = estimate.count("context") if estimate else found.count("context") * free // max(1, wanted)
+    scaled = found.count("context") * free // max(1, wanted)
+    fitting = estimate.count("context") if estimate else scaled
     return _base(
         start,
         f"One request of {found.count('context'):,} tokens needs {format_bytes(wanted)} of KV "
