@@ -73,7 +73,7 @@ def test_nothing_but_our_own_errors(tmp_path: Path, raw: bytes) -> None:
 def test_binary_junk_is_not_understood(tmp_path: Path) -> None:
     path = tmp_path / "junk"
     path.write_bytes(random.Random(0).randbytes(3_000_000))
-    with pytest.raises(InputError, match="nothing that is understood"):
+    with pytest.raises(InputError, match="neither a start nor a memory failure"):
         diagnose(path)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from ullage.doctor import Diagnosis
+from ullage.doctor import Diagnosis, learn
 from ullage.units import MIB
 
 Diagnosed = Callable[[str], Diagnosis]
@@ -138,6 +138,16 @@ def test_the_table_is_read(diagnosed: Diagnosed) -> None:
     found = diagnosed(TABLE)
     assert not found.failed
     assert [term.nbytes // MIB for term in found.parts] == [2542, 2622, 493]
+
+
+def test_the_table_at_the_end_has_what_is_not_accounted_for(diagnosed: Diagnosed) -> None:
+    # github.com/ggml-org/llama.cpp pull 15860
+    found = diagnosed(
+        "llama_print_memory_breakdown: memory breakdown:      total   free     self   model   context   compute    unaccounted\n"
+        "common_memory_breakdown_print: |   - CUDA0 (RTX 4090) | 24080 = 9436 + (14193 = 13169 +      38 +     985) +         451 |\n"
+    )
+    assert found.parts[-1].nbytes == 451 * MIB
+    assert learn(found).constants == {"runtime_bytes": 451 * MIB}
 
 
 def test_a_start_that_fits_may_still_run_out(diagnosed: Diagnosed) -> None:

@@ -95,3 +95,9 @@ def test_while_serving_a_smaller_chunk_comes_first(diagnosed: Diagnosed) -> None
     )
     assert (found.phase, found.cold_start_spike) == ("prefill", True)
     assert found.changes[0].flags == "--chunked-prefill-size 4096"
+
+
+def test_a_scheduler_that_stopped_otherwise_is_not_called_healthy(diagnosed: Diagnosed) -> None:
+    found = diagnosed(HEALTHY + "[2025-03-27 21:34:00 TP0] Scheduler hit an exception: KeyError\n")
+    assert found.failed
+    assert "no out-of-memory error" in found.happened

@@ -44,8 +44,8 @@ def test_the_figures_of_the_message_are_kept_in_bytes(diagnosed: Diagnosed) -> N
     assert found.total_bytes == round(31.47 * GIB)
     assert {term.label for term in found.parts} == {"measured"}
     held = {term.what: term.nbytes for term in found.parts}
-    assert held["reserved by PyTorch, unallocated"] == round(9.35 * GIB)
-    assert "other processes" not in held
+    assert held["reserved, unallocated, at the refusal"] == round(9.35 * GIB)
+    assert "other processes, at the refusal" not in held
 
 
 def test_a_request_that_is_larger_than_what_is_reserved_is_no_fragmentation(
@@ -99,8 +99,8 @@ def test_our_own_process_is_found_among_numbers_of_another_namespace(diagnosed: 
         "unallocated."
     )
     held = {term.what: term.nbytes for term in found.parts}
-    assert held["CUDA graphs"] == 128 * MIB
-    assert "other processes" not in held
+    assert held["CUDA graphs, at the refusal"] == 128 * MIB
+    assert "other processes, at the refusal" not in held
 
 
 @pytest.mark.parametrize("width", [40, 61, 80, 120])

@@ -301,6 +301,15 @@ def test_an_engine_that_died_of_something_else_is_not_called_out_of_memory(
     assert "no out-of-memory error" in found.happened
 
 
+def test_a_start_that_failed_otherwise_is_not_called_healthy(diagnosed: Diagnosed) -> None:
+    # llm-d-planner, v0.19.0: qwen-qwen3-14b--h100-80gb--tp5pp1dp1--8192.FAILED.log
+    found = diagnosed(
+        V19 + "RuntimeError: Engine core initialization failed. See root cause above.\n"
+    )
+    assert found.failed
+    assert "did not start" in found.happened
+
+
 def test_of_several_workers_the_fullest_counts(diagnosed: Diagnosed) -> None:
     # github.com/vllm-project/vllm pull 14447, with one worker's figures changed
     line = (

@@ -34,7 +34,10 @@ def diagnose(path: Path | None) -> Diagnosis:
     diagnosis = _recognise(read_log(path, _WORDS))
     if diagnosis is None:
         name = "standard input" if path is None else str(path)[:200]
-        raise InputError(f"{name} has nothing that is understood. What can be read: {_KNOWN}.")
+        raise InputError(
+            f"{name} shows neither a start nor a memory failure that is understood. "
+            f"What can be read: {_KNOWN}."
+        )
     return with_plan(diagnosis)
 
 

@@ -4,6 +4,8 @@ from typing import get_args
 
 from ullage.doctor.diagnosis import Diagnosis
 from ullage.doctor.fit import plan_of
+from ullage.doctor.llamacpp import UNACCOUNTED
+from ullage.doctor.vllm_facts import GRAPHS, NON_TORCH, PROFILE_PEAK
 from ullage.errors import InputError
 from ullage.planner.constants import Constants
 from ullage.specs.calibration import Calibration
@@ -14,10 +16,9 @@ from ullage.units import GIB
 # The constant that is added to a part as it is; the part's name among a diagnosis's parts, and in
 # a plan's share. It takes the difference between the measured and the planned part.
 _ADDED = (
-    ("graph_bytes", "CUDA graphs", "graph_bytes"),
-    ("fixed_activation_bytes", "peak of the profiling pass", "activation_bytes"),
+    ("graph_bytes", GRAPHS, "graph_bytes"),
+    ("fixed_activation_bytes", PROFILE_PEAK, "activation_bytes"),
 )
-_NON_TORCH = "context and libraries"
 
 
 def learn(diagnosis: Diagnosis) -> Calibration:
@@ -35,11 +36,11 @@ def learn(diagnosis: Diagnosis) -> Calibration:
         )
     if engine not in get_args(Engine):
         raise InputError(f"No calibration is taken of {engine}: the planner has no such engine.")
-    constants = _outside_torch(diagnosis) | _corrected(diagnosis, plan_of(diagnosis))
+    constants = _outside(diagnosis) | _corrected(diagnosis, plan_of(diagnosis))
     if not constants:
         raise InputError(
             f"The log has no figure that the planner can take for {engine}. vLLM writes them with "
-            "VLLM_LOGGING_LEVEL=DEBUG, for models of the catalog."
+            "VLLM_LOGGING_LEVEL=DEBUG, llama.cpp in the table that it prints when it ends."
         )
     total = (diagnosis.total_bytes or 0) / GIB
     device = f"{total:.2f} GiB device" if total else "device of the log"
@@ -51,10 +52,13 @@ def _measured(diagnosis: Diagnosis, what: str) -> int:
     return sum(term.nbytes for term in diagnosis.parts if term.what == what)
 
 
-def _outside_torch(diagnosis: Diagnosis) -> dict[str, int]:
+def _outside(diagnosis: Diagnosis) -> dict[str, int]:
     """What the context and communication take, under the name that it has for the number of
     devices. Stages of a pipeline differ, so that one figure is none of them."""
-    size, run = _measured(diagnosis, _NON_TORCH), diagnosis.run
+    if diagnosis.engine == "llama.cpp":
+        sizes = [term.nbytes for term in diagnosis.parts if term.what.startswith(UNACCOUNTED)]
+        return {"runtime_bytes": max(sizes)} if sizes else {}
+    size, run = _measured(diagnosis, NON_TORCH), diagnosis.run
     if size <= 0 or run.pipeline_parallel > 1:
         return {}
     if run.tensor_parallel == 1:

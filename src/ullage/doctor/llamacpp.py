@@ -36,9 +36,10 @@ _BUFFERS: tuple[tuple[Part, str, str], ...] = (
     ("activation", "compute buffer", rf"{_DEVICE} compute buffer size = {{size}}"),
     ("logits", "output buffer", rf"{_DEVICE} output buffer size = {{size}}"),
 )
+UNACCOUNTED = "unaccounted"  # what a device holds beside the buffers: context, kernels, others
 _ROW = (  # of the table that llama.cpp prints when it fits or ends, in MiB
     r"\| - (?P<device>[^|]{1,80}?) \| {total#} = {free#} \+ \( {own#} = {model#} \+ "
-    r"{context#} \+ {compute#} \)"
+    r"{context#} \+ {compute#} \)(?: \+ {unaccounted#} \|)?"
 )
 _NOT_HAD = (
     r"allocating {wanted} on device \d+: cudaMalloc failed",
@@ -127,16 +128,18 @@ def _label(what: str, where: str) -> str:
 
 
 def _table(log: Log) -> tuple[Term, ...]:
-    """The table's figures of all devices, each as it is printed last."""
+    """The table's figures of all devices, each as it is printed last. Before anything is allocated
+    the last column is negative, and says nothing."""
     rows = {row.text("device"): row for row in log.every(_ROW)}
     columns: tuple[tuple[Part, str], ...] = (
         ("weights", "model"), ("kv", "context"), ("activation", "compute"),
+        ("overhead", UNACCOUNTED),
     )  # fmt: skip
     return tuple(
         measured(part, f"{column} on {device}", row.count(column) * MIB, row)
         for device, row in rows.items()
         for part, column in columns
-        if row.count(column)
+        if row.text(column) and row.count(column)
     )
 
 

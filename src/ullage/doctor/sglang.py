@@ -15,6 +15,7 @@ WORDS = (
     "sglang", "ServerArgs", "server_args", "mem usage", "avail mem", "KV Cache is allocated",
     "Not enough memory", "max_total_num_tokens", "cuda graph", "mem_fraction_static",
     "mem-fraction-static", "cuda-graph-max-bs", "max_total_tokens", "profiled value",
+    "Scheduler hit",
 )  # fmt: skip
 
 _SIGNS = (
@@ -73,7 +74,11 @@ def recognise(log: Log) -> Diagnosis | None:
     if log.first(*_SIGNS) is None:
         return None
     start = _read_start(log)
-    return _too_little(log, start) or _out_of_memory(log, start) or _healthy(log, start)
+    for failure in (_too_little, _out_of_memory, _stopped):
+        found = failure(log, start)
+        if found is not None:
+            return found
+    return _healthy(log, start)
 
 
 def _read_start(log: Log) -> Start:
@@ -177,6 +182,17 @@ def _changes_at(log: Log, phase: Phase, start: Start) -> tuple[Change, ...]:
     return (
         Change(f"--chunked-prefill-size {chunk}", "reads prompts in smaller pieces"),
         smaller,
+    )
+
+
+def _stopped(log: Log, start: Start) -> Diagnosis | None:
+    found = log.first(r"Scheduler hit an exception")
+    if found is None:
+        return None
+    return _base(
+        start,
+        "SGLang's scheduler stopped. The log has no out-of-memory error.",
+        evidence=evidence(found),
     )
 
 

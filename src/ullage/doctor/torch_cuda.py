@@ -61,14 +61,16 @@ class Refusal:
         ) - self.other_bytes
         tensors_bytes = self.allocated_bytes - self.graph_bytes
         sizes = (
-            ("tensors: weights, KV entries and activations", tensors_bytes),
+            ("tensors of all kinds", tensors_bytes),
             ("CUDA graphs", self.graph_bytes),
-            ("reserved by PyTorch, unallocated", self.spare_bytes),
-            ("context and libraries", driver_bytes),
+            ("reserved, unallocated", self.spare_bytes),
+            ("outside of PyTorch", driver_bytes),
             ("other processes", self.other_bytes),
         )
         return tuple(
-            measured("overhead", what, size, self.found) for what, size in sizes if size > 0
+            measured("overhead", f"{what}, at the refusal", size, self.found)
+            for what, size in sizes
+            if size > 0
         )
 
 

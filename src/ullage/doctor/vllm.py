@@ -21,8 +21,9 @@ from ullage.units import GIB, format_bytes
 
 WORDS = (
     "LLM engine", "vLLM API server", "vllm/", "KV cache memory", "KV cache size", "for KV Cache",
-    "KV cache is", "stored in KV", "EngineDead", "EngineCore encountered", "dummy requests",
-    "max_num_", "max_model_len", "max_seq_len", "max model len", "max seq len", "args: ",
+    "KV cache is", "stored in KV", "EngineDead", "EngineCore encountered", "EngineCore failed",
+    "initialization failed", "dummy requests", "max_num_", "max_model_len", "max_seq_len",
+    "max model len", "max seq len", "args: ",
     " version ", "memory_utilization", "memory utilization", "memory-utilization", "cache blocks",
     "U blocks", "A blocks", "cuda blocks", "Model loading took", "model weights t",
     "non_torch_memory", "non-torch", "total_memory=", "total_gpu_memory", "activation peak",
@@ -46,6 +47,7 @@ _FEW_TOKENS = (
     r"in KV cache \({tokens#}\)"
 )
 _DEAD = r"EngineDeadError|EngineCore encountered a fatal error|AsyncEngineDeadError"
+_NOT_STARTED = r"Engine core initialization failed|EngineCore failed to start"
 _ANSWERS = r"500 Internal Server Error"
 _OUT = r"(?:CUDA|HIP) error: out of memory|OutOfMemoryError|(?:CUDA|HIP|XPU) out of memory"
 
@@ -241,13 +243,15 @@ def _serving_causes(place: Place | None, dead: Found | None) -> tuple[str, ...]:
 
 
 def _dead(log: Log, start: Start) -> Diagnosis | None:
-    found = log.first(_DEAD)
+    found = log.first(_DEAD, _NOT_STARTED)
     if found is None:
         return None
+    died = log.first(_DEAD) is not None
+    what = "engine died after it had started" if died else "engine did not start"
     return _base(
         start,
-        "vLLM's engine died after it had started. The log has no out-of-memory error.",
-        phase="serve",
+        f"vLLM's {what}. The log has no out-of-memory error.",
+        phase="serve" if died else None,
         causes=("A process that the kernel kills writes nothing: look into dmesg.",),
         changes=(Change("dmesg | ullage doctor -", "tells whether the kernel killed it"),),
         evidence=evidence(found, log.first(_ANSWERS)),

@@ -11,6 +11,12 @@ from ullage.doctor.log import Found, Log
 from ullage.specs.footprint import Term
 from ullage.units import GIB
 
+# What the parts of a start are called.
+PROFILE_PEAK, NON_TORCH, GRAPHS = (
+    "peak of the profiling pass",
+    "context and libraries",
+    "CUDA graphs",
+)
 _BLOCK_TOKENS = 16  # of vLLM's default KV block, where a log counts blocks only
 
 SIGNS = (
@@ -27,6 +33,8 @@ SIGNS = (
     r"maximum number of tokens that can be stored in KV cache",
     r"warming up sampler with \d+ dummy requests",
     r"EngineDeadError",
+    r"EngineCore failed to start",
+    r"Engine core initialization failed",
     r"than desired (?:GPU|CPU) memory utilization",
     r"Maximum concurrency for {context#} tokens per request",
 )
@@ -113,11 +121,11 @@ class Start:
         terms = [
             measured("weights", "weights", self.weights.size("size"), self.weights)
             if self.weights else None,
-            measured("activation", "peak of the profiling pass", self.activation.size("size"),
+            measured("activation", PROFILE_PEAK, self.activation.size("size"),
                      self.activation) if self.activation else None,
-            Term("overhead", "context and libraries", self.non_torch_bytes, "measured", "the log")
+            Term("overhead", NON_TORCH, self.non_torch_bytes, "measured", "the log")
             if self.non_torch_bytes else None,
-            measured("overhead", "CUDA graphs", self.graphs.size("size"), self.graphs)
+            measured("overhead", GRAPHS, self.graphs.size("size"), self.graphs)
             if self.graphs else None,
             measured("kv", "KV pool", max(0, self.pool.size("size")), self.pool)
             if self.pool else None,
