@@ -99,3 +99,4 @@ def test_a_kill_after_a_healthy_start_names_the_engine(diagnosed: Diagnosed) -> 
     start = "INFO 04-22 15:13:20 [kv_cache_utils.py:1314] GPU KV cache size: 188,640 tokens\n"
     found = diagnosed(start + DMESG)
     assert (found.engine, found.phase, found.culprit) == ("vllm", "serve", "host memory")
+    assert not found.planned  # RAM is not the device that a plan would be of

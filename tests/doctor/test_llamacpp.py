@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import pytest
+
 from ullage.doctor import Diagnosis, learn
 from ullage.units import MIB
 
@@ -98,6 +100,20 @@ def test_a_healthy_start_tells_device_from_host(diagnosed: Diagnosed) -> None:
     }
     assert found.run.max_model_len == 40960
     assert found.free_bytes == 23755 * MIB
+
+
+@pytest.mark.parametrize(
+    ("name", "short"), [("Q4_K - Medium", "q4_k_m"), ("Q8_0", "q8_0"), ("F16", "f16")]
+)
+def test_a_file_type_is_called_as_llama_quantize_does(
+    diagnosed: Diagnosed, name: str, short: str
+) -> None:
+    # src/llama-model-loader.cpp
+    names = f"print_info: file type   = {name}\nprint_info: general.name          = Qwen3 1.7B\n"
+    run = diagnosed(HEALTHY + names).run
+    assert (run.quantization, run.model) == (short, "Qwen3 1.7B")
+    partly = HEALTHY.replace("offloaded 29/29", "offloaded 20/29")
+    assert diagnosed(partly + names).run.model == ""  # no plan knows such a split
 
 
 def test_the_wording_of_2024_sums_its_devices(diagnosed: Diagnosed) -> None:

@@ -60,5 +60,4 @@ def _with_engine(failure: Diagnosis, found: list[Diagnosis]) -> Diagnosis:
         engine=started.engine,
         engine_version=started.engine_version,
         phase="serve",
-        run=started.run,
     )

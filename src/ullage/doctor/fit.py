@@ -18,6 +18,8 @@ from ullage.specs.workload import Engine, Execution, Workload
 from ullage.units import GIB, format_bytes
 
 _OUTPUT_TOKENS = 256
+_FLAGS = {"vllm": "--max-model-len", "sglang": "--context-length", "llama.cpp": "-c"}
+_LENGTH = tuple(f"{flag} " for flag in _FLAGS.values())
 _MOST = 1 << 30  # no engine counts more tokens or sequences: such a log is not to be believed
 
 
@@ -26,7 +28,9 @@ def with_plan(diagnosis: Diagnosis) -> Diagnosis:
     plan = plan_of(diagnosis)
     if plan is None:
         return diagnosis
-    changes = diagnosis.changes + (_shorter(plan) if diagnosis.failed else ())
+    changes = diagnosis.changes
+    if diagnosis.failed and not any(change.flags.startswith(_LENGTH) for change in changes):
+        changes += _shorter(plan)
     return replace(diagnosis, planned=_sentence(plan), changes=changes)
 
 
@@ -57,15 +61,17 @@ def _recipe(diagnosis: Diagnosis) -> Recipe | None:
         return None
     recipe = Recipe(model, device, work, execution)
     engine = ENGINES[execution.engine]
-    if run.quantization in engine.weights:
-        return engine.with_weights(recipe, run.quantization)
-    return None if run.quantization else recipe
+    weights = dtype_name(run.quantization) or run.quantization
+    if weights in engine.weights:
+        return engine.with_weights(recipe, weights)
+    # A GGUF file has a type of its own: where the log does not tell it, there is nothing to plan.
+    return None if weights or diagnosis.engine == "llama.cpp" else recipe
 
 
 def _execution(diagnosis: Diagnosis, device: Device) -> Execution | None:
     run, engine = diagnosis.run, diagnosis.engine
     default = default_execution(device, engine)  # type: ignore[arg-type]
-    kv_dtype = kv_dtype_name(run.kv_dtype.partition("_")[0]) if run.kv_dtype else default.kv_dtype
+    kv_dtype = kv_dtype_name(run.kv_dtype) if run.kv_dtype else default.kv_dtype
     if kv_dtype not in ENGINES[default.engine].kv_dtypes:
         return None
     return replace(
@@ -82,7 +88,7 @@ def _execution(diagnosis: Diagnosis, device: Device) -> Execution | None:
 
 
 def _known_model(name: str) -> ModelSpec | None:
-    wanted = name.strip().lower()
+    wanted = name.strip().lower().replace(" ", "-")  # GGUF's names have blanks
     for known, entry in catalog().items():
         if wanted and wanted in (known, entry.get("hub", "").lower()):
             return spec_from_config(entry["config"], name=known, source="")
@@ -103,4 +109,5 @@ def _shorter(plan: Plan) -> tuple[Change, ...]:
     longest, asked = plan.cliff.max_model_len, plan.recipe.workload.context_tokens
     if not longest or longest >= asked:
         return ()
-    return (Change(f"--max-model-len {longest}", "the longest request that fits by the plan"),)
+    flag = _FLAGS.get(plan.recipe.execution.engine, "--max-model-len")
+    return (Change(f"{flag} {longest}", "the longest request that fits by the plan"),)

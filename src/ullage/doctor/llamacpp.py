@@ -19,6 +19,7 @@ WORDS = (
     "failed to allocate", "unable to allocate", "layers to GPU", "n_ctx", "n_ubatch", "n_seq_max",
     "n_slots", "CUDA error", "ROCm error", "HIP error", "current device", "OutOfDeviceMemory",
     "llama_", "ggml_", "common_", "Context size has been", "MiB free", "VRAM: ", "graph_reserve",
+    "file type",
     "server is listening", "model loaded", "slots are idle", "launch_slot", "general.name",
 )  # fmt: skip
 
@@ -70,7 +71,6 @@ class Start:
     parts: tuple[Term, ...]
     free_bytes: int | None
     total_bytes: int | None
-    ubatch: int | None
     layers: Found | None
 
     def size(self, part: Part) -> int:
@@ -94,17 +94,33 @@ def read_start(log: Log) -> Start:
     total = log.first(_FREE[0], r"VRAM: {total#} MiB")
     return Start(
         run=Run(
-            model=log.word(r"general\.name (?:str )?= (?P<word>[^|]{1,80})$"),
+            model=_model(log),
+            quantization=_file_type(log),
+            prefill_chunk=log.count(r"n_ubatch = {n#}"),
             kv_dtype=log.word(r"K \((?P<word>\w+)\):"),
-            max_model_len=log.count(r"\bn_ctx += {n#}", r"\bn_ctx = {n#}"),
-            max_num_seqs=log.count(r"n_seq_max += {n#}", r"n_slots = {n#}"),
+            max_model_len=log.count(r"\bn_ctx = {n#}"),
+            max_num_seqs=log.count(r"n_seq_max = {n#}", r"n_slots = {n#}"),
         ),
         parts=_table(log) or _buffers(log),
         free_bytes=None if free is None else free.count("free") * MIB,
         total_bytes=None if total is None else total.count("total") * MIB,
-        ubatch=log.count(r"n_ubatch += {n#}"),
         layers=log.last(_LAYERS),
     )
+
+
+def _model(log: Log) -> str:
+    """The model's name, if all of it is on the device and its file type is known: nothing else
+    can be planned."""
+    layers = log.last(_LAYERS)
+    whole = layers is not None and layers.count("some") == layers.count("all")
+    return log.word(r"general\.name (?:str )?= (?P<word>[^|]{1,80})$") if whole else ""
+
+
+def _file_type(log: Log) -> str:
+    """``Q4_K - Medium`` as llama-quantize calls it: q4_k_m."""
+    name = log.word(r"file type = (?P<word>I?Q\d\w*(?: - (?:Small|Medium|Large))?|BF16|F16|F32)")
+    kind, _, size = name.lower().partition("-")
+    return kind.strip() + (f"_{size.strip()[0]}" if size.strip() else "")
 
 
 def _buffers(log: Log) -> tuple[Term, ...]:
@@ -217,7 +233,7 @@ def _less_context(run: Run, cache_bytes: int | None) -> tuple[Change, ...]:
 
 
 def _smaller_batch(start: Start, wanted: int | None) -> Iterable[Change]:
-    ubatch = max(32, (start.ubatch or 512) // 2)
+    ubatch = max(32, (start.run.prefill_chunk or 512) // 2)
     freed = wanted // 2 if wanted else None
     return (Change(f"-ub {ubatch}", "the compute buffer grows with the micro-batch", freed),)
 

@@ -169,7 +169,7 @@ def _small_pool(log: Log, start: Start) -> Diagnosis | None:
         changes=(
             *raise_share(start, wanted - free),
             *shorter(fitting),
-            *smaller_entries(start, wanted),
+            *smaller_entries(start, wanted, free),
         ),
         evidence=evidence(found, estimate, start.pool),
     )
@@ -192,7 +192,7 @@ def _few_tokens(log: Log, start: Start) -> Diagnosis | None:
         changes=(
             *raise_share(start, round(per_token * (context - tokens))),
             *shorter(tokens),
-            *smaller_entries(start, wanted),
+            *smaller_entries(start, wanted, start.pool_bytes or 0),
         ),
         evidence=evidence(found, start.pool),
     )

@@ -81,11 +81,13 @@ def shorter(tokens: int) -> tuple[Change, ...]:
     return (Change(f"--max-model-len {tokens}", "the longest request that the pool holds"),)
 
 
-def smaller_entries(start: Start, wanted: int | None) -> tuple[Change, ...]:
-    """KV entries of 8 bits, unless they are so already; `wanted` are the bytes of them all."""
+def smaller_entries(start: Start, wanted: int | None, free: int) -> tuple[Change, ...]:
+    """KV entries of 8 bits, unless they are so already; `wanted` are the bytes of them
+    all, `free` those of the pool."""
     if start.run.kv_dtype.startswith("fp8"):
         return ()
-    why = "halves the KV entries"
+    enough = wanted is None or wanted // 2 <= free
+    why = "halves the KV entries" if enough else "halves the KV entries, which is not enough alone"
     return (Change("--kv-cache-dtype fp8", why, wanted // 2 if wanted else None),)
 
 
