@@ -32,6 +32,10 @@ class Constants:
         self._measured = {} if calibration is None else calibration.constants
         self._device = "" if calibration is None else calibration.device
 
+    def __contains__(self, key: str) -> bool:
+        """Whether the engine has a constant called `key`."""
+        return key in self._found
+
     def __getitem__(self, key: str) -> Constant:
         """The constant called `key`."""
         if key in self._measured:
