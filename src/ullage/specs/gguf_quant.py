@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from ullage.specs.gguf import BLOCKS
-from ullage.specs.model import ModelSpec, Storage, TensorSpec
+from ullage.specs.gguf import BLOCKS, GGUFHeader, GGUFTensor
+from ullage.specs.model import ModelSpec, Role, Storage, TensorSpec
 
 # What llama-quantize calls them: attn_v (q, k and v in one weight too), attn_k, ..., and the ends.
 Category = Literal["v", "k", "q", "o", "up", "gate", "down", "embedding", "output", "other"]
@@ -140,6 +140,14 @@ _WORDS: tuple[tuple[str, Category | None], ...] = (
 )
 _CATEGORIES = tuple((re.compile(words), category) for words, category in _WORDS)
 
+# Of a file's tensors, those that llama.cpp does not put beside the layers.
+_ROLES: Mapping[str, Role] = {
+    "token_embd.weight": "embedding",
+    "per_layer_token_embd.weight": "embedding",
+    "position_embd.weight": "embedding",
+    "output.weight": "head",
+}
+
 
 def as_gguf(model: ModelSpec, name: str) -> ModelSpec:
     """`model` with every tensor in the type that it has in the GGUF file type `name`, one of
@@ -152,6 +160,21 @@ def as_gguf(model: ModelSpec, name: str) -> ModelSpec:
 def is_gguf(model: ModelSpec) -> bool:
     """Whether every tensor has a GGUF type."""
     return all(t.storage is not None and t.storage.name in BLOCKS for t in model.tensors)
+
+
+def as_stored(model: ModelSpec, header: GGUFHeader) -> ModelSpec:
+    """`model` with the tensors of its GGUF file, every one as it lies there."""
+    return replace(model, tensors=tuple(_stored(tensor) for tensor in header.tensors))
+
+
+def _stored(tensor: GGUFTensor) -> TensorSpec:
+    storage = _storage(tensor.ggml_type)
+    return TensorSpec(tensor.name, tensor.shape, _ROLES.get(tensor.name, "other"), storage=storage)
+
+
+def _storage(ggml_type: str) -> Storage:
+    numbers, nbytes = BLOCKS[ggml_type]
+    return Storage(ggml_type, nbytes * 8 / numbers)
 
 
 class _Quantizer:
@@ -167,9 +190,8 @@ class _Quantizer:
         for layer in tensor.layers or (0,):
             by_type.setdefault(self._type(tensor, layer), []).append(layer)
         for ggml_type, layers in by_type.items():
-            numbers, nbytes = BLOCKS[ggml_type]
-            storage = Storage(ggml_type, nbytes * 8 / numbers)
-            yield replace(tensor, layers=tuple(layers) if tensor.layers else (), storage=storage)
+            kept = tuple(layers) if tensor.layers else ()
+            yield replace(tensor, layers=kept, storage=_storage(ggml_type))
 
     def _layers_with(self, category: str) -> list[int]:
         found = {layer for t in self.tensors if _category(t) == category for layer in t.layers}
