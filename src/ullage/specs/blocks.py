@@ -11,9 +11,9 @@ BLOCK_TOKENS = 16
 def layer_blocks(model: ModelSpec, layer: int, tokens: int) -> int:
     """Blocks that one sequence of `tokens` takes in one layer, over all of its KV heads. A sliding
     layer keeps its window and no more."""
-    window = model.windows[layer]
-    kept_tokens = tokens if window is None else min(tokens, window)
-    return model.num_kv_heads * -(-kept_tokens // BLOCK_TOKENS)
+    cache = model.caches[layer]
+    heads = -(-cache.width // (2 * model.head_dim))
+    return heads * -(-cache.kept_tokens(tokens) // BLOCK_TOKENS)
 
 
 def sequence_blocks(model: ModelSpec, tokens: int) -> int:

@@ -39,9 +39,9 @@ def resolve(model: str) -> ModelSpec:
     path = _existing(model)
     if path is not None:
         return _from_path(path)
-    entry = _catalog_entry(model)
-    if entry is not None:
-        return _from_catalog(*entry)
+    known = _from_catalog(model)
+    if known is not None:
+        return known
     hub_id = _HUB_ID.fullmatch(model)
     if hub_id is not None and not model.endswith((".gguf", ".json")) and model[0] != ".":
         return _from_hub(hub_id["repo"], hub_id["revision"])
@@ -50,7 +50,9 @@ def resolve(model: str) -> ModelSpec:
 
 @cache
 def catalog() -> Mapping[str, Mapping[str, Any]]:
-    """The model catalog: by name, each with `config`, `source` and perhaps `hub` or `package`."""
+    """The model catalog: by name, each with `config` and `source`, perhaps `hub` or `package`,
+    `aliases` (hub ids and names of models with the same geometry), and `base` (the entry over whose
+    config this one's lies)."""
     text = (Path(__file__).parent / "catalog" / "models.json").read_text("utf-8")
     entries: Mapping[str, Mapping[str, Any]] = json.loads(text)
     return entries
@@ -161,20 +163,37 @@ def _stored_dtype(stored: list[StoredTensor]) -> str:
     return dtype
 
 
-def _catalog_entry(model: str) -> tuple[str, Mapping[str, Any]] | None:
-    """The entry whose name or hub id is `model`, whatever its case."""
+def _from_catalog(model: str) -> ModelSpec | None:
+    """The spec of the entry whose name, hub id or alias is `model`, whatever its case; None if
+    there is none. An alias is another model of the same geometry: its weights are its own."""
     wanted = model.strip().lower()
     for name, entry in catalog().items():
-        if wanted in (name, entry.get("hub", "").lower()):
-            return name, entry
+        names = {name: name, entry.get("hub", "").lower(): name}
+        for alias in entry.get("aliases", ()):
+            names[alias.lower()] = alias.rpartition("/")[2].lower()
+        if wanted not in names:
+            continue
+        source = entry.get("hub", "")
+        if "package" in entry:
+            source = f"package:{entry['package']}/{entry['file']}"
+        source = next(
+            (
+                alias
+                for alias in entry.get("aliases", ())
+                if "/" in alias and alias.lower() == wanted
+            ),
+            source,
+        )
+        return spec_from_config(_entry_config(entry), name=names[wanted], source=source)
     return None
 
 
-def _from_catalog(name: str, entry: Mapping[str, Any]) -> ModelSpec:
-    source = entry.get("hub", "")
-    if "package" in entry:
-        source = f"package:{entry['package']}/{entry['file']}"
-    return spec_from_config(entry["config"], name=name, source=source)
+def _entry_config(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Its config, over that of the entry that it is based on."""
+    if "base" not in entry:
+        own: Mapping[str, Any] = entry["config"]
+        return own
+    return {**_entry_config(catalog()[entry["base"]]), **entry["config"]}
 
 
 def _hint(model: str) -> str:
