@@ -79,7 +79,8 @@ def test_the_rules_are_llama_quantizes(name: str, sizes: tuple[float, ...]) -> N
 def test_every_number_keeps_its_place(name: str, file_type: str) -> None:
     before = resolve(name)
     after = as_gguf(before, file_type)
-    assert is_gguf(after) and not is_gguf(before)
+    assert is_gguf(after)
+    assert not is_gguf(before)
     assert after.parameters == before.parameters
     assert as_gguf(after, file_type) == after
 

