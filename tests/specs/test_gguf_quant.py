@@ -75,6 +75,21 @@ def test_the_rules_are_llama_quantizes(name: str, sizes: tuple[float, ...]) -> N
     assert planned == pytest.approx(sizes, abs=0.006)
 
 
+@pytest.mark.parametrize(
+    ("name", "mebibytes"),
+    [
+        ("qwen3-next-80b-a3b", 46162.80),
+        ("nemotron-3-nano-30b-a3b", 23371.92),  # experts of 1856 columns
+        ("qwen3-30b-a3b", 17691.34),
+        ("deepseek-v2-lite", 9883.84),
+        ("deepseek-v3", 385750.62),
+        ("qwen3.5-27b", 15770.35),
+    ],
+)
+def test_q4_k_m_of_experts_latents_and_hybrids(name: str, mebibytes: float) -> None:
+    assert size(name, "q4_k_m") / MIB == pytest.approx(mebibytes, abs=0.006)
+
+
 @given(st.sampled_from(sorted(catalog())), st.sampled_from(sorted(MIXTURES)))
 def test_every_number_keeps_its_place(name: str, file_type: str) -> None:
     before = resolve(name)
