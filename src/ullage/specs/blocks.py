@@ -24,12 +24,3 @@ def sequence_blocks(model: ModelSpec, tokens: int) -> int:
 def block_bytes(model: ModelSpec, kv_dtype: str) -> int:
     """Bytes of one block: K and V of `BLOCK_TOKENS` tokens for one KV head."""
     return 2 * BLOCK_TOKENS * model.head_dim * DTYPE_BYTES[kv_dtype]
-
-
-def sequence_bytes(model: ModelSpec, tokens: int, kv_dtype: str) -> int:
-    """Bytes of one sequence of `tokens`, in whole blocks, and of its state that does not grow."""
-    grown = sum(
-        cache.width * -(-cache.kept_tokens(tokens) // BLOCK_TOKENS) * BLOCK_TOKENS
-        for cache in model.caches
-    )
-    return grown * DTYPE_BYTES[kv_dtype] + model.state_bytes
