@@ -105,7 +105,8 @@ def _from_path(path: Path) -> ModelSpec:
 def _from_folder(folder: Path) -> ModelSpec:
     if not (folder / "config.json").exists():
         ggufs = sorted(folder.glob("*.gguf"))
-        if len(ggufs) == 1:
+        parts = len({re.sub(r"-\d{5}-of-(\d{5}\.gguf)$", r"-\1", file.name) for file in ggufs})
+        if parts == 1:
             return spec_from_gguf(ggufs[0])
         if ggufs:
             raise ModelError(f"{folder} holds {len(ggufs)} GGUF files: name the one that you mean.")
