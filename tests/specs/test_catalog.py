@@ -196,10 +196,12 @@ def test_every_model_says_where_it_comes_from(name: str) -> None:
         assert found.parameters == spec.parameters
         assert found.source == (alias if "/" in alias else spec.source)
         assert found.name == alias.rpartition("/")[2].lower()
+        assert resolve(found.name).parameters == spec.parameters
 
 
 def test_the_catalog_is_read_at_once() -> None:
     sources.catalog.cache_clear()
+    sources._index.cache_clear()
     started = time.perf_counter()
     resolve("deepseek-v3.2-nvfp4")
     assert time.perf_counter() - started < 0.25
