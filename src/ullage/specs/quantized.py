@@ -14,6 +14,9 @@ from ullage.errors import ModelError
 from ullage.specs.model import Role, Storage, TensorSpec
 
 _QUANTIZABLE = ("linear", "expert")
+_NVFP4 = Storage("nvfp4", 4, 1, 16, 1.0)
+_MXFP4 = Storage("mxfp4", 4, 1, 32, 1.0)
+_MOST_REPETITIONS = 6  # in one regular expression
 
 
 class Patterns:
@@ -25,6 +28,7 @@ class Patterns:
         bare, loose = set(), []
         for pattern in written:
             if pattern.startswith("re:"):
+                _refuse_slow(pattern)
                 loose.append(f"(?:{pattern[3:]})")
             elif "*" in pattern:
                 loose.append(re.escape(pattern).replace(r"\*", ".*") + r"\Z")
@@ -51,6 +55,13 @@ class Patterns:
         return loose is not None and any(loose.match(name) for name in _spellings(module))
 
 
+def _refuse_slow(pattern: str) -> None:
+    """A repeated group, or many repetitions, can take for ever: no real pattern has them."""
+    repeated = len(re.findall(r"[*+{]", pattern))
+    if re.search(r"\)[*+{]", pattern) or repeated > _MOST_REPETITIONS or len(pattern) > 1000:
+        raise ModelError(f"The model's quantization_config has the odd pattern {pattern[:60]!r}.")
+
+
 def _text_name(name: str) -> str:
     """A module's name in the text model alone."""
     name = name.removeprefix("language_model.")
@@ -65,10 +76,12 @@ def _spellings(module: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Rule:
-    """The storage of the modules that `targets` stand for, None for all linear ones."""
+    """The storage of the modules that `targets` stand for, None for all linear ones, or for those
+    of experts only."""
 
     storage: Storage
     targets: Patterns | None = None
+    experts_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,16 +91,15 @@ class Quantized:
 
     rules: tuple[Rule, ...]
     ignored: Patterns = field(default_factory=lambda: Patterns(()))
-    experts_only: bool = False
 
     def storage(self, name: str, role: Role, shape: tuple[int, ...]) -> Storage | None:
         """The storage of the weight of that name, None where it stays as it is."""
-        if len(shape) != 2 or (self.experts_only and role != "expert"):
+        if len(shape) != 2:
             return None
         module = name.removesuffix(".weight").replace("{}", "0")
         for rule in self.rules:
             if rule.targets is None:
-                found = role in _QUANTIZABLE
+                found = role == "expert" or (role == "linear" and not rule.experts_only)
             else:
                 # an output head is quantized only where it is named
                 found = role in (*_QUANTIZABLE, "head") and rule.targets.matches(module)
@@ -116,7 +128,11 @@ def read_quantization(config: Mapping[str, Any]) -> Quantized | None:
             f"There is no arithmetic for the quantization {method[:40]!r}. "
             f"Known: {', '.join(_METHODS)}."
         )
-    return reader(settings)
+    quantized = reader(settings)
+    if config.get("expert_dtype") == "fp4":  # DeepSeek V4, whatever else it says
+        rules = (Rule(_MXFP4, experts_only=True), *quantized.rules)
+        return replace(quantized, rules=rules)
+    return quantized
 
 
 def apply(quantized: Quantized, tensors: Iterable[TensorSpec]) -> Iterator[TensorSpec]:
@@ -205,10 +221,7 @@ def _bitsandbytes(settings: Mapping[str, Any]) -> Quantized:
 def _mxfp4(settings: Mapping[str, Any]) -> Quantized:
     """gpt-oss: experts in 4-bit floats, an 8-bit exponent for 32 of them."""
     ignored = _names(settings, "modules_to_not_convert")
-    return Quantized((Rule(Storage("mxfp4", 4, 1, 32, 1.0)),), ignored, experts_only=True)
-
-
-_NVFP4 = Storage("nvfp4", 4, 1, 16, 1.0)
+    return Quantized((Rule(_MXFP4, experts_only=True),), ignored)
 
 
 def _modelopt(settings: Mapping[str, Any]) -> Quantized:
@@ -264,7 +277,7 @@ def _group_storage(group: Any) -> Storage:
     bits, kind = _bits(weights, "num_bits"), weights.get("type")
     strategy = weights.get("strategy")
     if kind == "float" and bits == 4:
-        return _NVFP4 if _group(weights, 16) == 16 else Storage("mxfp4", 4, 1, 32, 1.0)
+        return _NVFP4 if _group(weights, 16) == 16 else _MXFP4
     zero_bytes = 0.0 if weights.get("symmetric", True) else bits / 8
     name = f"fp{bits}" if kind == "float" else f"int{bits}"
     if strategy == "block":

@@ -84,6 +84,31 @@ CASES: dict[str, dict[str, Any]] = {
     "llava_next": wrapped(
         "llava_next", {"model_type": "granite"}, SIGLIP, vision_feature_layer=[-1, -2]
     ),
+    "minimax_m3_vl": wrapped(
+        "minimax_m3_vl",
+        {
+            "intermediate_size": 20,
+            "dense_intermediate_size": 96,
+            "shared_intermediate_size": 28,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_layer_freq": [0, 1],
+            "pad_token_id": None,
+            "sparse_attention_config": {
+                "sparse_index_dim": 10,
+                "sparse_num_index_heads": 3,
+                "sparse_block_size": 8,
+                "sparse_topk_blocks": 4,
+                "sparse_attention_freq": [0, 1],
+            },
+        },
+        {
+            **TOWER,
+            "projection_dim": 64,
+            "img_token_compression_config": {"spatial_merge_size": 2, "temporal_patch_size": 2},
+        },
+        projector_hidden_size=48,
+    ),
     "kimi_k25": wrapped(
         "kimi_k25",
         {"model_type": "kimi_k2", **MLA, "num_key_value_heads": 4, "head_dim": None},

@@ -199,6 +199,12 @@ WRAPPERS: Mapping[str, Wrapper] = {
     ),
     "llava": Wrapper("LlavaForConditionalGeneration", "llama", _by_kind, _SIGLIP),
     "llava_next": Wrapper("LlavaNextForConditionalGeneration", "llama", _llava_next, _SIGLIP),
+    "minimax_m3_vl": Wrapper(
+        "MiniMaxM3SparseForConditionalGeneration",
+        "minimax_m3_vl_text",
+        vision.minimax,
+        {"num_channels": 3, "patch_size": 14},
+    ),
     "kimi_k25": Wrapper(
         "KimiK25ForConditionalGeneration",
         "deepseek_v3",
