@@ -248,7 +248,15 @@ def test_stacked_experts_are_quantized() -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", ["re:(", "re:" + "(" * 900, "re:(.|.)*x", "re:" + ".*" * 9 + "x", "re:" + "a" * 2000]
+    "pattern",
+    [
+        "re:(",
+        "re:" + "(" * 900,
+        "re:(.|.)*x",
+        "re:" + ".*" * 9 + "x",
+        "re:" + "a" * 2000,
+        "*".join("abcdefghij"),
+    ],
 )
 def test_a_garbled_pattern(pattern: str) -> None:
     with pytest.raises(ModelError, match="pattern"):

@@ -5,73 +5,16 @@ compressed-tensors, AWQ, GPTQ and AutoRound, ModelOpt, mxfp4 and bitsandbytes. A
 here is an error, never a guess.
 """
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ullage.errors import ModelError
 from ullage.specs.model import Role, Storage, TensorSpec
+from ullage.specs.patterns import Patterns
 
-_QUANTIZABLE = ("linear", "expert")
 _NVFP4 = Storage("nvfp4", 4, 1, 16, 1.0)
 _MXFP4 = Storage("mxfp4", 4, 1, 32, 1.0)
-_MOST_REPETITIONS = 6  # in one regular expression
-
-
-class Patterns:
-    """Names of modules as quantization configs write them: ``re:`` begins a regular expression,
-    ``*`` stands for anything, and a bare name for itself, the modules inside it and all whose last
-    parts it is. Wrapped models' names count with and without what the wrapper puts before them."""
-
-    def __init__(self, written: Iterable[str]) -> None:
-        bare, loose = set(), []
-        for pattern in written:
-            if pattern.startswith("re:"):
-                _refuse_slow(pattern)
-                loose.append(f"(?:{pattern[3:]})")
-            elif "*" in pattern:
-                loose.append(re.escape(pattern).replace(r"\*", ".*") + r"\Z")
-            else:
-                bare.add(_text_name(pattern))
-        self._bare = bare
-        try:
-            self._loose = re.compile("|".join(loose)) if loose else None
-        except (re.error, RecursionError, OverflowError) as error:
-            raise ModelError(
-                f"The model's quantization_config has a garbled pattern ({str(error)[:60]})."
-            ) from error
-
-    def matches(self, module: str) -> bool:
-        """Whether one of them stands for `module`."""
-        parts = module.split(".")
-        if self._bare and any(
-            ".".join(some) in self._bare
-            for at in range(len(parts))
-            for some in (parts[: at + 1], parts[at:])
-        ):
-            return True
-        loose = self._loose
-        return loose is not None and any(loose.match(name) for name in _spellings(module))
-
-
-def _refuse_slow(pattern: str) -> None:
-    """A repeated group, or many repetitions, can take for ever: no real pattern has them."""
-    repeated = len(re.findall(r"[*+{]", pattern))
-    if re.search(r"\)[*+{]", pattern) or repeated > _MOST_REPETITIONS or len(pattern) > 1000:
-        raise ModelError(f"The model's quantization_config has the odd pattern {pattern[:60]!r}.")
-
-
-def _text_name(name: str) -> str:
-    """A module's name in the text model alone."""
-    name = name.removeprefix("language_model.")
-    inner = name.removeprefix("model.language_model.")
-    return name if inner == name else f"model.{inner}"
-
-
-def _spellings(module: str) -> tuple[str, ...]:
-    inside = module.removeprefix("model.")
-    return module, f"language_model.{module}", f"model.language_model.{inside}"
 
 
 @dataclass(frozen=True)
@@ -82,6 +25,12 @@ class Rule:
     storage: Storage
     targets: Patterns | None = None
     experts_only: bool = False
+
+    def holds(self, module: str, role: Role) -> bool:
+        """Whether a module is stored so; an output head only where it is named."""
+        if self.targets is None:
+            return role == "expert" or (role == "linear" and not self.experts_only)
+        return role in ("linear", "expert", "head") and self.targets.matches(module)
 
 
 @dataclass(frozen=True)
@@ -98,12 +47,7 @@ class Quantized:
             return None
         module = name.removesuffix(".weight").replace("{}", "0")
         for rule in self.rules:
-            if rule.targets is None:
-                found = role == "expert" or (role == "linear" and not rule.experts_only)
-            else:
-                # an output head is quantized only where it is named
-                found = role in (*_QUANTIZABLE, "head") and rule.targets.matches(module)
-            if found:
+            if rule.holds(module, role):
                 return None if self.ignored.matches(module) else rule.storage
         return None
 
@@ -129,10 +73,10 @@ def read_quantization(config: Mapping[str, Any]) -> Quantized | None:
             f"Known: {', '.join(_METHODS)}."
         )
     quantized = reader(settings)
-    if config.get("expert_dtype") == "fp4":  # DeepSeek V4, whatever else it says
-        rules = (Rule(_MXFP4, experts_only=True), *quantized.rules)
-        return replace(quantized, rules=rules)
-    return quantized
+    if config.get("expert_dtype") != "fp4":
+        return quantized
+    # DeepSeek V4's experts, whatever the rest is in
+    return replace(quantized, rules=(Rule(_MXFP4, experts_only=True), *quantized.rules))
 
 
 def apply(quantized: Quantized, tensors: Iterable[TensorSpec]) -> Iterator[TensorSpec]:

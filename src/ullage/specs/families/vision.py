@@ -142,11 +142,8 @@ def gemma4(spec: ModelSpec, config: Config, outer: Config) -> Tensors:
     """
     if config.flag("use_clipped_linears"):
         raise ModelError("there is no arithmetic for use_clipped_linears.")
-    width, inner, patch = (
-        config.size("hidden_size"),
-        config.size("intermediate_size"),
-        config.size("patch_size"),
-    )
+    width, inner = config.size("hidden_size"), config.size("intermediate_size")
+    patch = config.size("patch_size")
     heads, dim = config.size("num_attention_heads"), config.size("head_dim")
     kv_heads = config.optional_size("num_key_value_heads") or heads
     layers, tower = _layers(config, "num_hidden_layers"), "model.vision_tower"
@@ -237,11 +234,8 @@ def qwen2_5(spec: ModelSpec, config: Config, outer: Config) -> Tensors:
 
 def llama4(spec: ModelSpec, config: Config, outer: Config) -> Tensors:
     """Llama 4's tower, its adapter over shuffled pixels, and one projection."""
-    width, inner, patch = (
-        config.size("hidden_size"),
-        config.size("intermediate_size"),
-        config.size("patch_size"),
-    )
+    width, inner = config.size("hidden_size"), config.size("intermediate_size")
+    patch = config.size("patch_size")
     layers, tower = _layers(config, "num_hidden_layers"), "vision_model"
     block = f"{tower}.model.layers.{{}}"
     yield vector(f"{tower}.class_embedding", width)
