@@ -100,7 +100,8 @@ ROUNDED = {
     "nemotron-h-56b": (56, 56), "ministral-3-3b": (3.4, 3.4), "ministral-3-14b": (13.5, 13.5),
     "granite-3.1-2b": (2.53, 2.53), "granite-3.3-2b": (2.53, 2.53), "qwen3-vl-2b": (1.72, 1.72),
     "granite-vision-3.3-2b": (2.53, 2.53), "deepseek-r1-distill-qwen-1.5b": (1.78, 1.78),
-    "mimo-v2-flash": (309, 15), "deepseek-v4-flash": (284, 13), "deepseek-v4-pro": (1573, 49),
+    "kimi-vl-a3b": (16, 2.8), "mimo-v2-flash": (309, 15), "deepseek-v4-flash": (284, 13),
+    "deepseek-v4-pro": (1573, 49),
     "qwen3-next-80b-a3b": (79.7, 3.3), "mistral-small-4-119b": (119, 6.5),
 }  # fmt: skip
 # Bytes of a token in all layers that grow, in bf16.

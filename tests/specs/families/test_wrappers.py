@@ -112,7 +112,13 @@ CASES: dict[str, dict[str, Any]] = {
     "kimi_k25": wrapped(
         "kimi_k25",
         {"model_type": "kimi_k2", **MLA, "num_key_value_heads": 4, "head_dim": None},
-        {},
+        {
+            "vt_hidden_size": 1152,
+            "vt_intermediate_size": 4304,
+            "vt_num_hidden_layers": 27,
+            "vt_num_attention_heads": 16,
+            "patch_size": 14,
+        },
     ),
 }
 
@@ -129,7 +135,14 @@ def text_name(name: str) -> str:
 
 
 def test_every_wrapper_has_a_case() -> None:
-    assert {case["model_type"] for case in CASES.values()} == set(WRAPPERS)
+    assert {case["model_type"] for case in CASES.values()} | {"kimi_vl"} == set(WRAPPERS)
+
+
+def test_kimi_vl_is_kimi_in_other_words() -> None:
+    tower = CASES["kimi_k25"]["vision_config"]
+    plain = {key.removeprefix("vt_"): value for key, value in tower.items()}
+    other = {**CASES["kimi_k25"], "model_type": "kimi_vl", "vision_config": plain}
+    assert spec_from_config(other) == spec_from_config(CASES["kimi_k25"])
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -259,8 +259,10 @@ def llama4(spec: ModelSpec, config: Config, outer: Config) -> Tensors:
 
 def kimi(spec: ModelSpec, config: Config, outer: Config) -> Tensors:
     """MoonViT and a projector over patches joined two by two."""
-    width, inner = config.size("vt_hidden_size"), config.size("vt_intermediate_size")
-    layers, patch = _layers(config, "vt_num_hidden_layers"), config.size("patch_size")
+    width = config.size(config.either("vt_hidden_size", "hidden_size"))
+    inner = config.size(config.either("vt_intermediate_size", "intermediate_size"))
+    layers = _layers(config, config.either("vt_num_hidden_layers", "num_hidden_layers"))
+    patch = config.size("patch_size")
     tower, hidden = "vision_tower", spec.hidden_size
     block = f"{tower}.encoder.blocks.{{}}"
     rows = (config.size("init_pos_emb_height"), config.size("init_pos_emb_width"), width)
