@@ -9,7 +9,7 @@ from typing import Any
 
 from ullage.errors import CheckpointError, UnknownArchitecture
 from ullage.specs.families import spec_from_config
-from ullage.specs.gguf import GGUFHeader, GGUFTensor, read_header
+from ullage.specs.gguf import GGUFHeader, GGUFTensor, read_parts
 from ullage.specs.model import ModelSpec
 
 _KEYS = {
@@ -29,8 +29,6 @@ _GPT2_KEYS = {
 _NO_WEIGHTS = re.compile(
     r"rope_(freqs|factors_long|factors_short)\.weight|blk\.\d+\.attn_rot_embd.*"
 )
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
-_MOST_SHARDS = 1000
 
 
 def spec_from_gguf(path: Path) -> ModelSpec:
@@ -41,7 +39,7 @@ def spec_from_gguf(path: Path) -> ModelSpec:
         CheckpointError: a file is damaged, or its tensors are not those of its architecture.
         UnknownArchitecture: an architecture that has no arithmetic here.
     """
-    header = _whole_header(path)
+    header = read_parts(path)
     config = config_from_gguf(header)
     spec = spec_from_config(config, name=path.stem, source=str(path))
     tensors = _loaded(header, spec.num_layers)
@@ -292,27 +290,3 @@ def _loaded(header: GGUFHeader, num_layers: int) -> list[GGUFTensor]:
         f"{header.metadata.get('general.architecture')}.nextn_predict_layers"
     )
     return [tensor for tensor in header.tensors if not (ahead and behind(tensor.name))]
-
-
-def _whole_header(path: Path) -> GGUFHeader:
-    """The header of a file, with the tensors of the files that follow it.
-
-    Raises:
-        CheckpointError: one of them is missing or damaged, or it is not the first.
-    """
-    header = read_header(path)
-    count = header.metadata.get("split.count")
-    if type(count) is not int or count < 2:
-        return header
-    found = _SHARD.fullmatch(path.name)
-    if found is None or int(found["number"]) != 1 or not int(found["count"]) == count:
-        raise CheckpointError(f"{path} is one of {count} parts: name the first, -00001-of-…")
-    if count > _MOST_SHARDS:
-        raise CheckpointError(f"{path} is damaged: it is one of {count} parts.")
-    tensors = list(header.tensors)
-    for number in range(2, count + 1):
-        name = f"{found['stem']}-{number:05}-of-{found['count']}.gguf"
-        tensors += read_header(path.with_name(name)).tensors
-    if len({tensor.name for tensor in tensors}) < len(tensors):
-        raise CheckpointError(f"{path} and the parts that follow it hold a tensor twice.")
-    return replace(header, tensors=tuple(tensors))
