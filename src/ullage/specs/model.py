@@ -6,6 +6,7 @@ from functools import cached_property
 from math import ceil, prod
 from typing import Any, Literal
 
+from ullage.specs.decode import decode
 from ullage.specs.dtypes import DTYPE_BYTES
 
 # Which weights a quantizer may touch: the projections inside the layers ("linear"), experts' too
@@ -180,13 +181,9 @@ class ModelSpec:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "ModelSpec":
-        """The spec that `to_json` wrote."""
-        caches = tuple(LayerCache(**cache) for cache in data["caches"])
-        tensors = tuple(_tensor(tensor) for tensor in data["tensors"])
-        return cls(**{**data, "caches": caches, "tensors": tensors})
+        """The spec that `to_json` wrote.
 
-
-def _tensor(data: dict[str, Any]) -> TensorSpec:
-    storage = None if data["storage"] is None else Storage(**data["storage"])
-    shape, layers = tuple(data["shape"]), tuple(data["layers"])
-    return TensorSpec(**{**data, "shape": shape, "layers": layers, "storage": storage})
+        Raises:
+            InputError: a field is missing, or of another type.
+        """
+        return decode(cls, data, "model")  # type: ignore[no-any-return]
