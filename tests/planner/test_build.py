@@ -26,6 +26,9 @@ from ullage import (
     resolve,
 )
 from ullage.errors import TechniqueError
+from ullage.planner import fit_run
+from ullage.planner.search import Freedom
+from ullage.specs.calibration import Calibration
 from ullage.specs.families import FAMILIES
 from ullage.specs.plan import read_plan
 from ullage.units import GIB, MIB
@@ -55,6 +58,23 @@ def test_an_unsupported_technique_is_refused(tiny_spec: TinySpec) -> None:
     recipe = Recipe(tiny_spec("gpt2"), CPU, Workload(1, 1), Execution(), (INT8,))
     with pytest.raises(TechniqueError, match="quantization cannot act on tiny-gpt2"):
         build_plan(recipe)
+
+
+@pytest.mark.parametrize(
+    "calibration",
+    [
+        Calibration("another", "ullage", {"runtime_bytes": 9}, {}),
+        Calibration("cpu", "transformers", {"runtime_bytes": 9}, {}),
+    ],
+)
+def test_a_calibration_of_another_device_or_engine_is_refused(
+    tiny_spec: TinySpec, calibration: Calibration
+) -> None:
+    recipe = Recipe(tiny_spec("llama"), CPU, Workload(1, 1), Execution())
+    with pytest.raises(InputError, match=r"The calibration is of .* and the plan of ullage on cpu"):
+        build_plan(recipe, calibration=calibration)
+    with pytest.raises(InputError, match="The calibration is of"):
+        fit_run(recipe, GIB, Freedom(), calibration)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("cpu", "fp32"), ("cuda", "bf16"), ("mps", "bf16")])
