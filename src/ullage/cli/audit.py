@@ -106,9 +106,9 @@ def _largest_tokens(
     """The planned maximum: the cliff, the model's context, or what was asked, whichever is
     least."""
     plan = build_plan(recipe, budget_bytes, calibration)
-    if plan.cliff.max_model_len == 0:
+    if plan.cliff.max_model_len in (0, 1):
         raise DoesNotFit(
-            f"Nothing fits in {format_bytes(budget_bytes)}: not even one token.", plan.peak_bytes
+            f"Nothing fits in {format_bytes(budget_bytes)}: not even two tokens.", plan.peak_bytes
         )
     limits = [recipe.model.max_context_tokens]
     if plan.cliff.max_model_len is not None:
