@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ullage.errors import UllageError
+from ullage.runtime import out_of_memory
 from ullage.specs.measurement import PeakMeasurement
 from ullage.specs.plan import Plan
 from ullage.specs.workload import PhaseName
@@ -102,9 +103,9 @@ def _process_start_s() -> float:
 def _main() -> int:
     request = json.load(sys.stdin)
     try:
-        measured = run_and_measure(
-            Plan.from_json(request["plan"]), Path(request["folder"]), request["steady_allocator"]
-        )
+        plan, folder = Plan.from_json(request["plan"]), Path(request["folder"])
+        with out_of_memory.explained():
+            measured = run_and_measure(plan, folder, request["steady_allocator"])
     except UllageError as error:
         print(error, file=sys.stderr)
         return error.exit_code
