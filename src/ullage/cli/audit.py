@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ullage.cli.machine import device_to_run
 from ullage.cli.options import (
     CalibrationOption,
     ChunkOption,
@@ -71,7 +72,7 @@ def audit(
         calibration=calibration,
     )  # fmt: skip
     _refuse_unwritable(plot, write)
-    spec, place = resolve(model), options.find_device()
+    spec, place = resolve(model), device_to_run(device)
     recipe = options.recipe(spec, place, workload_of(spec, max_model_len, output_len, 1))
     budget_bytes, known = options.budget_bytes(place), options.read_calibration()
     largest = _largest_tokens(recipe, budget_bytes, known, max_model_len)

@@ -32,7 +32,9 @@ ModelArgument = Annotated[
 DeviceOption = Annotated[
     str | None,
     typer.Option(
-        "--device", metavar="NAME|SIZE", help="A catalog name or a size. Default: this machine."
+        "--device",
+        metavar="NAME|SIZE",
+        help="A catalog name, a size, or cpu. Default: this machine.",
     ),
 ]
 MemoryOption = Annotated[

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
 
+from ullage.cli.machine import device_to_run, refuse_unusable
 from ullage.cli.options import (
     AttentionOption,
     CalibrationOption,
@@ -24,7 +25,9 @@ from ullage.cli.options import (
 )
 from ullage.errors import DoesNotFit, InputError, PromptError
 from ullage.planner import build_plan, fit_run
+from ullage.planner.engines import ENGINES
 from ullage.planner.search import Freedom, as_memory_option, describe
+from ullage.runtime import out_of_memory
 from ullage.specs.model import ModelSpec
 from ullage.specs.plan import Plan, read_plan
 from ullage.specs.sources import resolve
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
     from ullage.runtime.engine import Engine, Request
 
 _LONG_PREFILL_TOKENS = 1024  # from here on a progress bar is worth its line
+_LARGEST_SEED = (1 << 63) - 1
+_TEMPERATURES = (0.001, 1000.0)  # beyond them, logits over temperature leave fp32
 _TEMPLATE_TOKENS = 256  # more than a chat template or a tokenizer adds to a prompt
 
 
@@ -53,9 +58,12 @@ def run(
     memory: MemoryOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Write this many at most.")] = 256,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")
+        float, typer.Option(help="0 takes the likeliest token each time; else 0.001 to 1000.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the draws, where temperature is above 0.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, max=_LARGEST_SEED, help="Of the draws, where temperature is above 0."),
+    ] = 0,
     plan: Annotated[
         Path | None, typer.Option(help="Run as this plan says, written by `ullage plan --json`.")
     ] = None,
@@ -76,15 +84,23 @@ def run(
         device, memory, weights, kv_cache_dtype, attention, prefill_chunk, tuple(technique or ()),
         calibration=calibration,
     )  # fmt: skip
+    _refuse_temperature(temperature)
     spec = resolve(model)
     text = _prompt_text(source, prompt, prompt_file)
     session = _Session(spec, options, None if plan is None else read_plan(plan))
     session.refuse_early(text, max_new_tokens)
     ids = session.tokenize(text, chat)
     made = session.plan_for(len(ids), max_new_tokens)
-    engine = session.load(made)
     output_tokens = made.recipe.workload.output_tokens
-    _stream(engine, ids, output_tokens, temperature, seed, made)
+    with out_of_memory.explained():
+        engine = session.load(made)
+        _stream(engine, ids, output_tokens, temperature, seed, made)
+
+
+def _refuse_temperature(temperature: float) -> None:
+    least, most = _TEMPERATURES
+    if temperature != 0 and not least <= temperature <= most:  # NaN is not either
+        raise InputError(f"--temperature is 0, or from {least:g} to {most:g}; not {temperature:g}.")
 
 
 def _prompt_text(source: str | None, prompt: str | None, file: Path | None) -> str:
@@ -100,7 +116,8 @@ def _prompt_text(source: str | None, prompt: str | None, file: Path | None) -> s
         raise PromptError("Give one prompt: --prompt TEXT, --prompt-file FILE, or - for stdin.")
     try:
         text = prompt if prompt is not None else _read(file)
-    except (OSError, UnicodeDecodeError) as error:
+        text.encode()  # bytes of the command line that are no UTF-8 come as lone surrogates
+    except (OSError, UnicodeError) as error:
         raise PromptError(f"Cannot read the prompt as UTF-8 text: {error}.") from error
     if not text.strip():
         raise PromptError("The prompt is empty: there is nothing to go on from.")
@@ -108,7 +125,45 @@ def _prompt_text(source: str | None, prompt: str | None, file: Path | None) -> s
 
 
 def _read(file: Path | None) -> str:
-    return sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
+    if file is not None:
+        return file.read_text(encoding="utf-8")
+    if sys.stdin is None:
+        raise PromptError("There is no stdin to read the prompt from.")
+    with open(0, encoding="utf-8", closefd=False) as stdin:  # whatever the locale says
+        return stdin.read()
+
+
+def _refuse_beside_plan(options: PlanOptions) -> None:
+    """Refuse what the plan decides; --memory and --calibration say what it is held against."""
+    given = {
+        "--device": options.device,
+        "--weights": options.weights,
+        "--kv-cache-dtype": options.kv_cache_dtype,
+        "--prefill-chunk": options.prefill_chunk,
+        "--technique": options.technique or None,
+    }
+    for option, value in given.items():
+        if value is not None:
+            raise InputError(f"{option} and --plan: the plan decides that. Leave one out.")
+
+
+def _refuse_plan(plan: Plan, spec: ModelSpec) -> None:
+    model, execution = plan.recipe.model, plan.recipe.execution
+    if execution.engine != "ullage":
+        raise InputError(f"The plan is for {execution.engine}: ullage runs its own alone.")
+    if execution.attention != "sdpa":
+        raise InputError(_own_attention("The plan's attention", execution.attention))
+    if execution.kv_dtype not in ENGINES["ullage"].kv_dtypes:
+        raise InputError(f"The plan's KV entries are {execution.kv_dtype}: ullage has no such.")
+    if replace(model, source="") != replace(spec, source=""):
+        raise InputError(f"The plan is for {model.name}, not this model.")
+
+
+def _own_attention(what: str, attention: str) -> str:
+    return (
+        f"{what} {attention}: ullage run has kernels of its own, which never build the score "
+        "matrix and are planned as sdpa."
+    )
 
 
 @dataclass
@@ -120,13 +175,15 @@ class _Session:
     given: Plan | None
 
     def __post_init__(self) -> None:
-        if self.options.attention == "eager":
-            raise InputError("ullage run never builds the score matrix: use --attention sdpa.")
-        if self.given is not None and replace(self.given.recipe.model, source="") != replace(
-            self.spec, source=""
-        ):
-            raise InputError(f"The plan is for {self.given.recipe.model.name}, not this model.")
-        device = self.options.find_device() if self.given is None else self.given.recipe.device
+        if self.options.attention != "sdpa":
+            raise InputError(_own_attention("--attention", self.options.attention))
+        if self.given is None:
+            device = device_to_run(self.options.device)
+        else:
+            _refuse_beside_plan(self.options)
+            _refuse_plan(self.given, self.spec)
+            device = self.given.recipe.device
+            refuse_unusable(device)
         self.budget_bytes = (
             self.options.budget_bytes(device)
             if self.given is None or self.options.memory is not None
