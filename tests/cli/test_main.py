@@ -1,10 +1,12 @@
 """Whatever a command raises becomes a line or two and an exit code."""
 
 import errno
+import signal
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,14 @@ ERRORS: dict[str, tuple[BaseException, int, str]] = {
     "a module of no extra": (ModuleNotFoundError("No module named 'x'", name="x"), 3, ""),
     "interrupt": (KeyboardInterrupt(), 130, ""),
 }
+
+
+@pytest.fixture(autouse=True)
+def own_interrupts() -> Iterator[None]:
+    """pytest's own answer to an interrupt comes back after each test."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -74,6 +84,22 @@ def test_debugging_shows_the_traceback(
     monkeypatch.setenv("ULLAGE_DEBUG", "1")
     with pytest.raises(type(error)):
         cli.main()
+
+
+def test_an_interrupt_that_an_import_swallows_is_an_interrupt(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def app() -> None:
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise ImportError("cannot load module more than once per process")
+
+    monkeypatch.setattr(cli, "app", app)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == ""
 
 
 def test_the_modules_of_the_extra_are_those_of_the_project_file() -> None:

@@ -7,6 +7,7 @@ input, 3 a bug in ullage, 130 interrupted.
 import importlib
 import os
 import pkgutil
+import signal
 import sys
 from io import TextIOWrapper
 from typing import Any
@@ -59,16 +60,33 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a sign shows "?"
+    interrupts = _note_interrupts()
     try:
         app()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
+        if interrupts:
+            sys.exit(130)
         if os.environ.get("ULLAGE_DEBUG") and not isinstance(error, UllageError):
             raise
         message, exit_code = _explained(error)
         print(f"ullage: {message}", file=sys.stderr)
         sys.exit(exit_code)
+
+
+def _note_interrupts() -> list[int]:
+    """The interrupts that come, as they come. Importing torch swallows one that comes meanwhile,
+    and fails afterwards in its own way."""
+    seen: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
+    return seen
 
 
 def _explained(error: Exception) -> tuple[str, int]:
