@@ -90,7 +90,7 @@ def run_and_measure(plan: Plan, folder: Path, steady_allocator: bool) -> PeakMea
         held_bytes=held,
         load_s=load_s,
         first_token_s=first_token_s,
-        decode_tokens_s=(work.output_tokens - 1) / decode_s,
+        decode_tokens_per_second=(work.output_tokens - 1) / decode_s,
     )
 
 
