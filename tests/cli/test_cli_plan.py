@@ -97,6 +97,8 @@ def test_planning_needs_no_torch() -> None:
         [*PLAN, "--memory", "-1GiB"],
         [*PLAN, "--memory", "25GiB"],
         [*PLAN, "--max-model-len", "0"],
+        [*PLAN, "--max-num-seqs", "1" + "0" * 400],
+        [*PLAN, "--prefill-chunk", "1" + "0" * 400],
         [*PLAN, "--output-len", "9000"],
         [*PLAN, "--weights", "int3"],
         [*PLAN, "--kv-cache-dtype", "fp4"],

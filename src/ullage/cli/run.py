@@ -1,6 +1,5 @@
 """ullage run: go on from a prompt, inside a budget."""
 
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,13 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
 
+from ullage.cli.given import (
+    own_attention,
+    prompt_text,
+    refuse_beside_plan,
+    refuse_plan,
+    refuse_temperature,
+)
 from ullage.cli.machine import device_to_run, refuse_unusable
 from ullage.cli.options import (
     AttentionOption,
@@ -25,7 +31,6 @@ from ullage.cli.options import (
 )
 from ullage.errors import DoesNotFit, InputError, PromptError
 from ullage.planner import build_plan, fit_run
-from ullage.planner.engines import ENGINES
 from ullage.planner.search import Freedom, as_memory_option, describe
 from ullage.runtime import out_of_memory
 from ullage.specs.model import ModelSpec
@@ -41,7 +46,6 @@ if TYPE_CHECKING:
 
 _LONG_PREFILL_TOKENS = 1024  # from here on a progress bar is worth its line
 _LARGEST_SEED = (1 << 63) - 1
-_TEMPERATURES = (0.001, 1000.0)  # beyond them, logits over temperature leave fp32
 _TEMPLATE_TOKENS = 256  # more than a chat template or a tokenizer adds to a prompt
 
 
@@ -84,9 +88,9 @@ def run(
         device, memory, weights, kv_cache_dtype, attention, prefill_chunk, tuple(technique or ()),
         calibration=calibration,
     )  # fmt: skip
-    _refuse_temperature(temperature)
+    refuse_temperature(temperature)
     spec = resolve(model)
-    text = _prompt_text(source, prompt, prompt_file)
+    text = prompt_text(source, prompt, prompt_file)
     session = _Session(spec, options, None if plan is None else read_plan(plan))
     session.refuse_early(text, max_new_tokens)
     ids = session.tokenize(text, chat)
@@ -95,75 +99,6 @@ def run(
     with out_of_memory.explained():
         engine = session.load(made)
         _stream(engine, ids, output_tokens, temperature, seed, made)
-
-
-def _refuse_temperature(temperature: float) -> None:
-    least, most = _TEMPERATURES
-    if temperature != 0 and not least <= temperature <= most:  # NaN is not either
-        raise InputError(f"--temperature is 0, or from {least:g} to {most:g}; not {temperature:g}.")
-
-
-def _prompt_text(source: str | None, prompt: str | None, file: Path | None) -> str:
-    """The prompt from the one place that was named.
-
-    Raises:
-        PromptError: none or more than one was, the file cannot be read, or it is empty.
-    """
-    if source not in (None, "-"):
-        raise PromptError(f"Give the prompt with --prompt; {source!r} is not an option.")
-    given = [place for place in (source, prompt, file) if place is not None]
-    if len(given) != 1:
-        raise PromptError("Give one prompt: --prompt TEXT, --prompt-file FILE, or - for stdin.")
-    try:
-        text = prompt if prompt is not None else _read(file)
-        text.encode()  # bytes of the command line that are no UTF-8 come as lone surrogates
-    except (OSError, UnicodeError) as error:
-        raise PromptError(f"Cannot read the prompt as UTF-8 text: {error}.") from error
-    if not text.strip():
-        raise PromptError("The prompt is empty: there is nothing to go on from.")
-    return text
-
-
-def _read(file: Path | None) -> str:
-    if file is not None:
-        return file.read_text(encoding="utf-8")
-    if sys.stdin is None:
-        raise PromptError("There is no stdin to read the prompt from.")
-    with open(0, encoding="utf-8", closefd=False) as stdin:  # whatever the locale says
-        return stdin.read()
-
-
-def _refuse_beside_plan(options: PlanOptions) -> None:
-    """Refuse what the plan decides; --memory and --calibration say what it is held against."""
-    given = {
-        "--device": options.device,
-        "--weights": options.weights,
-        "--kv-cache-dtype": options.kv_cache_dtype,
-        "--prefill-chunk": options.prefill_chunk,
-        "--technique": options.technique or None,
-    }
-    for option, value in given.items():
-        if value is not None:
-            raise InputError(f"{option} and --plan: the plan decides that. Leave one out.")
-
-
-def _refuse_plan(plan: Plan, spec: ModelSpec) -> None:
-    model, execution = plan.recipe.model, plan.recipe.execution
-    if execution.engine != "ullage":
-        raise InputError(f"The plan is for {execution.engine}: ullage runs its own alone.")
-    if execution.attention != "sdpa":
-        raise InputError(_own_attention("The plan's attention", execution.attention))
-    if execution.kv_dtype not in ENGINES["ullage"].kv_dtypes:
-        raise InputError(f"The plan's KV entries are {execution.kv_dtype}: ullage has no such.")
-    if replace(model, source="") != replace(spec, source=""):
-        raise InputError(f"The plan is for {model.name}, not this model.")
-
-
-def _own_attention(what: str, attention: str) -> str:
-    return (
-        f"{what} {attention}: ullage run has kernels of its own, which never build the score "
-        "matrix and are planned as sdpa."
-    )
 
 
 @dataclass
@@ -176,12 +111,12 @@ class _Session:
 
     def __post_init__(self) -> None:
         if self.options.attention != "sdpa":
-            raise InputError(_own_attention("--attention", self.options.attention))
+            raise InputError(own_attention("--attention", self.options.attention))
         if self.given is None:
             device = device_to_run(self.options.device)
         else:
-            _refuse_beside_plan(self.options)
-            _refuse_plan(self.given, self.spec)
+            refuse_beside_plan(self.options)
+            refuse_plan(self.given, self.spec)
             device = self.given.recipe.device
             refuse_unusable(device)
         self.budget_bytes = (
