@@ -4,9 +4,12 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from ullage.specs.calibration import Calibration
 
 Ullage = Callable[..., subprocess.CompletedProcess[str]]
 Planned = Callable[..., dict[str, Any]]
@@ -54,6 +57,19 @@ def test_the_exit_code_says_whether_it_fits(ullage: Ullage, planned: Planned) ->
     assert "in ullage it would fit" in too_small.stdout.lower()
 
 
+def test_a_calibration_counts_for_its_own_engine_alone(ullage: Ullage, tmp_path: Path) -> None:
+    file = tmp_path / "calibration.json"
+    Calibration("24GiB", "ullage", {"runtime_bytes": 7 << 30}, {}).write(file)
+    plain, calibrated = (ullage(*PLAN, *words).stdout for words in ([], ["--calibration", file]))
+    assert "7.00 GiB" in calibrated
+    assert "7.00 GiB" not in plain
+    # what transformers would do is planned as before: nobody measured it
+    assert calibrated.split("One pass")[1] == plain.split("One pass")[1]
+    other = ullage(*PLAN, "--engine", "transformers", "--calibration", file)
+    assert other.returncode == 2
+    assert "of ullage on 24GiB" in other.stderr
+
+
 def test_a_weight_format_is_short_for_its_technique(planned: Planned) -> None:
     assert planned("--weights", "nf4") == planned("--technique", "quantization:scheme=nf4")
 
@@ -81,6 +97,8 @@ def test_planning_needs_no_torch() -> None:
         [*PLAN, "--memory", "-1GiB"],
         [*PLAN, "--memory", "25GiB"],
         [*PLAN, "--max-model-len", "0"],
+        [*PLAN, "--max-num-seqs", "1" + "0" * 400],
+        [*PLAN, "--prefill-chunk", "1" + "0" * 400],
         [*PLAN, "--output-len", "9000"],
         [*PLAN, "--weights", "int3"],
         [*PLAN, "--kv-cache-dtype", "fp4"],

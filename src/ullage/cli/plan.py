@@ -34,6 +34,7 @@ from ullage.planner.search import Freedom, describe
 from ullage.specs.calibration import Calibration
 from ullage.specs.plan import Plan
 from ullage.specs.sources import resolve
+from ullage.specs.workload import Engine
 from ullage.units import format_bytes
 
 
@@ -146,9 +147,15 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def _of_engine(calibration: Calibration | None, engine: Engine) -> Calibration | None:
+    """The calibration where it is of `engine`: what another engine takes was not measured."""
+    return calibration if calibration is not None and calibration.engine == engine else None
+
+
 def _attention_lines(plan: Plan, calibration: Calibration | None) -> list[str]:
     """What the score matrix would do to the same request, read in one pass as transformers does."""
     lines: list[str] = []
+    calibration = _of_engine(calibration, "transformers")
     for attention in ("eager", "sdpa"):
         execution = replace(
             plan.recipe.execution, engine="transformers", attention=attention, prefill_chunk=0
@@ -170,7 +177,8 @@ def _advice(plan: Plan, freedom: Freedom, calibration: Calibration | None) -> st
     execution = replace(plan.recipe.execution, engine="ullage", attention="sdpa")
     recipe = replace(plan.recipe, execution=execution)
     try:
-        choice = fit_run(recipe, plan.budget_bytes, freedom, calibration)
+        known = _of_engine(calibration, "ullage")
+        choice = fit_run(recipe, plan.budget_bytes, freedom, known)
     except DoesNotFit as error:
         return str(error)
     return (
