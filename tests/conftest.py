@@ -198,6 +198,52 @@ def _interleaved(weight: Any, heads: int) -> Any:
 
 
 @pytest.fixture(scope="session")
+def peak_of() -> Callable[[Callable[[], Any]], int]:
+    """`peak_of(function)`: the most bytes that tensors made inside `function` held together."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Tracker(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.live: dict[StorageWeakRef, int] = {}
+            self.peak_bytes = 0
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            kwargs = kwargs or {}
+            with self:  # what is made of other operations is counted operation by operation
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+            given = {storage_of(leaf) for leaf in tree_leaves((args, kwargs)) if is_tensor(leaf)}
+            result = func(*args, **kwargs)
+            for leaf in tree_leaves(result):
+                if is_tensor(leaf) and storage_of(leaf) not in given:
+                    self.live[storage_of(leaf)] = leaf.untyped_storage().nbytes()
+            self.live = {ref: size for ref, size in self.live.items() if not ref.expired()}
+            self.peak_bytes = max(self.peak_bytes, sum(self.live.values()))
+            return result
+
+    import torch
+
+    def is_tensor(leaf: Any) -> bool:
+        return isinstance(leaf, torch.Tensor)
+
+    def storage_of(tensor: Any) -> StorageWeakRef:
+        return StorageWeakRef(tensor.untyped_storage())
+
+    def measure(function: Callable[[], Any]) -> int:
+        with Tracker() as tracker:
+            function()
+        return tracker.peak_bytes
+
+    return measure
+
+
+@pytest.fixture(scope="session")
 def ullage() -> Callable[..., subprocess.CompletedProcess[str]]:
     """`ullage(*words, stdin=, **environment)`: the command as a shell runs it."""
 

@@ -21,6 +21,7 @@ def tag(keys: torch.Tensor, layer: "PagedLayer") -> torch.Tensor:
     return keys
 
 
+@torch.no_grad()
 def attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,

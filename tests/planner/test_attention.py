@@ -1,0 +1,89 @@
+"""What attention is planned to hold, against the live bytes of the tensors that it makes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from ullage import Device, Execution, ModelSpec, Recipe, Workload
+from ullage.kv import attention
+from ullage.kv.cache import PagedCache
+from ullage.kv.kernels import reference
+from ullage.kv.pool import KVPool
+from ullage.planner.memory import phase_footprints
+from ullage.runtime.load import TORCH_DTYPES
+from ullage.specs.blocks import sequence_blocks
+from ullage.units import GIB
+
+TinyModel = Callable[..., tuple[Any, ModelSpec]]
+PeakOf = Callable[[Callable[[], Any]], int]
+
+# Narrow MLPs and vocabularies: attention is where these models stand highest.
+WIDE = {
+    "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32,
+    "hidden_size": 64, "intermediate_size": 8, "vocab_size": 64, "max_position_embeddings": 8192,
+}  # fmt: skip
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "full": ("qwen3", {}),
+    "windowed": ("mistral", {"sliding_window": 700}),
+    "softcap": ("gemma2", {"layer_types": ["full_attention"] * 2}),
+    "softcap, windowed": (
+        "gemma2", {"layer_types": ["sliding_attention"] * 2, "sliding_window": 700},
+    ),
+}  # fmt: skip
+FORMATS = [("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16"), ("bf16", "fp32")]
+
+
+def recipe_for(spec: ModelSpec, kind: str, dtype: str, kv_dtype: str, chunk: int) -> Recipe:
+    execution = Execution(dtype=dtype, kv_dtype=kv_dtype, prefill_chunk=chunk)
+    return Recipe(spec, Device("one", kind, 64 * GIB), Workload(2990, 10), execution)  # type: ignore[arg-type]
+
+
+def measured_bytes(model: Any, recipe: Recipe, peak_of: PeakOf) -> dict[str, int]:
+    """The peak of the last chunk of a prompt, and of a token after it."""
+    spec, execution, work = recipe.model, recipe.execution, recipe.workload
+    attention.register()
+    model.to(TORCH_DTYPES[execution.dtype]).set_attn_implementation(attention.NAME)
+    blocks = sequence_blocks(spec, work.context_tokens)
+    pool = KVPool(blocks, spec.head_dim, TORCH_DTYPES[execution.kv_dtype])
+    cache = PagedCache(spec, pool)
+    cache.activate([cache.open(work.context_tokens)])
+    ids = torch.arange(work.prompt_tokens)[None] % spec.vocab_size
+
+    def read(start: int, stop: int) -> None:
+        positions = torch.arange(start, stop)[None]
+        model(ids[:, start:stop], position_ids=positions, cache=cache, logits_to_keep=1)
+
+    last = work.prompt_tokens - execution.prefill_chunk
+    with torch.inference_mode():
+        for start in range(0, last, 512):
+            read(start, min(start + 512, last))
+        prefill = peak_of(lambda: read(last, work.prompt_tokens))
+        return {"prefill": prefill, "decode": peak_of(lambda: read(0, 1))}
+
+
+@pytest.mark.parametrize(("dtype", "kv_dtype"), FORMATS)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_step_holds_what_was_planned(
+    kind: str,
+    device: str,
+    dtype: str,
+    kv_dtype: str,
+    tiny_model: TinyModel,
+    peak_of: PeakOf,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if device == "cuda":  # its kernel runs anywhere
+        monkeypatch.setattr(attention, "kernel_for", lambda _: reference.attend)
+    family, changes = MODELS[kind]
+    model, spec = tiny_model(family, **WIDE | changes)
+    recipe = recipe_for(spec, device, dtype, kv_dtype, chunk=300)
+    measured = measured_bytes(model, recipe, peak_of)
+    for phase, footprint in phase_footprints(recipe).items():
+        if phase != "load":
+            planned_bytes = footprint.activation_bytes + footprint.logits_bytes
+            assert measured[phase] <= planned_bytes
+            # a few rows of sums are counted as if they lived together
+            assert planned_bytes == pytest.approx(measured[phase], rel=0.06, abs=2000)
