@@ -14,6 +14,7 @@ from ullage.kv.pool import KVPool
 from ullage.planner.memory import phase_footprints
 from ullage.runtime.load import TORCH_DTYPES
 from ullage.specs.blocks import sequence_blocks
+from ullage.specs.families import FAMILIES
 from ullage.units import GIB
 
 TinyModel = Callable[..., tuple[Any, ModelSpec]]
@@ -32,6 +33,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma2", {"layer_types": ["sliding_attention"] * 2, "sliding_window": 700},
     ),
 }  # fmt: skip
+SIZED = {
+    "num_hidden_layers": 2, "num_attention_heads": 8, "hidden_size": 256, "intermediate_size": 700,
+    "vocab_size": 5000, "max_position_embeddings": 8192,
+}  # fmt: skip
+MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 256}
+OWN_SIZES: dict[str, dict[str, Any]] = {
+    "gemma2": MIXED,
+    "gemma3_text": MIXED,
+    "gpt2": {"n_embd": 256, "n_layer": 2, "n_head": 8, "n_inner": 1000, "n_positions": 8192},
+    "phi": {"num_key_value_heads": 8},
+}
 FORMATS = [("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16"), ("bf16", "fp32")]
 
 
@@ -87,3 +99,17 @@ def test_a_step_holds_what_was_planned(
             assert measured[phase] <= planned_bytes
             # a few rows of sums are counted as if they lived together
             assert planned_bytes == pytest.approx(measured[phase], rel=0.06, abs=2000)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_familys_chunk_holds_what_was_planned(
+    family: str, dtype: str, tiny_model: TinyModel, peak_of: PeakOf
+) -> None:
+    """In the proportions of real models, whose MLP or attention may be the widest."""
+    model, spec = tiny_model(family, **SIZED, **OWN_SIZES.get(family, {}))
+    recipe = recipe_for(spec, "cpu", dtype, dtype, chunk=300)
+    planned = phase_footprints(recipe)["prefill"]
+    measured = measured_bytes(model, recipe, peak_of)["prefill"]
+    # token numbers and positions are not counted
+    assert 0.9 < measured / (planned.activation_bytes + planned.logits_bytes) < 1.005

@@ -73,11 +73,10 @@ class _Attention:
         return self._layer_bytes() + self._row_bytes(self._flash() if flash else self._tiled())
 
     def _layer_bytes(self) -> int:
-        """Embedded tokens and rotary tables, residual and normed input; q, k, v and the output."""
+        """What lives through all layers, residual and normed input; q, k, v and the output."""
         model = self.model
-        heads = model.num_heads * model.head_dim
-        width = 3 * model.hidden_size + 2 * model.head_dim + 2 * heads + self.cache.width
-        return self.step.new_tokens * width * self.number_bytes
+        width = 2 * model.hidden_size + 2 * model.num_heads * model.head_dim + self.cache.width
+        return self.step.new_tokens * (forward.always_width(model) + width) * self.number_bytes
 
     def _row_bytes(self, kernel_bytes: int) -> int:
         """What the row lays out for the kernel, and the kernel's own scratch."""
