@@ -41,7 +41,7 @@ MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window
 OWN_SIZES: dict[str, dict[str, Any]] = {
     "gemma2": MIXED,
     "gemma3_text": MIXED,
-    "gpt2": {"n_embd": 256, "n_layer": 2, "n_head": 8, "n_inner": 1000, "n_positions": 8192},
+    "gpt2": {"n_embd": 256, "n_layer": 2, "n_head": 8, "n_inner": 700, "n_positions": 8192},
     "phi": {"num_key_value_heads": 8},
 }
 FORMATS = [("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16"), ("bf16", "fp32")]
