@@ -17,8 +17,9 @@ def layer_term(model: ModelSpec, step: Step) -> Term:
     base = always_width(model)
     # layer input and its normed copy; then q, q cos, rotated q and their sum beside k and v
     attention = base + 2 * hidden + 4 * heads + 2 * kv_heads
-    # layer input, residual and its normed copy
-    mlp = base + 3 * hidden + _mlp_copies(model) * model.intermediate_size
+    # layer input, residual and its normed copy; GPT-2's block keeps the attention's output too
+    kept = 4 if _learns_positions(model) else 3
+    mlp = base + kept * hidden + _mlp_copies(model) * model.intermediate_size
     nbytes = step.new_tokens * max(attention, mlp) * DTYPE_BYTES[step.execution.dtype]
     widest = "attention" if attention > mlp else "MLP"
     source = f"{step.new_tokens:,} tokens x {max(attention, mlp):,} numbers, {widest} the widest"
@@ -26,10 +27,17 @@ def layer_term(model: ModelSpec, step: Step) -> Term:
 
 
 def always_width(model: ModelSpec) -> int:
-    """Numbers a token that live through all layers: the embedded tokens, and the rotary cosines and
-    sines, of which sliding and full layers may have their own."""
+    """Numbers a token that live through all layers: the embedded tokens, and their embedded
+    positions or the rotary cosines and sines, of which sliding and full layers may have their
+    own."""
+    if _learns_positions(model):
+        return 2 * model.hidden_size
     tables = len({cache.window is None for cache, _ in model.cache_kinds})
     return model.hidden_size + 2 * model.head_dim * max(1, tables)
+
+
+def _learns_positions(model: ModelSpec) -> bool:
+    return any(tensor.name.endswith("wpe.weight") for tensor in model.tensors)
 
 
 def _mlp_copies(model: ModelSpec) -> int:
