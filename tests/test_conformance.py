@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ullage import ModelSpec, build_plan, techniques
 from ullage.errors import TechniqueError
 from ullage.kv import attention
-from ullage.kv.cache import PagedCache
+from ullage.kv.cache import PagedCache, cache_argument
 from ullage.kv.pool import KVPool
 from ullage.planner.memory import phase_footprints
 from ullage.specs.blocks import sequence_blocks
@@ -91,7 +91,7 @@ def logits(
                 ids[:, start:end],
                 attention_mask=mask[:, :end],
                 position_ids=positions[:, start:end],
-                past_key_values=cache,
+                **cache_argument(model, cache),
             )
             parts.append(output.logits)
     return torch.cat(parts, dim=1)

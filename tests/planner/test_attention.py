@@ -8,7 +8,7 @@ import torch
 
 from ullage import Device, Execution, ModelSpec, Recipe, Workload
 from ullage.kv import attention
-from ullage.kv.cache import PagedCache
+from ullage.kv.cache import PagedCache, cache_argument
 from ullage.kv.kernels import reference
 from ullage.kv.pool import KVPool
 from ullage.planner.memory import phase_footprints
@@ -65,7 +65,12 @@ def measured_bytes(model: Any, recipe: Recipe, peak_of: PeakOf) -> dict[str, int
 
     def read(start: int, stop: int) -> None:
         positions = torch.arange(start, stop)[None]
-        model(ids[:, start:stop], position_ids=positions, cache=cache, logits_to_keep=1)
+        model(
+            ids[:, start:stop],
+            position_ids=positions,
+            **cache_argument(model, cache),
+            logits_to_keep=1,
+        )
 
     last = work.prompt_tokens - execution.prefill_chunk
     with torch.inference_mode():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ullage import ModelSpec, resolve
 from ullage.kv import attention
-from ullage.kv.cache import PagedCache
+from ullage.kv.cache import PagedCache, cache_argument
 from ullage.kv.pool import KVPool
 from ullage.planner.memory import kv_bytes_per_token, peak_bytes, phase_footprints
 from ullage.specs.blocks import sequence_blocks
@@ -160,7 +160,7 @@ def test_the_cache_writes_no_more_than_the_pool_that_was_planned(
     cache.activate([cache.open(32)])
     ids = torch.arange(6, 26)[None]
     for _ in range(12):
-        logits = model(ids, past_key_values=cache).logits
+        logits = model(ids, **cache_argument(model, cache)).logits
         ids = logits[:, -1:].argmax(-1)
     assert cache.nbytes() <= planned
 

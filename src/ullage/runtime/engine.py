@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ullage.errors import DoesNotFit, PromptError, UllageError
-from ullage.kv.cache import PagedCache, Sequence
+from ullage.kv.cache import PagedCache, Sequence, cache_argument
 from ullage.kv.pool import KVPool
 from ullage.runtime.budget import Budget
 from ullage.runtime.load import TORCH_DTYPES, LoadedModel, device_of
@@ -205,7 +205,7 @@ class Engine:
             output = self.loaded.model(
                 input_ids=torch.tensor(ids, device=self.device),
                 position_ids=positions.to(self.device),
-                past_key_values=self.cache,
+                **cache_argument(self.loaded.model, self.cache),
                 use_cache=True,
                 logits_to_keep=1,
             )
