@@ -5,6 +5,7 @@ at once.
 """
 
 import functools
+import json
 import os
 import shutil
 import string
@@ -100,15 +101,19 @@ def tiny_model() -> Callable[..., tuple[Any, ModelSpec]]:
 @pytest.fixture(scope="session")
 def model_folder(
     tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., tuple[Any, ModelSpec]]
-) -> Callable[[str], Path]:
-    """`model_folder(family)`: a tiny model as people publish them: config, safetensors, tokenizer.
-    Shared by all tests: copy it before changing it. Token 1 ends a text."""
+) -> Callable[..., Path]:
+    """`model_folder(family, dtype, rope)`: a tiny model as people publish them: config,
+    safetensors, tokenizer. Shared by all tests: copy it before changing it. Token 1 ends a text.
+    `rope` is the JSON of the config's ``rope_parameters``."""
 
     @functools.cache
-    def save(family: str) -> Path:
+    def save(family: str, dtype: str = "float32", rope: str = "") -> Path:
+        import torch
+
         folder = tmp_path_factory.mktemp("models") / family
-        model, _ = tiny_model(family, eos_token_id=1)
-        model.save_pretrained(folder)
+        changes = {"rope_parameters": json.loads(rope)} if rope else {}
+        model, _ = tiny_model(family, eos_token_id=1, **changes)
+        model.to(getattr(torch, dtype)).save_pretrained(folder)
         _tokenizer().save_pretrained(folder)
         return folder
 

@@ -21,7 +21,7 @@ from ullage.specs.families import FAMILIES
 from ullage.specs.sources import read_config
 from ullage.units import GIB
 
-ModelFolder = Callable[[str], Path]
+ModelFolder = Callable[..., Path]
 FILE = "model.safetensors"
 
 
@@ -69,13 +69,20 @@ def test_weights_are_those_of_from_pretrained(
     assert loaded.model.config._attn_implementation == attention.NAME
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_buffers_are_those_of_from_pretrained(family: str, model_folder: ModelFolder) -> None:
-    """Rotary frequencies and embedding scales are computed, not stored."""
-    ours = dict(load(model_folder(family)).model.named_buffers())
-    theirs = dict(AutoModelForCausalLM.from_pretrained(model_folder(family)).named_buffers())
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(buffer, theirs[name]) for name, buffer in ours.items())
+def test_buffers_are_those_of_from_pretrained(
+    family: str, stored: str, dtype: str, model_folder: ModelFolder
+) -> None:
+    """Rotary frequencies and embedding scales are computed, not stored, and not rounded to what the
+    checkpoint is stored in."""
+    folder = model_folder(family, stored)
+    ours = dict(load(folder, recipe_for(folder, dtype)).model.named_buffers())
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=TORCH_DTYPES[dtype])
+    assert ours.keys() == dict(theirs.named_buffers()).keys()
+    for name, buffer in theirs.named_buffers():
+        assert torch.equal(ours[name], buffer), name
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -250,6 +257,38 @@ def test_a_folder_without_a_tokenizer_is_refused(copied: Callable[[str], Path]) 
         file.unlink()
     with pytest.raises(CheckpointError, match="tokenizer"):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("answer", ["y", "n"])
+def test_a_tokenizer_that_is_code_is_refused_and_never_run(
+    answer: str, copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is anybody asked whether to."""
+    folder = copied("llama")
+    ran = folder / "ran"
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: pass\n")
+    config = read_config(folder / "tokenizer_config.json")
+    config |= {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: answer)
+    with pytest.raises(CheckpointError, match="trust_remote_code"):
+        load_tokenizer(folder)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("answer", ["y", "n"])
+def test_a_models_own_code_is_never_run(
+    answer: str, copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied("llama")
+    ran, recipe = folder / "ran", recipe_for(folder)
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: pass\n")
+    for name in ("AutoConfig", "AutoModelForCausalLM"):
+        config = {**read_config(folder / "config.json"), "auto_map": {name: "evil.Evil"}}
+        (folder / "config.json").write_text(json.dumps(config))
+        monkeypatch.setattr("builtins.input", lambda *_: answer)
+        load(folder, recipe)  # as the class that transformers itself has
+        assert not ran.exists()
 
 
 def test_progress_ends_at_all_bytes(model_folder: ModelFolder) -> None:

@@ -26,6 +26,7 @@ from ullage.errors import CheckpointError
 from ullage.kv import attention
 from ullage.specs.plan import Recipe
 from ullage.specs.safetensors import StoredTensor, read_headers, same_data
+from ullage.specs.sources import read_config
 from ullage.techniques.quantization.linear import (
     projections,
     quantize,
@@ -62,10 +63,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`.
 
     Raises:
-        CheckpointError: there is none that can be read.
+        CheckpointError: there is none that can be read, or it is code in the folder itself.
     """
+    config = folder / "tokenizer_config.json"
+    if config.exists() and read_config(config).get("auto_map"):
+        raise CheckpointError(
+            "The tokenizer is code in the model's own repository (trust_remote_code), which ullage "
+            "never executes."
+        )
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{folder} holds no readable tokenizer: {_one_line(error)}"
@@ -84,7 +91,7 @@ def load_model(
         CheckpointError: weights that are missing, unknown, misshapen or truncated.
     """
     attention.register()
-    model = _skeleton(folder)
+    model = _skeleton(folder, TORCH_DTYPES[recipe.execution.dtype])
     reader = _Reader(model, recipe)
     stored = sorted(
         read_headers(folder), key=lambda tensor: tensor.end - tensor.begin, reverse=True
@@ -108,11 +115,12 @@ def device_of(recipe: Recipe) -> torch.device:
     return torch.device({"rocm": "cuda"}.get(recipe.device.kind, recipe.device.kind))
 
 
-def _skeleton(folder: Path) -> PreTrainedModel:
-    """The model without weights; its few computed buffers are real."""
-    config = AutoConfig.from_pretrained(folder).get_text_config()
+def _skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without weights; its few computed buffers are real. What a module computes once
+    from the config, as Gemma's embedding scale, it rounds to `dtype`."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
 class _Reader:
