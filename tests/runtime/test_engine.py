@@ -38,7 +38,9 @@ def loaded(model_folder: Callable[[str], Path]) -> Callable[[str], LoadedModel]:
     def load(family: str) -> LoadedModel:
         if family not in held:
             folder = model_folder(family)
-            held[family] = load_model(recipe_for(folder), folder, load_tokenizer(folder))
+            held[family] = load_model(
+                build_plan(recipe_for(folder)), folder, load_tokenizer(folder)
+            )
         return held[family]
 
     return load

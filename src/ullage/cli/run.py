@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -84,7 +85,8 @@ def run(
     made = session.plan_for(len(ids), max_new_tokens)
     engine = session.load(made)
     output_tokens = made.recipe.workload.output_tokens
-    _stream(engine, ids, output_tokens, temperature, seed, made)
+    with closing(engine.loaded):
+        _stream(engine, ids, output_tokens, temperature, seed, made)
 
 
 def _prompt_text(source: str | None, prompt: str | None, file: Path | None) -> str:
@@ -222,7 +224,7 @@ class _Session:
         with _progress("reading weights", DownloadColumn()) as progress:
             task = progress.add_task("", total=None)
             loaded = load_model(
-                plan.recipe,
+                plan,
                 self.folder,
                 self.tokenizer,
                 lambda done, total: progress.update(task, completed=done, total=total),
