@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ullage.kv.kernels import Kernel, Piece, cpu, merge, reference
-from ullage.specs.blocks import TILE_TOKENS, tile_scores
+from ullage.specs.tiles import TILE_TOKENS, tile_scores
 
 KERNELS = {"reference": reference.attend, "cpu": cpu.attend}
 kernels = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS.keys())

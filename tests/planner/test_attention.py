@@ -15,7 +15,7 @@ from ullage.planner.memory import phase_footprints
 from ullage.runtime.load import TORCH_DTYPES
 from ullage.specs.blocks import sequence_blocks
 from ullage.specs.families import FAMILIES
-from ullage.units import GIB
+from ullage.units import GIB, MIB
 
 TinyModel = Callable[..., tuple[Any, ModelSpec]]
 PeakOf = Callable[[Callable[[], Any]], int]
@@ -100,7 +100,8 @@ def test_a_step_holds_what_was_planned(
     measured = measured_bytes(model, recipe, peak_of)
     for phase, footprint in phase_footprints(recipe).items():
         if phase != "load":
-            planned_bytes = footprint.activation_bytes + footprint.logits_bytes
+            margin_bytes = 0 if device == "cpu" else 64 * MIB
+            planned_bytes = footprint.activation_bytes + footprint.logits_bytes - margin_bytes
             assert measured[phase] <= planned_bytes
             # a few rows of sums are counted as if they lived together
             assert planned_bytes == pytest.approx(measured[phase], rel=0.06, abs=2000)

@@ -13,7 +13,7 @@ from ullage import ModelSpec, resolve
 from ullage.kv import attention
 from ullage.kv.cache import PagedCache, cache_argument
 from ullage.kv.pool import KVPool
-from ullage.planner.memory import kv_bytes_per_token, peak_bytes, phase_footprints
+from ullage.planner.memory import explain, kv_bytes_per_token, peak_bytes, phase_footprints
 from ullage.specs.blocks import sequence_blocks
 from ullage.specs.calibration import Calibration
 from ullage.specs.device import Device
@@ -207,3 +207,13 @@ def test_kv_bytes_per_token_is_the_slope_of_the_plan(tiny_spec: TinySpec, family
         phase_footprints(recipe(spec, size))["decode"].kv_bytes for size in (16_000, 32_000)
     )
     assert (long - short) / 16_000 == kv_bytes_per_token(recipe(spec))
+
+
+@pytest.mark.parametrize(("kind", "margin_bytes"), [("cpu", 0), ("cuda", 64 << 20)])
+def test_every_phase_leaves_the_allocator_its_margin(
+    tiny_spec: TinySpec, kind: Any, margin_bytes: int
+) -> None:
+    made = replace(recipe(tiny_spec("llama")), device=Device("one", kind, 64 * GIB))
+    for phase in PHASES:
+        margins = [term.nbytes for term in explain(made, phase) if "margin" in term.what]
+        assert sum(margins) == margin_bytes

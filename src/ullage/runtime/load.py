@@ -21,7 +21,7 @@ from ullage import techniques
 from ullage.errors import CheckpointError, TechniqueError
 from ullage.kv import attention
 from ullage.runtime.budget import refuse_crowded, refuse_misfit
-from ullage.runtime.memory import held_bytes
+from ullage.runtime.memory import held_bytes, wall
 from ullage.runtime.reader import Progress, Reader
 from ullage.specs.plan import Plan, Recipe
 from ullage.specs.sources import read_config
@@ -98,6 +98,7 @@ def load_model(
     conversions, others = _conversions(chain, model)
     reader = Reader(model, dtype, device, conversions)
     refuse_crowded(plan, held_bytes(device))
+    wall(device, plan.budget_bytes)
     reader.read(folder, on_progress)
     model.eval().set_attn_implementation(attention.NAME)
     with ExitStack() as stack:

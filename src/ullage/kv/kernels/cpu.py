@@ -7,7 +7,7 @@ the log-sum-exp too, and it takes grouped query heads without copies of K and V.
 import torch
 
 from ullage.kv.kernels import Piece, merge, reference
-from ullage.specs.blocks import TILE_TOKENS
+from ullage.specs.tiles import TILE_TOKENS
 
 
 def attend(

@@ -7,7 +7,7 @@ Scores are built for a tile of entries at a time and overwritten in place: the w
 import torch
 
 from ullage.kv.kernels import Piece, merge
-from ullage.specs.blocks import tile_tokens
+from ullage.specs.tiles import tile_tokens
 
 _FP32 = torch.finfo(torch.float32)
 

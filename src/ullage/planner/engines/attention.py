@@ -8,11 +8,11 @@ the other; prompts are read one at a time.
 from dataclasses import dataclass
 
 from ullage.planner.engines import forward
-from ullage.specs.blocks import TILE_TOKENS, tile_scores
 from ullage.specs.dtypes import DTYPE_BYTES
 from ullage.specs.footprint import Term
 from ullage.specs.model import LayerCache, ModelSpec
 from ullage.specs.plan import Recipe
+from ullage.specs.tiles import TILE_TOKENS, tile_scores
 from ullage.specs.workload import Step
 
 

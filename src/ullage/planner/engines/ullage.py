@@ -56,6 +56,7 @@ class Ullage(EngineArithmetic):
                 "every tensor",
             ),
             Term("overhead", "runtime", int(runtime.value), runtime.label, runtime.source),
+            *_margin_terms(constants),
         ]
         if step.phase == "load":
             return [*always, forward.conversion_term(model, dtype)]
@@ -79,3 +80,11 @@ def _kv_term(model: ModelSpec, step: Step) -> Term:
     nbytes = step.sequences * numbers * number_bytes + forward.state_bytes(model, step)
     source = f"{step.sequences:,} x {step.held_tokens:,} tokens in blocks of {BLOCK_TOKENS}"
     return Term("kv", f"KV blocks in {step.execution.kv_dtype}", nbytes, "exact", source)
+
+
+def _margin_terms(constants: Constants) -> list[Term]:
+    """What the allocator may hold beyond what lives, where it does."""
+    margin = constants["margin_bytes"]
+    what = "margin for the allocator"
+    term = Term("activation", what, int(margin.value), margin.label, margin.source)
+    return [term] if term.nbytes else []
