@@ -54,7 +54,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "gemma3_text": {
         "num_hidden_layers": 3, "layer_types": _MIXED_LAYERS, "sliding_window": 6, "head_dim": 8,
-        "query_pre_attn_scalar": 20,
+        "query_pre_attn_scalar": 20, "tie_word_embeddings": False,
     },
     "phi": {"num_key_value_heads": 4},
     "phi3": {},
@@ -111,7 +111,7 @@ def model_folder(
         import torch
 
         folder = tmp_path_factory.mktemp("models") / family
-        changes = {"rope_parameters": json.loads(rope)} if rope else {}
+        changes = {"rope_parameters": json.loads(rope), **json.loads(rope)} if rope else {}
         model, _ = tiny_model(family, eos_token_id=1, **changes)
         model.to(getattr(torch, dtype)).save_pretrained(folder)
         _tokenizer().save_pretrained(folder)

@@ -98,7 +98,8 @@ class Engine:
         """Queue `request`.
 
         Raises:
-            PromptError: prompt and output are longer than the model's context.
+            PromptError: prompt and output are longer than the model's context, or than it was
+                loaded for.
             DoesNotFit: the pool could never hold it.
         """
         model = self.plan.recipe.model
@@ -106,6 +107,12 @@ class Engine:
             raise PromptError(
                 f"{len(request.prompt_ids):,} prompt tokens and {request.max_new_tokens:,} new "
                 f"ones are more than the {model.max_context_tokens:,} that {model.name} can read."
+            )
+        most_tokens = self.loaded.max_tokens
+        if most_tokens is not None and request.capacity_tokens > most_tokens:
+            raise PromptError(
+                f"The model was loaded with rotary frequencies for {most_tokens:,} tokens at most; "
+                f"this sequence would have {request.capacity_tokens:,}."
             )
         pool = self.cache.pool
         blocks = sequence_blocks(model, request.capacity_tokens)

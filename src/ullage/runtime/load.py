@@ -23,6 +23,7 @@ from ullage.kv import attention
 from ullage.runtime.budget import refuse_crowded, refuse_misfit
 from ullage.runtime.memory import held_bytes, wall
 from ullage.runtime.reader import Progress, Reader
+from ullage.runtime.rope import settle_rope
 from ullage.specs.plan import Plan, Recipe
 from ullage.specs.sources import read_config
 from ullage.techniques.base import Technique
@@ -38,6 +39,7 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     eos_token_ids: frozenset[int]
+    max_tokens: int | None = None  # of a sequence, by its rotary frequencies; None: any number
     attached: ExitStack = field(default_factory=ExitStack)  # techniques, until `close`
 
     def nbytes(self) -> int:
@@ -101,10 +103,12 @@ def load_model(
     wall(device, plan.budget_bytes)
     reader.read(folder, on_progress)
     model.eval().set_attn_implementation(attention.NAME)
+    max_tokens = settle_rope(model, recipe.workload.context_tokens)
+    ends = _eos_token_ids(model, folder)
     with ExitStack() as stack:
         for technique in others:
             stack.enter_context(technique.attach(model))
-        return LoadedModel(model, tokenizer, _eos_token_ids(model, folder), stack.pop_all())
+        return LoadedModel(model, tokenizer, ends, max_tokens, stack.pop_all())
 
 
 def _attachable(recipe: Recipe) -> list[Technique]:
