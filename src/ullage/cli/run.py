@@ -26,6 +26,7 @@ from ullage.cli.options import (
 from ullage.errors import DoesNotFit, InputError, PromptError
 from ullage.planner import build_plan, fit_run
 from ullage.planner.search import Freedom, as_memory_option, describe
+from ullage.runtime.process import obtainable_bytes
 from ullage.specs.model import ModelSpec
 from ullage.specs.plan import Plan, read_plan
 from ullage.specs.sources import resolve
@@ -134,6 +135,8 @@ class _Session:
             if self.given is None or self.options.memory is not None
             else self.given.budget_bytes
         )
+        if self.given is None and self.options.memory is None and device.kind == "cpu":
+            self.budget_bytes = min(self.budget_bytes, obtainable_bytes())
         self.device = device
         self.calibration = self.options.read_calibration()
 
@@ -170,8 +173,10 @@ class _Session:
         return_freed_memory()
         self.folder = weights_folder(self.spec)
         from ullage.runtime.load import load_tokenizer
+        from ullage.runtime.prompt import refuse_long
 
         self.tokenizer = load_tokenizer(self.folder)
+        refuse_long(text, self.tokenizer, self.spec.max_context_tokens - 1)
         ids = _chat_ids(self.tokenizer, text) if chat else self.tokenizer(text)["input_ids"]
         return list(ids)
 
