@@ -21,6 +21,7 @@ def tag(keys: torch.Tensor, layer: "PagedLayer") -> torch.Tensor:
     return keys
 
 
+@torch.no_grad()
 def attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -42,7 +43,7 @@ def attention_forward(
     """
     layer: PagedLayer | None = getattr(key, "ullage_layer", None)
     if layer is None:
-        raise RuntimeError("attention 'ullage' reads a PagedCache: pass one as past_key_values")
+        raise RuntimeError("attention 'ullage' reads a PagedCache: pass one with cache_argument")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = query.new_zeros((query.shape[0], query.shape[2], query.shape[1], query.shape[3]))
     kernel = kernel_for(query.device)

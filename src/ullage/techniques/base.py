@@ -1,6 +1,7 @@
 """The contract of a technique (see CONTRIBUTING.md, "Add a technique")."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
@@ -10,6 +11,7 @@ from ullage.specs.model import ModelSpec
 from ullage.specs.workload import Step
 
 if TYPE_CHECKING:
+    from torch.nn import Module
     from transformers import PreTrainedModel
 
 
@@ -20,6 +22,7 @@ class Technique(ABC):
 
     paper: ClassVar[str]  # URL; equation and section numbers stand beside the code that does them
     acts_on: ClassVar[Literal["weights", "kv", "context", "facts"]]
+    runs: ClassVar[bool] = True  # False: its bytes can be planned, and that is all yet
 
     @property
     def name(self) -> str:
@@ -49,3 +52,14 @@ class Technique(ABC):
         Raises:
             TechniqueError: the model is one that `unsupported` names.
         """
+
+    def while_loading(
+        self, model: "PreTrainedModel"
+    ) -> "Mapping[str, Callable[[Module], Module]] | None":
+        """What to make of modules, by their names, as soon as their ``weight`` has been read: so
+        the full weights are never all there. None: the loader calls `attach` once all is read.
+
+        Raises:
+            TechniqueError: a library that this takes is not installed.
+        """
+        return None
