@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 
 from ullage.errors import TechniqueError
+from ullage.specs.device import Device
 from ullage.specs.dtypes import DTYPE_BYTES
 from ullage.specs.footprint import Footprint
 from ullage.specs.loading import load_spike_bytes
@@ -84,6 +85,19 @@ class Quantization(Technique):
         scales = -(-tensor.elements // NF4_BLOCK)
         outer_scales = -(-scales // NF4_SCALE_BLOCK)
         return -(-tensor.elements // 2) + scales + 4 * outer_scales + NF4_TABLE_BYTES
+
+    def moved_bytes(self, model: ModelSpec, work: Step, device: Device) -> int:
+        """Weights are widened to the arithmetic's format at each use, written and read again; but
+        bitsandbytes multiplies NF4 by a single token as it lies, on GPUs."""
+        fused = self.scheme == "nf4" and device.kind in ("cuda", "rocm") and work.new_tokens == 1
+        if self.scheme == "none" or fused:
+            return 0
+        dtype = work.execution.dtype
+        return sum(
+            2 * tensor.count * _plain_bytes(tensor, dtype)
+            for tensor in model.tensors
+            if tensor.role == "linear"
+        )
 
     def _scratch_bytes(self, before: Footprint, model: ModelSpec, work: Step) -> int:
         """Dequantized copies: one weight at a time while running, one on its way in while
