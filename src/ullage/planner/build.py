@@ -4,6 +4,7 @@ from ullage import techniques
 from ullage.errors import TechniqueError
 from ullage.planner.cliff import find_cliff
 from ullage.planner.engines import ENGINES
+from ullage.planner.latency import estimate
 from ullage.planner.memory import kv_bytes_per_token, phase_footprints
 from ullage.specs.calibration import Calibration
 from ullage.specs.device import Device
@@ -33,6 +34,7 @@ def build_plan(
         share=engine.share(recipe, phases, budget_bytes),
         cliff=find_cliff(recipe, budget_bytes, calibration),
         kv_bytes_per_token=kv_bytes_per_token(recipe),
+        latency=estimate(recipe, phases),
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ullage.errors import InputError
 from ullage.specs.device import Device
 from ullage.specs.footprint import Footprint
+from ullage.specs.latency import Latency
 from ullage.specs.model import ModelSpec
 from ullage.specs.workload import PHASES, Execution, PhaseName, Workload
 
@@ -72,7 +73,7 @@ class DeviceShare:
 @dataclass(frozen=True)
 class Plan:
     """A recipe, the budget it is held against, and the bytes of each phase: per device, where a
-    model is spread over several."""
+    model is spread over several. `latency` is None where the device's speed is not known."""
 
     recipe: Recipe
     budget_bytes: int
@@ -80,6 +81,7 @@ class Plan:
     share: DeviceShare
     cliff: Cliff
     kv_bytes_per_token: int
+    latency: Latency | None
 
     @property
     def peak_bytes(self) -> int:
@@ -106,6 +108,7 @@ class Plan:
             "cliff": asdict(self.cliff),
             **asdict(self.share),
             "kv_bytes_per_token": self.kv_bytes_per_token,
+            "latency": None if self.latency is None else asdict(self.latency),
             "model": {**recipe.model.to_json(), "parameters": recipe.model.parameters},
             "device": asdict(recipe.device),
             "workload": asdict(recipe.workload),
@@ -130,6 +133,7 @@ class Plan:
                 share=_whole(DeviceShare, _only(DeviceShare, data)),
                 cliff=_whole(Cliff, data["cliff"]),
                 kv_bytes_per_token=data["kv_bytes_per_token"],
+                latency=data["latency"] and Latency.from_json(data["latency"]),
             )
             sizes = (plan.budget_bytes, *asdict(plan.recipe.workload).values())
             if not all(isinstance(size, int) and size > 0 for size in sizes):
