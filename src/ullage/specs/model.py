@@ -119,6 +119,10 @@ class ModelSpec:
     runs: bool = True  # whether ullage's runtime has the family; others are planned only
     source: str = ""
 
+    def __hash__(self) -> int:
+        # Sums over all tensors are cached by model: hashing the tensors would cost as much.
+        return hash((self.name, self.family, self.num_layers, self.hidden_size))
+
     @property
     def all_layers(self) -> tuple[int, ...]:
         """The numbers of the layers."""

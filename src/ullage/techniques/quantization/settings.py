@@ -8,6 +8,7 @@ in blocks of 256 ("double quantization").
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 
 from ullage.errors import TechniqueError
@@ -63,14 +64,9 @@ class Quantization(Technique):
     def footprint(self, before: Footprint, model: ModelSpec, work: Step) -> Footprint:
         if self.scheme == "none":
             return before
-        dtype = work.execution.dtype
-        saved_bytes = sum(
-            tensor.count * (_plain_bytes(tensor, dtype) - self.resident_bytes(tensor, dtype))
-            for tensor in model.tensors
-        )
         return replace(
             before,
-            weights_bytes=before.weights_bytes - saved_bytes,
+            weights_bytes=before.weights_bytes - _saved_bytes(self, model, work.execution.dtype),
             activation_bytes=before.activation_bytes + self._scratch_bytes(before, model, work),
             overhead_bytes=before.overhead_bytes + LIBRARY_BYTES[self.scheme],
         )
@@ -92,27 +88,15 @@ class Quantization(Technique):
         fused = self.scheme == "nf4" and device.kind in ("cuda", "rocm") and work.new_tokens == 1
         if self.scheme == "none" or fused:
             return 0
-        dtype = work.execution.dtype
-        return sum(
-            2 * tensor.count * _plain_bytes(tensor, dtype)
-            for tensor in model.tensors
-            if tensor.role == "linear"
-        )
+        return 2 * _dequantized_bytes(model, work.execution.dtype)
 
     def _scratch_bytes(self, before: Footprint, model: ModelSpec, work: Step) -> int:
         """Dequantized copies: one weight at a time while running, one on its way in while
         loading."""
         dtype = work.execution.dtype
-        linear = [tensor for tensor in model.tensors if tensor.role == "linear"]
         if work.phase != "load":
-            return max(_plain_bytes(tensor, dtype) for tensor in linear)
-
-        def staging(tensor: TensorSpec) -> int:
-            # the full weight, and the quantizer's own copy of it in fp32
-            return 2 * 4 * tensor.elements if tensor.role == "linear" else 0
-
-        spike = load_spike_bytes(model, lambda tensor: self.resident_bytes(tensor, dtype), staging)
-        return max(0, spike - before.activation_bytes)
+            return _largest_bytes(model, dtype)
+        return max(0, _spike_bytes(self, model, dtype) - before.activation_bytes)
 
     @contextmanager
     def attach(self, model: "PreTrainedModel") -> Iterator[None]:
@@ -120,6 +104,38 @@ class Quantization(Technique):
 
         with quantized(model, self.scheme):
             yield
+
+
+# A search asks for these sums thousands of times.
+
+
+@lru_cache
+def _saved_bytes(technique: Quantization, model: ModelSpec, dtype: str) -> int:
+    return sum(
+        tensor.count * (_plain_bytes(tensor, dtype) - technique.resident_bytes(tensor, dtype))
+        for tensor in model.tensors
+    )
+
+
+@lru_cache
+def _spike_bytes(technique: Quantization, model: ModelSpec, dtype: str) -> int:
+    def staging(tensor: TensorSpec) -> int:
+        # the full weight, and the quantizer's own copy of it in fp32
+        return 2 * 4 * tensor.elements if tensor.role == "linear" else 0
+
+    return load_spike_bytes(model, lambda tensor: technique.resident_bytes(tensor, dtype), staging)
+
+
+@lru_cache
+def _dequantized_bytes(model: ModelSpec, dtype: str) -> int:
+    linear = (tensor for tensor in model.tensors if tensor.role == "linear")
+    return sum(tensor.count * _plain_bytes(tensor, dtype) for tensor in linear)
+
+
+@lru_cache
+def _largest_bytes(model: ModelSpec, dtype: str) -> int:
+    linear = (tensor for tensor in model.tensors if tensor.role == "linear")
+    return max(_plain_bytes(tensor, dtype) for tensor in linear)
 
 
 def _plain_bytes(tensor: TensorSpec, dtype: str) -> int:
