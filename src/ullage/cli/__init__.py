@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from ullage.errors import UllageError
 
-_NOT_COMMANDS = {"options"}
+_NOT_COMMANDS = {"options", "show"}
 
 
 class _Commands(TyperGroup):

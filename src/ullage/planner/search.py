@@ -22,6 +22,9 @@ class Freedom:
     weights: bool = True
     kv_dtype: bool = True
     prefill_chunk: bool = True
+    sparsity: bool = True  # techniques for KV entries, which a search plans and a run leaves alone
+    max_num_seqs: bool = True
+    tensor_parallel: bool = True
 
 
 @dataclass(frozen=True)
