@@ -118,7 +118,10 @@ def plan(
         raise InputError("--plot draws what --goal searches: give both.")
     options = PlanOptions(
         device, memory, weights, kv_cache_dtype, attention, prefill_chunk, tuple(technique or ()),
-        engine, calibration, engine_version, max_num_seqs, tp, pp, gpu_memory_utilization,
+        engine, calibration, engine_version,
+        # where the most is searched for, it is the least that is asked, and no server's limit
+        None if goal == "concurrency" else max_num_seqs,
+        tp, pp, gpu_memory_utilization,
     )  # fmt: skip
     spec, place = resolve(model), options.find_device()
     if goal == "context" and max_model_len is None:

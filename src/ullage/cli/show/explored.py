@@ -81,7 +81,7 @@ def _table(rows: Iterable[Candidate], reach: str) -> Table:
     for column in (reach, "memory", "first token", "tokens/s", "loss, added up"):
         if column:
             table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("with")
+    table.add_column("with", overflow="fold")
     for number, found in enumerate(rows, 1):
         reached = [f"{found.reach:,}"] if reach else []
         table.add_row(
