@@ -20,7 +20,7 @@ from ullage.kv.pool import KVPool
 from ullage.planner.memory import phase_footprints
 from ullage.specs.blocks import sequence_blocks
 from ullage.specs.device import Device
-from ullage.specs.families import FAMILIES
+from ullage.specs.families import RUNNING
 from ullage.specs.footprint import Footprint
 from ullage.specs.plan import Recipe, TechniqueChoice
 from ullage.specs.workload import PHASES, Engine, Execution, Workload
@@ -65,7 +65,7 @@ every_active = pytest.mark.parametrize("technique", ACTIVE, ids=str)
 
 
 def supported_families(technique: Technique, tiny_spec: TinySpec) -> list[str]:
-    return [family for family in FAMILIES if technique.unsupported(tiny_spec(family)) is None]
+    return [family for family in RUNNING if technique.unsupported(tiny_spec(family)) is None]
 
 
 def skip_unless_it_runs(name: str) -> None:
@@ -395,7 +395,7 @@ def test_a_near_miss_is_pointed_out() -> None:
 def test_an_unsupported_model_is_our_error(
     tiny_spec: TinySpec, tiny_model: TinyModel, technique: Technique
 ) -> None:
-    families = set(FAMILIES) - set(supported_families(technique, tiny_spec))
+    families = set(RUNNING) - set(supported_families(technique, tiny_spec))
     for family in families:
         made = recipe(tiny_spec(family), technique, Workload(10, 10), FP32)
         with pytest.raises(TechniqueError, match=f"{technique.name} cannot act on"):
@@ -408,7 +408,7 @@ def test_an_unsupported_model_is_our_error(
 @every_name
 def test_its_neutral_setting_supports_every_family(name: str, tiny_spec: TinySpec) -> None:
     neutral = create(TechniqueChoice(name, {})).neutral()
-    assert supported_families(neutral, tiny_spec) == list(FAMILIES)
+    assert supported_families(neutral, tiny_spec) == list(RUNNING)
 
 
 def test_quantization_does_not_act_on_gpt2(tiny_spec: TinySpec) -> None:

@@ -17,7 +17,7 @@ from ullage.planner.memory import kv_bytes_per_token, peak_bytes, phase_footprin
 from ullage.specs.blocks import sequence_blocks
 from ullage.specs.calibration import Calibration
 from ullage.specs.device import Device
-from ullage.specs.families import FAMILIES
+from ullage.specs.families import RUNNING
 from ullage.specs.plan import Recipe, TechniqueChoice
 from ullage.specs.workload import PHASES, Execution, Workload
 from ullage.units import GIB
@@ -48,7 +48,7 @@ def recipe(spec: ModelSpec, prompt: int = 100, output: int = 10, **execution: An
     return Recipe(spec, CPU, Workload(prompt, output), Execution(**settings))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", RUNNING)
 @given(
     st.builds(Workload, sizes, sizes, st.integers(1, 40)),
     st.builds(Workload, st.integers(0, 600), st.integers(0, 600), st.integers(0, 5)),
@@ -107,7 +107,7 @@ def test_the_chunk_bounds_the_activations(tiny_spec: TinySpec) -> None:
     assert activations(4000, 32) == activations(400, 32) < activations(4000, 0) / 50
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", RUNNING)
 @pytest.mark.parametrize("kv_dtype", ["fp32", "bf16"])
 def test_planned_kv_is_what_the_paged_cache_takes(
     tiny_spec: TinySpec, family: str, kv_dtype: str
@@ -122,7 +122,7 @@ def test_planned_kv_is_what_the_paged_cache_takes(
     assert phase_footprints(made)["decode"].kv_bytes == cache.nbytes()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", RUNNING)
 def test_planned_kv_is_what_transformers_holds(
     tiny_model: Callable[..., tuple[Any, ModelSpec]], family: str
 ) -> None:
@@ -136,7 +136,7 @@ def test_planned_kv_is_what_transformers_holds(
     assert phase_footprints(made)["decode"].kv_bytes == live_bytes
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", RUNNING)
 def test_planned_weights_are_the_models_parameters(
     tiny_model: Callable[..., tuple[Any, ModelSpec]], family: str
 ) -> None:

@@ -17,7 +17,7 @@ from ullage.errors import CheckpointError
 from ullage.kv import attention
 from ullage.planner.memory import phase_footprints
 from ullage.runtime.load import TORCH_DTYPES, LoadedModel, load_model, load_tokenizer
-from ullage.specs.families import FAMILIES
+from ullage.specs.families import RUNNING
 from ullage.specs.sources import read_config
 from ullage.units import GIB
 
@@ -57,7 +57,7 @@ def assert_same_weights(loaded: LoadedModel, expected: Any, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", RUNNING)
 def test_weights_are_those_of_from_pretrained(
     family: str, dtype: str, model_folder: ModelFolder
 ) -> None:
@@ -69,7 +69,7 @@ def test_weights_are_those_of_from_pretrained(
     assert loaded.model.config._attn_implementation == attention.NAME
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", RUNNING)
 def test_buffers_are_those_of_from_pretrained(family: str, model_folder: ModelFolder) -> None:
     """Rotary frequencies and embedding scales are computed, not stored."""
     ours = dict(load(model_folder(family)).model.named_buffers())

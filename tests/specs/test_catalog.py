@@ -1,5 +1,9 @@
 """The catalogs hold what was published: every model's parameter count, every device's figures."""
 
+import re
+import time
+from typing import Any
+
 import pytest
 
 from ullage.specs import device, sources
@@ -56,11 +60,67 @@ PARAMETERS = {
     "phi-3-mini-4k": 3_821_079_552,
     "phi-3-medium-4k": 13_960_238_080,
     "phi-4": 14_659_507_200,
+    "codellama-7b": 6_738_546_688,
+    "codellama-34b": 33_743_970_304,
+    "tinyllama-1.1b": 1_100_048_384,
+    "yi-34b": 34_388_917_248,
+    "falcon3-7b": 7_455_550_464,
+    "smollm3-3b": 3_075_098_624,
+    "seed-oss-36b": 36_151_104_512,
+    "mistral-large-123b": 122_610_069_504,
+    "mixtral-8x7b": 46_702_792_704,
+    "mixtral-8x22b": 140_620_634_112,
+    "qwen1.5-moe-a2.7b": 14_315_784_192,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
+    "phi-4-mini": 3_836_021_760,
+    "phi-3.5-moe": 41_873_153_344,
+    "granite-3.1-8b": 8_170_848_256,
+    "command-r-35b": 34_980_831_232,
+    "aya-23-8b": 8_028_033_024,
+    "olmo-2-7b": 7_298_617_344,
+    "olmo-2-32b": 32_234_279_936,
+    "stablelm-2-1.6b": 1_644_515_328,
+    "starcoder2-3b": 3_030_371_328,
+    "starcoder2-7b": 7_173_923_840,
+    "starcoder2-15b": 15_957_889_024,
+    "glm-4-9b-0414": 9_400_279_040,
+    "glm-4-32b-0414": 32_566_081_536,
+    "deepseek-v2-lite": 15_706_484_224,
+    "deepseek-v2": 235_741_434_880,
+    "gpt-oss-20b": 20_914_757_184,
+    "gpt-oss-120b": 116_829_156_672,
 }
+# As their papers and model cards round them, in billions: all, and those of one token.
+ROUNDED = {
+    "deepseek-v3": (671, 37), "deepseek-v3.2": (671, 37), "kimi-k2": (1026, 32),
+    "kimi-linear-48b-a3b": (49, 3.3), "glm-4.5": (353, 32), "glm-4.5-air": (107, 12),
+    "glm-5": (744, 40), "minimax-m2.5": (229, 10), "llama-4-scout": (108, 17),
+    "llama-4-maverick": (401, 17), "nemotron-3-nano-30b-a3b": (31.6, 3.6),
+    "nemotron-h-56b": (56, 56), "ministral-3-3b": (3.4, 3.4), "ministral-3-14b": (13.5, 13.5),
+    "granite-3.1-2b": (2.53, 2.53), "granite-3.3-2b": (2.53, 2.53), "qwen3-vl-2b": (1.72, 1.72),
+    "granite-vision-3.3-2b": (2.53, 2.53), "deepseek-r1-distill-qwen-1.5b": (1.78, 1.78),
+    "qwen3-next-80b-a3b": (79.7, 3.3), "mistral-small-4-119b": (119, 6.5),
+}  # fmt: skip
+# Bytes of a token in all layers that grow, in bf16.
+GROWS = {
+    "llama-3.1-8b": 131_072, "qwen3-30b-a3b": 98_304, "deepseek-v3": 70_272,
+    "gpt-oss-20b": 24_576, "qwen3.5-27b": 65_536, "nemotron-3-nano-30b-a3b": 6_144,
+    "gemma-4-26b-a4b": 20_480, "kimi-linear-48b-a3b": 8_064, "deepseek-v3.2": 85_888,
+    "llama-4-scout": 49_152, "gemma-3-4b": 20_480,
+}  # fmt: skip
+MODELS = tuple(sources.catalog())
 
 
-def test_every_entry_has_its_count() -> None:
-    assert PARAMETERS.keys() == sources.catalog().keys()
+def size_in(name: str) -> tuple[float, float] | None:
+    """Billions of parameters that a name states: all, and those of one token."""
+    found = re.search(r"(?<![\w.])(\d+(?:\.\d+)?)b(?:-a(\d+(?:\.\d+)?)b)?(?!\w)", name)
+    return found and (float(found[1]), float(found[2] or found[1]))
+
+
+def test_enough_models() -> None:
+    assert len(MODELS) >= 100
+    assert PARAMETERS.keys() | ROUNDED.keys() | GROWS.keys() <= set(MODELS)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -70,12 +130,79 @@ def test_parameters_are_as_published(name: str) -> None:
     assert spec.parameters == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in PARAMETERS])
+def test_parameters_are_what_names_and_cards_say(name: str) -> None:
+    spec = resolve(name)
+    said = ROUNDED.get(name) or size_in(name)
+    if said is None:
+        return
+    assert spec.parameters / 1e9 == pytest.approx(said[0], rel=0.1)
+    assert spec.active_parameters / 1e9 == pytest.approx(said[1], rel=0.2)
+
+
+@pytest.mark.parametrize("name", GROWS)
+def test_bytes_of_a_token(name: str) -> None:
+    caches = resolve(name).caches
+    assert 2 * sum(cache.width for cache in caches if cache.window is None) == GROWS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "megabytes"),
+    [("qwen3.5-27b", 154.9), ("nemotron-3-nano-30b-a3b", 49.4), ("kimi-linear-48b-a3b", 43.9)],
+)
+def test_state_that_does_not_grow(name: str, megabytes: float) -> None:
+    assert resolve(name).state_bytes / 1e6 == pytest.approx(megabytes, abs=0.06)
+
+
+# GiB of weights as vLLM 0.15 to 0.19 logged them on one GPU, with rotary tables and encoders.
+MEASURED = {
+    "codellama/CodeLlama-7b-hf": 12.56,
+    "RedHatAI/Qwen2.5-7B-Instruct-fp8-dynamic": 8.14,
+    "google/gemma-2-27b-it": 50.72,
+    "google/gemma-2-2b-it": 4.9,
+    "google/gemma-2-9b-it": 17.22,
+    "google/gemma-3-4b-it": 8.58,
+    "ibm-granite/granite-3.1-2b-instruct": 4.74,
+    "ibm-granite/granite-3.3-8b-instruct": 15.25,
+    "ibm-granite/granite-vision-3.3-2b": 5.54,
+    "meta-llama/Llama-3.1-8B-Instruct": 14.99,
+    "microsoft/phi-2": 5.19,
+    "mistralai/Mistral-Small-3.1-24B-Instruct-2503": 44.76,
+    "Qwen/Qwen2.5-7B-Instruct": 14.25,
+    "Qwen/Qwen3-30B-A3B": 56.88,
+    "RedHatAI/Mistral-Small-3.1-24B-Instruct-2503-quantized.w8a8": 24.07,
+    "RedHatAI/Meta-Llama-3.1-8B-Instruct-quantized.w8a8": 8.49,
+    "Qwen/Qwen3-14B": 27.52,
+}
+
+
+@pytest.mark.parametrize("hub_id", MEASURED)
+def test_weights_are_as_an_engine_measured_them(hub_id: str) -> None:
+    spec = resolve(hub_id)
+    planned = spec.weights_bytes("bf16") + spec.encoder_bytes("bf16") + spec.rope_bytes("bf16")
+    assert planned / GIB == pytest.approx(MEASURED[hub_id], rel=0.006)
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_every_model_says_where_it_comes_from(name: str) -> None:
     entry = sources.catalog()[name]
+    spec = resolve(name)
     assert entry["source"]
-    assert resolve(name).source == entry.get("hub", resolve(name).source) != ""
-    assert entry["config"].get("model_type")
+    assert spec.source == entry.get("hub", spec.source) != ""
+    assert spec.name == name
+    assert not spec.encoder_gap
+    for alias in entry.get("aliases", ()):
+        found = resolve(alias)
+        assert found.parameters == spec.parameters
+        assert found.source == (alias if "/" in alias else spec.source)
+        assert found.name == alias.rpartition("/")[2].lower()
+
+
+def test_the_catalog_is_read_at_once() -> None:
+    sources.catalog.cache_clear()
+    started = time.perf_counter()
+    resolve("deepseek-v3.2-nvfp4")
+    assert time.perf_counter() - started < 0.25
 
 
 def test_the_demo_model_is_the_packaged_file() -> None:
@@ -93,9 +220,14 @@ def test_windows_of_published_models() -> None:
     assert set(resolve("qwen2.5-7b").windows) == {None}
 
 
-def test_no_two_models_share_a_hub_id() -> None:
-    hubs = [entry["hub"] for entry in sources.catalog().values() if "hub" in entry]
-    assert len(hubs) == len(set(hubs))
+def test_no_two_models_share_a_name() -> None:
+    def names(name: str, entry: Any) -> list[str]:
+        return [name, *([entry["hub"]] if "hub" in entry else []), *entry.get("aliases", ())]
+
+    every = [
+        text.lower() for name, entry in sources.catalog().items() for text in names(name, entry)
+    ]
+    assert sorted(every) == sorted(set(every))
 
 
 @pytest.mark.parametrize("name", device.catalog())

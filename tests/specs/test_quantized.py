@@ -190,3 +190,64 @@ json_values = st.recursive(
 def test_nothing_but_our_own_errors_comes_out(method: str, settings: dict[str, Any]) -> None:
     with suppress(UllageError):
         spec_with({**settings, "quant_method": method})
+
+
+def storages(spec: ModelSpec) -> dict[str, str]:
+    """The last part of each weight's name, and its storage."""
+    named = {tensor.name.split(".")[-2]: tensor.storage for tensor in spec.tensors}
+    return {name: storage.name for name, storage in named.items() if storage is not None}
+
+
+def test_groups_by_name_go_before_the_class() -> None:
+    int4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
+    fp8 = {"num_bits": 8, "type": "float", "strategy": "channel"}
+    settings = {
+        "quant_method": "compressed-tensors",
+        "config_groups": {
+            "a": {"targets": ["Linear"], "weights": fp8},
+            "b": {"targets": ["re:.*down_proj$"], "weights": int4},
+        },
+        "ignore": ["lm_head", "re:.*q_proj"],
+    }
+    found = storages(spec_with(settings))
+    assert found.pop("down_proj") == "int4"
+    assert "q_proj" not in found
+    assert set(found.values()) == {"fp8"}
+
+
+def test_mixed_precision_names_each_module() -> None:
+    layers = {
+        "model.layers.*.mlp.up_proj": {"quant_algo": "W4A16_NVFP4"},
+        "model.layers.1.self_attn.q_proj": {"quant_algo": "FP8"},
+        "lm_head": {"quant_algo": "FP8"},
+    }
+    settings = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    spec = spec_with(settings)
+    assert storages(spec) == {"up_proj": "nvfp4", "q_proj": "fp8", "lm_head": "fp8"}
+    assert [t.layers for t in spec.tensors if t.storage and "q_proj" in t.name] == [(1,)]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["re:.*language_model.*up_proj", "re:^language_model\\.model\\..*up_proj",
+     "model.language_model.layers.*up_proj", "language_model.model.layers.1.mlp.up_proj"],
+)  # fmt: skip
+def test_names_of_a_wrapped_model(pattern: str) -> None:
+    spec = spec_with({"quant_method": "fp8", "ignored_layers": [pattern]})
+    assert 1 in next(t.layers for t in spec.tensors if "up_proj" in t.name and t.storage is None)
+
+
+def test_stacked_experts_are_quantized() -> None:
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 64}
+    settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    config = {**CONFIG, "model_type": "gpt_oss", **experts, "quantization_config": settings}
+    stored = {t.name: t for t in spec_from_config(config).tensors if t.storage is not None}
+    assert {name.rpartition(".")[2] for name in stored} == {"gate_up_proj", "down_proj"}
+    for tensor in stored.values():
+        assert tensor.stored_bytes("bf16") == tensor.elements // 2 + tensor.elements // 32
+
+
+@pytest.mark.parametrize("pattern", ["re:(", "re:" + "(" * 1000])
+def test_a_garbled_pattern(pattern: str) -> None:
+    with pytest.raises(ModelError, match="pattern"):
+        spec_with({"quant_method": "fp8", "ignored_layers": [pattern]})

@@ -11,9 +11,9 @@ BLOCK_TOKENS = 16
 def layer_blocks(model: ModelSpec, layer: int, tokens: int) -> int:
     """Blocks that one sequence of `tokens` takes in one layer, over all of its KV heads. A sliding
     layer keeps its window and no more."""
-    window = model.windows[layer]
-    kept_tokens = tokens if window is None else min(tokens, window)
-    return model.num_kv_heads * -(-kept_tokens // BLOCK_TOKENS)
+    cache = model.caches[layer]
+    heads = -(-cache.width // (2 * model.head_dim))
+    return heads * -(-cache.kept_tokens(tokens) // BLOCK_TOKENS)
 
 
 def sequence_blocks(model: ModelSpec, tokens: int) -> int:
@@ -38,3 +38,12 @@ def full_layers(model: ModelSpec) -> int:
 def dense_layer_bytes(model: ModelSpec, tokens: int, kv_dtype: str) -> int:
     """Bytes that `tokens` of one sequence take in one such layer."""
     return model.num_kv_heads * -(-tokens // BLOCK_TOKENS) * block_bytes(model, kv_dtype)
+
+
+def sequence_bytes(model: ModelSpec, tokens: int, kv_dtype: str) -> int:
+    """Bytes of one sequence of `tokens`, in whole blocks, and of its state that does not grow."""
+    grown = sum(
+        cache.width * -(-cache.kept_tokens(tokens) // BLOCK_TOKENS) * BLOCK_TOKENS
+        for cache in model.caches
+    )
+    return grown * DTYPE_BYTES[kv_dtype] + model.state_bytes

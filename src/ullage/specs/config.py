@@ -1,7 +1,7 @@
 """Read a config.json's values as what they must be. A value that cannot be true is an error, and
 an absent one takes the default of the transformers config class, or is an error too."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ullage.errors import CheckpointError, ModelError, UnknownArchitecture
@@ -30,6 +30,10 @@ class Config:
         """What this family's config.json calls `key`."""
         return self._spelling.get(key, key)
 
+    def either(self, *keys: str) -> str:
+        """The first of `keys` that the config or the family's defaults have, else the first."""
+        return next((key for key in keys if self.get(key) is not None), keys[0])
+
     def size(self, key: str, largest: int = LARGEST_SIZE) -> int:
         """A positive count that must be there.
 
@@ -52,6 +56,65 @@ class Config:
             return None
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
             raise self._wrong(key, f"an integer from 1 to {largest}")
+        return value
+
+    def count(self, key: str, largest: int = LARGEST_SIZE) -> int:
+        """A number of things that may be none; 0 where the config says null or nothing.
+
+        Raises:
+            ModelError: no integer, or outside 0..`largest`.
+        """
+        value = self.get(key)
+        nothing = value is None or (type(value) is int and value == 0)
+        return 0 if nothing else self.size(key, largest)
+
+    def names(self, key: str, count: int, known: Collection[str]) -> list[str] | None:
+        """A list of `count` of the `known` words, a layer each, or None.
+
+        Raises:
+            ModelError: another length, or something else in it.
+        """
+        value = self.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(
+            isinstance(name, str) and name in known for name in value
+        ):
+            raise self._wrong(key, f"a list of {', '.join(known)}")
+        if len(value) != count:
+            raise ModelError(
+                f"The model's config has {len(value)} {self.spell(key)} for {count} layers."
+            )
+        return value
+
+    def numbers(self, key: str, most: int) -> list[int]:
+        """At most `most` integers that are not negative; none where there is no such key.
+
+        Raises:
+            ModelError: something else.
+        """
+        value = self.get(key)
+        if value is None:
+            return []
+        if (
+            not isinstance(value, list)
+            or len(value) > most
+            or not all(type(number) is int and 0 <= number <= LARGEST_SIZE for number in value)
+        ):
+            raise self._wrong(key, f"a list of at most {most} counts")
+        return value
+
+    def section(self, key: str) -> Mapping[str, Any]:
+        """The object under `key`, empty where the config says null or nothing.
+
+        Raises:
+            ModelError: something else.
+        """
+        value = self.get(key)
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            raise self._wrong(key, "an object")
         return value
 
     def flag(self, key: str) -> bool:

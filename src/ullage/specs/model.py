@@ -6,6 +6,7 @@ from functools import cached_property
 from math import ceil, prod
 from typing import Any, Literal
 
+from ullage.errors import UnknownArchitecture
 from ullage.specs.dtypes import DTYPE_BYTES
 
 # Which weights a quantizer may touch: the projections inside the layers ("linear"), experts' too
@@ -38,10 +39,12 @@ class Storage:
 class TensorSpec:
     """One weight of the checkpoint, or the same weight in all of `layers`.
 
-    `name` is the checkpoint's, with ``{}`` for the layer's number where there are `layers`, and one
-    more for the expert's where a layer holds `copies`. `shape` is as stored: ``[out, in]`` for a
-    linear weight. A token goes through `active` of the copies, None for all. `storage` is that of a
-    quantized checkpoint, None for the model's own dtype.
+    `name` is the published checkpoint's, with ``{}`` for the layer's number where there are
+    `layers`, and one more for the expert's where a layer holds `copies` in tensors of their own;
+    without the second the copies are stacked in one tensor ``[copies, *shape]``. `shape` is that of
+    one copy as stored: ``[out, in]`` for a linear weight. A token goes through `active` of the
+    copies, None for all. `storage` is that of a quantized checkpoint, None for the model's own
+    dtype.
     """
 
     name: str
@@ -62,11 +65,19 @@ class TensorSpec:
         """Numbers in one such tensor."""
         return prod(self.shape)
 
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the tensor in the file, all copies where they are stacked in it."""
+        stacked = self.copies > 1 and self.name.count("{}") < 2
+        return (self.copies, *self.shape) if stacked else self.shape
+
     def names(self) -> list[str]:
-        """The name of each."""
+        """The name of each tensor in the file."""
         if not self.layers:
             return [self.name]
         named = [self.name.replace("{}", str(layer), 1) for layer in self.layers]
+        if "{}" not in named[0]:
+            return named
         return [name.replace("{}", str(n), 1) for name in named for n in range(self.copies)]
 
     def stored_bytes(self, dtype: str) -> int:
@@ -80,11 +91,13 @@ class TensorSpec:
 class LayerCache:
     """What one layer keeps of a sequence: `width` numbers a token (K and V of every KV head, or an
     MLA latent with its rotary part; 0 for none), of the `window` newest tokens (None: of all), and
-    `state_bytes` that do not grow (convolution and recurrent state)."""
+    `state_bytes` that do not grow (convolution and recurrent state). The width is that of `heads`
+    KV heads together; a latent is one head, which no tensor parallelism splits."""
 
     width: int
     window: int | None = None
     state_bytes: int = 0
+    heads: int = 1
 
     def kept_tokens(self, tokens: int) -> int:
         """Of `tokens`, how many are kept."""
@@ -92,12 +105,27 @@ class LayerCache:
 
 
 @dataclass(frozen=True)
+class RopeTable:
+    """Cosines and sines of `rows` positions, `width` numbers each. transformers computes them anew
+    in every step; vLLM keeps one table for each distinct setting, and counts it as weights."""
+
+    rows: int
+    width: int
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """A decoder-only model's geometry. Sizes are counts of numbers, never bytes.
 
     `caches` holds one entry a layer. `intermediate_size` is the widest MLP that a token goes
-    through, experts' shares together. `source` is where the weights are: a folder, a .gguf file, a
-    hub id, or "" for a bare config or a catalog entry without weights.
+    through, experts' shares together. `head_dim` is that of queries and keys, with latent attention
+    that of the keys once they are expanded. `source` is where the weights are: a folder, a .gguf
+    file, a hub id, or "" for a bare config or a catalog entry without weights.
+
+    `encoder` is the vision tower with its projector, which `tensors` and `parameters` leave out;
+    `encoder_gap` says what is not known of it. `checkpoint_bytes` is what the text model's tensors
+    take in the weights' files with all their scales, where the headers of these were read: exact,
+    in the format that is stored.
     """
 
     name: str
@@ -118,6 +146,10 @@ class ModelSpec:
     softcap: float | None = None  # of attention scores (Gemma 2)
     runs: bool = True  # whether ullage's runtime has the family; others are planned only
     source: str = ""
+    encoder: tuple[TensorSpec, ...] = ()
+    encoder_gap: str = ""
+    rope_tables: tuple[RopeTable, ...] = ()
+    checkpoint_bytes: int | None = None
 
     def __hash__(self) -> int:
         # Sums over all tensors are cached by model: hashing the tensors would cost as much.
@@ -158,6 +190,20 @@ class ModelSpec:
         """The different entries of `caches`, each with the number of its layers."""
         return tuple(Counter(self.caches).items())
 
+    def encoder_bytes(self, dtype: str) -> int:
+        """Bytes of the vision tower and its projector in `dtype`, 0 for a model of text.
+
+        Raises:
+            UnknownArchitecture: an encoder that has no arithmetic here.
+        """
+        if self.encoder_gap:
+            raise UnknownArchitecture(f"{self.name or self.family}: {self.encoder_gap}")
+        return sum(tensor.stored_bytes(dtype) * tensor.count for tensor in self.encoder)
+
+    def rope_bytes(self, dtype: str) -> int:
+        """Bytes of all rotary tables, for an engine that keeps them."""
+        return sum(table.rows * table.width for table in self.rope_tables) * DTYPE_BYTES[dtype]
+
     @property
     def prequantized(self) -> bool:
         """Whether the checkpoint holds quantized weights."""
@@ -187,7 +233,10 @@ class ModelSpec:
         """The spec that `to_json` wrote."""
         caches = tuple(LayerCache(**cache) for cache in data["caches"])
         tensors = tuple(_tensor(tensor) for tensor in data["tensors"])
-        return cls(**{**data, "caches": caches, "tensors": tensors})
+        encoder = tuple(_tensor(tensor) for tensor in data.get("encoder", ()))
+        tables = tuple(RopeTable(**table) for table in data.get("rope_tables", ()))
+        lists = {"caches": caches, "tensors": tensors, "encoder": encoder, "rope_tables": tables}
+        return cls(**{**data, **lists})
 
 
 def _tensor(data: dict[str, Any]) -> TensorSpec:

@@ -7,31 +7,93 @@ here is an error, never a guess.
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ullage.errors import ModelError
-from ullage.specs.model import Storage, TensorSpec
+from ullage.specs.model import ModelSpec, Role, Storage, TensorSpec
 
 _QUANTIZABLE = ("linear", "expert")
 
 
+class Patterns:
+    """Names of modules as quantization configs write them: ``re:`` begins a regular expression,
+    ``*`` stands for anything, and a bare name for itself, the modules inside it and all whose last
+    parts it is. Wrapped models' names count with and without what the wrapper puts before them."""
+
+    def __init__(self, written: Iterable[str]) -> None:
+        bare, loose = set(), []
+        for pattern in written:
+            if pattern.startswith("re:"):
+                loose.append(f"(?:{pattern[3:]})")
+            elif "*" in pattern:
+                loose.append(re.escape(pattern).replace(r"\*", ".*") + r"\Z")
+            else:
+                bare.add(_text_name(pattern))
+        self._bare = bare
+        try:
+            self._loose = re.compile("|".join(loose)) if loose else None
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ModelError(
+                f"The model's quantization_config has a garbled pattern ({str(error)[:60]})."
+            ) from error
+
+    def matches(self, module: str) -> bool:
+        """Whether one of them stands for `module`."""
+        parts = module.split(".")
+        if self._bare and any(
+            ".".join(some) in self._bare
+            for at in range(len(parts))
+            for some in (parts[: at + 1], parts[at:])
+        ):
+            return True
+        loose = self._loose
+        return loose is not None and any(loose.match(name) for name in _spellings(module))
+
+
+def _text_name(name: str) -> str:
+    """A module's name in the text model alone."""
+    name = name.removeprefix("language_model.")
+    inner = name.removeprefix("model.language_model.")
+    return name if inner == name else f"model.{inner}"
+
+
+def _spellings(module: str) -> tuple[str, ...]:
+    inside = module.removeprefix("model.")
+    return module, f"language_model.{module}", f"model.language_model.{inside}"
+
+
 @dataclass(frozen=True)
-class Quantized:
-    """The storage of quantized weights, and which weights keep the model's dtype."""
+class Rule:
+    """The storage of the modules that `targets` stand for, None for all linear ones."""
 
     storage: Storage
-    ignored: tuple[str, ...] = ()
+    targets: Patterns | None = None
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """How a checkpoint's weights are quantized: the first of `rules` that stands for a module, but
+    for the `ignored` ones, which keep the model's dtype."""
+
+    rules: tuple[Rule, ...]
+    ignored: Patterns = field(default_factory=lambda: Patterns(()))
     experts_only: bool = False
 
-    def keeps(self, name: str, role: str) -> bool:
-        """Whether the weight of that name stays as it is."""
-        if role not in _QUANTIZABLE or not name.endswith(".weight"):
-            return True
-        if self.experts_only and role != "expert":
-            return True
-        module = name.removesuffix(".weight")
-        return any(_matches(pattern, module) for pattern in self.ignored)
+    def storage(self, name: str, role: Role, shape: tuple[int, ...]) -> Storage | None:
+        """The storage of the weight of that name, None where it stays as it is."""
+        if len(shape) != 2 or (self.experts_only and role != "expert"):
+            return None
+        module = name.removesuffix(".weight").replace("{}", "0")
+        for rule in self.rules:
+            if rule.targets is None:
+                found = role in _QUANTIZABLE
+            else:
+                # an output head is quantized only where it is named
+                found = role in (*_QUANTIZABLE, "head") and rule.targets.matches(module)
+            if found:
+                return None if self.ignored.matches(module) else rule.storage
+        return None
 
 
 def read_quantization(config: Mapping[str, Any]) -> Quantized | None:
@@ -46,6 +108,8 @@ def read_quantization(config: Mapping[str, Any]) -> Quantized | None:
     if not isinstance(settings, Mapping):
         raise ModelError("The model's config says quantization_config = something else than that.")
     method = str(settings.get("quant_method", "")).lower()
+    if not method and settings.get("quant_algo"):
+        method = "modelopt"  # whose first files do not say so
     reader = _METHODS.get(method)
     if reader is None:
         raise ModelError(
@@ -56,41 +120,31 @@ def read_quantization(config: Mapping[str, Any]) -> Quantized | None:
 
 
 def apply(quantized: Quantized, tensors: Iterable[TensorSpec]) -> Iterator[TensorSpec]:
-    """The tensors with their storage; one that some layers leave alone is split in two."""
+    """The tensors with their storage; one whose layers differ in it is split."""
     for tensor in tensors:
         if not tensor.layers:
-            kept = quantized.keeps(tensor.name, tensor.role)
-            yield tensor if kept else replace(tensor, storage=quantized.storage)
+            storage = quantized.storage(tensor.name, tensor.role, tensor.shape)
+            yield tensor if storage is None else replace(tensor, storage=storage)
             continue
-        kept_layers = tuple(
-            layer
-            for layer in tensor.layers
-            if quantized.keeps(tensor.name.replace("{}", str(layer), 1), tensor.role)
-        )
-        if kept_layers:
-            yield replace(tensor, layers=kept_layers)
-        if len(kept_layers) < len(tensor.layers):
-            rest = tuple(layer for layer in tensor.layers if layer not in kept_layers)
-            yield replace(tensor, layers=rest, storage=quantized.storage)
+        by_storage: dict[Storage | None, list[int]] = {}
+        for layer in tensor.layers:
+            name = tensor.name.replace("{}", str(layer), 1)
+            storage = quantized.storage(name, tensor.role, tensor.shape)
+            by_storage.setdefault(storage, []).append(layer)
+        for storage, layers in by_storage.items():
+            yield replace(tensor, layers=tuple(layers), storage=storage)
 
 
-def _matches(pattern: str, module: str) -> bool:
-    """As compressed-tensors and transformers match: ``re:`` is a regular expression, ``*`` stands
-    for anything, a bare name for itself, the modules inside it and its last part."""
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], module) is not None
-    if "*" in pattern:
-        return re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), module) is not None
-    text = re.sub(r"^(language_model\.)?model\.language_model\.", "model.", pattern)
-    return module == text or module.startswith(f"{text}.") or module.endswith(f".{text}")
+def _one(storage: Storage, ignored: Patterns) -> Quantized:
+    return Quantized((Rule(storage),), ignored)
 
 
-def _names(settings: Mapping[str, Any], *keys: str) -> tuple[str, ...]:
+def _names(settings: Mapping[str, Any], *keys: str) -> Patterns:
     """The patterns under whichever of `keys` is there."""
     found: Any = next((settings[key] for key in keys if settings.get(key)), [])
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
         raise ModelError(f"The model's quantization_config has a garbled {keys[0]!r}.")
-    return tuple(found)
+    return Patterns(found)
 
 
 def _bits(settings: Mapping[str, Any], key: str = "bits") -> int:
@@ -115,62 +169,92 @@ def _fp8(settings: Mapping[str, Any]) -> Quantized:
     ignored = _names(settings, "modules_to_not_convert", "ignored_layers")
     block = settings.get("weight_block_size")
     if block is None:
-        return Quantized(Storage("fp8", 8, 0, 0, 4.0), ignored)
+        return _one(Storage("fp8", 8, 0, 0, 4.0), ignored)
+    rows, columns = _block(block)
+    return _one(Storage("fp8", 8, rows, columns, 4.0), ignored)
+
+
+def _block(block: Any) -> tuple[int, int]:
+    """Rows and columns that share a scale."""
     if (
         not isinstance(block, list)
         or len(block) != 2
-        or not all(isinstance(size, int) and size > 0 for size in block)
+        or not all(type(size) is int and 0 < size <= 1 << 20 for size in block)
     ):
-        raise ModelError("The model's quantization_config has a garbled 'weight_block_size'.")
-    return Quantized(Storage("fp8", 8, block[0], block[1], 4.0), ignored)
+        raise ModelError("The model's quantization_config has a garbled block of weights.")
+    return block[0], block[1]
 
 
 def _awq(settings: Mapping[str, Any]) -> Quantized:
     """Packed integers, and for each group a 16-bit scale and a zero of the same bits."""
     bits, group = _bits(settings), _group(settings, 128)
     storage = Storage(f"int{bits}", bits, 1, group, 2 + bits / 8)
-    return Quantized(storage, _names(settings, "modules_to_not_convert"))
+    return _one(storage, _names(settings, "modules_to_not_convert"))
 
 
 def _bitsandbytes(settings: Mapping[str, Any]) -> Quantized:
     """NF4 or FP4: a scale for 64 numbers, perhaps itself in 8 bits; int8: a scale a row."""
     ignored = _names(settings, "llm_int8_skip_modules")
     if settings.get("load_in_8bit"):
-        return Quantized(Storage("int8", 8, 1, 0, 4.0), ignored)
+        return _one(Storage("int8", 8, 1, 0, 4.0), ignored)
     nested = bool(settings.get("bnb_4bit_use_double_quant"))
     name = str(settings.get("bnb_4bit_quant_type", "fp4"))
-    return Quantized(Storage(name, 4, 1, 64, 1 + 4 / 256 if nested else 4.0), ignored)
+    return _one(Storage(name, 4, 1, 64, 1 + 4 / 256 if nested else 4.0), ignored)
 
 
 def _mxfp4(settings: Mapping[str, Any]) -> Quantized:
     """gpt-oss: experts in 4-bit floats, an 8-bit exponent for 32 of them."""
     ignored = _names(settings, "modules_to_not_convert")
-    return Quantized(Storage("mxfp4", 4, 1, 32, 1.0), ignored, experts_only=True)
+    return Quantized((Rule(Storage("mxfp4", 4, 1, 32, 1.0)),), ignored, experts_only=True)
 
 
 _NVFP4 = Storage("nvfp4", 4, 1, 16, 1.0)
 
 
 def _modelopt(settings: Mapping[str, Any]) -> Quantized:
-    """NVIDIA's ModelOpt: NVFP4 with an fp8 scale for 16 numbers, or FP8 with one for the tensor."""
+    """NVIDIA's ModelOpt: NVFP4 with an fp8 scale for 16 numbers, FP8 with one for the tensor, or
+    one of these for each module by its name."""
     ignored = _names(settings, "ignore", "exclude_modules")
     algorithm = str(settings.get("quant_algo") or settings.get("quant_type") or "").upper()
-    if "NVFP4" in algorithm or "FP4" in algorithm:
-        return Quantized(_NVFP4, ignored)
+    if algorithm != "MIXED_PRECISION":
+        return _one(_modelopt_storage(algorithm), ignored)
+    named = settings.get("quantized_layers")
+    if not isinstance(named, Mapping) or not named:
+        raise ModelError("The model's quantization_config has no 'quantized_layers'.")
+    targets: dict[Storage, list[str]] = {}
+    for module, how in named.items():
+        stated = how.get("quant_algo") if isinstance(how, Mapping) else None
+        targets.setdefault(_modelopt_storage(str(stated).upper()), []).append(str(module))
+    rules = tuple(Rule(storage, Patterns(names)) for storage, names in targets.items())
+    return Quantized(rules, ignored)
+
+
+def _modelopt_storage(algorithm: str) -> Storage:
+    if "FP4" in algorithm:
+        return _NVFP4
     if "FP8" in algorithm:
-        return Quantized(Storage("fp8", 8, 0, 0, 4.0), ignored)
+        return Storage("fp8", 8, 0, 0, 4.0)
     raise ModelError(f"There is no arithmetic for ModelOpt's {algorithm[:40]!r}.")
 
 
 def _compressed(settings: Mapping[str, Any]) -> Quantized:
-    """compressed-tensors: one group of settings for all linear layers."""
+    """compressed-tensors: groups of settings, for modules by name and for all linear layers."""
     groups = settings.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise ModelError("The model's quantization_config has no 'config_groups'.")
-    storages = {_group_storage(group) for group in groups.values()}
-    if len(storages) != 1:
-        raise ModelError("There is no arithmetic for a mix of quantizations in one checkpoint.")
-    return Quantized(storages.pop(), _names(settings, "ignore"))
+    named, classes = [], []
+    for group in groups.values():
+        storage = _group_storage(group)
+        targets = group.get("targets") or ["Linear"]
+        if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+            raise ModelError("The model's quantization_config has garbled 'targets'.")
+        if "Linear" in targets:
+            classes.append(Rule(storage))
+        if rest := [name for name in targets if name != "Linear"]:
+            named.append(Rule(storage, Patterns(rest)))
+    if len({rule.storage for rule in classes}) > 1:
+        raise ModelError("The model's quantization_config has two formats for all linear layers.")
+    return Quantized((*named, *classes), _names(settings, "ignore"))
 
 
 def _group_storage(group: Any) -> Storage:
@@ -184,7 +268,7 @@ def _group_storage(group: Any) -> Storage:
     zero_bytes = 0.0 if weights.get("symmetric", True) else bits / 8
     name = f"fp{bits}" if kind == "float" else f"int{bits}"
     if strategy == "block":
-        rows, columns = weights.get("block_structure") or (128, 128)
+        rows, columns = _block(weights.get("block_structure") or [128, 128])
         return Storage(name, bits, rows, columns, 4.0)
     if strategy == "tensor":
         return Storage(name, bits, 0, 0, 4.0)
@@ -194,7 +278,7 @@ def _group_storage(group: Any) -> Storage:
 
 _METHODS: Mapping[str, Callable[[Mapping[str, Any]], Quantized]] = {
     "fp8": _fp8,
-    "fbgemm_fp8": lambda settings: Quantized(
+    "fbgemm_fp8": lambda settings: _one(
         Storage("fp8", 8, 1, 0, 4.0), _names(settings, "modules_to_not_convert")
     ),
     "awq": _awq,
@@ -205,3 +289,26 @@ _METHODS: Mapping[str, Callable[[Mapping[str, Any]], Quantized]] = {
     "mxfp4": _mxfp4,
     "bitsandbytes": _bitsandbytes,
 }
+
+
+# What a checkpoint of a format holds for each weight of a linear layer, by the name people use.
+CHECKPOINT_FORMATS: Mapping[str, Storage] = {
+    "fp8": Storage("fp8", 8, 1, 0, 2.0),  # w8a8 fp8 with a scale a row
+    "int8": Storage("int8", 8, 1, 0, 2.0),  # w8a8 with a scale a row
+    "int4": Storage("int4", 4, 1, 128, 2.0),  # w4a16, symmetric, groups of 128
+    "nvfp4": _NVFP4,
+    "mxfp4": Storage("mxfp4", 4, 1, 32, 1.0),
+    "nf4": Storage("nf4", 4, 1, 64, 4.0),
+}
+
+
+def as_checkpoint(model: ModelSpec, name: str) -> ModelSpec:
+    """`model` as a checkpoint in the format called `name` holds it; embeddings and head stay.
+
+    Raises:
+        ModelError: the checkpoint is quantized already.
+    """
+    if model.prequantized:
+        raise ModelError(f"{model.name} is quantized already: leave --weights out.")
+    tensors = apply(Quantized((Rule(CHECKPOINT_FORMATS[name]),)), model.tensors)
+    return replace(model, tensors=tuple(tensors))

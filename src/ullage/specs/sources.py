@@ -3,13 +3,14 @@
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ullage.errors import CheckpointError, ModelError
+from ullage.specs.comparison import Comparison, layers_ahead
 from ullage.specs.dtypes import dtype_name
 from ullage.specs.families import spec_from_config
 from ullage.specs.gguf_model import spec_from_gguf
@@ -18,10 +19,6 @@ from ullage.specs.safetensors import StoredTensor, has_weights, read_headers
 
 _MOST_CONFIG_BYTES = 10 * 10**6
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
-# What some checkpoints store beside their weights: GPT-2's masks and old rotary tables.
-_BUFFERS = re.compile(r".*\.(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)")
-# Gemma 3 checkpoints hold a vision tower, which a text-only run does not read.
-_VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
 
 
 def resolve(model: str) -> ModelSpec:
@@ -39,9 +36,9 @@ def resolve(model: str) -> ModelSpec:
     path = _existing(model)
     if path is not None:
         return _from_path(path)
-    entry = _catalog_entry(model)
-    if entry is not None:
-        return _from_catalog(*entry)
+    known = _from_catalog(model)
+    if known is not None:
+        return known
     hub_id = _HUB_ID.fullmatch(model)
     if hub_id is not None and not model.endswith((".gguf", ".json")) and model[0] != ".":
         return _from_hub(hub_id["repo"], hub_id["revision"])
@@ -50,7 +47,9 @@ def resolve(model: str) -> ModelSpec:
 
 @cache
 def catalog() -> Mapping[str, Mapping[str, Any]]:
-    """The model catalog: by name, each with `config`, `source` and perhaps `hub` or `package`."""
+    """The model catalog: by name, each with `config` and `source`, perhaps `hub` or `package`,
+    `aliases` (hub ids and names of models with the same geometry), and `base` (the entry over whose
+    config this one's lies)."""
     text = (Path(__file__).parent / "catalog" / "models.json").read_text("utf-8")
     entries: Mapping[str, Mapping[str, Any]] = json.loads(text)
     return entries
@@ -110,43 +109,27 @@ def _from_folder(folder: Path) -> ModelSpec:
             return spec_from_gguf(ggufs[0])
         if ggufs:
             raise ModelError(f"{folder} holds {len(ggufs)} GGUF files: name the one that you mean.")
-    spec = spec_from_config(read_config(folder / "config.json"), name=folder.absolute().name)
+    config = _folder_config(folder)
+    spec = spec_from_config(config, name=folder.absolute().name)
     if not has_weights(folder):
         return spec
     stored = read_headers(folder)
-    _compare(spec, stored)
-    return replace(spec, dtype=_stored_dtype(stored), source=str(folder))
+    comparison = Comparison(spec, stored, layers_ahead(config))
+    encoder = comparison.run()
+    if spec.encoder_gap and encoder:
+        spec = replace(spec, encoder=encoder, encoder_gap="")
+    dtype = spec.dtype if spec.prequantized else _stored_dtype(stored)
+    return replace(spec, dtype=dtype, source=str(folder), checkpoint_bytes=comparison.nbytes)
 
 
-def _compare(spec: ModelSpec, stored: list[StoredTensor]) -> None:
-    """Refuse a checkpoint that is not the model that its config describes."""
-    shapes = {_text_name(tensor.name): tensor.shape for tensor in stored}
-    for name, shape in _expected(spec):
-        bare_name = name.partition(".")[2]  # a checkpoint of the model without its head
-        found = shapes.pop(name, None) or shapes.pop(bare_name, None)
-        if found is None:
-            raise ModelError(f"The checkpoint lacks {name}, which its config asks for.")
-        if found != shape:
-            raise ModelError(
-                f"{name} is {list(found)} in the checkpoint, {list(shape)} by its config."
-            )
-    tied = {"lm_head.weight"} if spec.tie_embeddings else set()
-    for name in shapes.keys() - tied:
-        if not _BUFFERS.fullmatch(f".{name}") and not _VISION.fullmatch(name):
-            raise ModelError(
-                f"The checkpoint holds {name[:200]}, which its config has no place for."
-            )
-
-
-def _text_name(name: str) -> str:
-    """Gemma 3's text model under the names that it has without vision."""
-    return name.removeprefix("language_model.").replace("model.language_model.", "model.", 1)
-
-
-def _expected(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for tensor in spec.tensors:
-        for name in tensor.names():
-            yield name, tensor.shape
+def _folder_config(folder: Path) -> dict[str, Any]:
+    """config.json, with what ModelOpt's first releases say of quantization in a file of its own."""
+    config = read_config(folder / "config.json")
+    beside = folder / "hf_quant_config.json"
+    if config.get("quantization_config") or not beside.is_file():
+        return config
+    settings = read_config(beside).get("quantization")
+    return {**config, "quantization_config": settings}
 
 
 def _stored_dtype(stored: list[StoredTensor]) -> str:
@@ -161,20 +144,37 @@ def _stored_dtype(stored: list[StoredTensor]) -> str:
     return dtype
 
 
-def _catalog_entry(model: str) -> tuple[str, Mapping[str, Any]] | None:
-    """The entry whose name or hub id is `model`, whatever its case."""
+def _from_catalog(model: str) -> ModelSpec | None:
+    """The spec of the entry whose name, hub id or alias is `model`, whatever its case; None if
+    there is none. An alias is another model of the same geometry: its weights are its own."""
     wanted = model.strip().lower()
     for name, entry in catalog().items():
-        if wanted in (name, entry.get("hub", "").lower()):
-            return name, entry
+        names = {name: name, entry.get("hub", "").lower(): name}
+        for alias in entry.get("aliases", ()):
+            names[alias.lower()] = alias.rpartition("/")[2].lower()
+        if wanted not in names:
+            continue
+        source = entry.get("hub", "")
+        if "package" in entry:
+            source = f"package:{entry['package']}/{entry['file']}"
+        source = next(
+            (
+                alias
+                for alias in entry.get("aliases", ())
+                if "/" in alias and alias.lower() == wanted
+            ),
+            source,
+        )
+        return spec_from_config(_entry_config(entry), name=names[wanted], source=source)
     return None
 
 
-def _from_catalog(name: str, entry: Mapping[str, Any]) -> ModelSpec:
-    source = entry.get("hub", "")
-    if "package" in entry:
-        source = f"package:{entry['package']}/{entry['file']}"
-    return spec_from_config(entry["config"], name=name, source=source)
+def _entry_config(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Its config, over that of the entry that it is based on."""
+    if "base" not in entry:
+        own: Mapping[str, Any] = entry["config"]
+        return own
+    return {**_entry_config(catalog()[entry["base"]]), **entry["config"]}
 
 
 def _hint(model: str) -> str:
