@@ -40,6 +40,9 @@ _TYPES = {
     34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17),
 }  # fmt: skip
 
+BLOCKS = {name: (numbers, nbytes) for name, numbers, nbytes in _TYPES.values()}
+"""By type: how many numbers a block holds, in how many bytes."""
+
 
 class SkippedArray(NamedTuple):
     """Stands in the metadata for an array too long to keep."""

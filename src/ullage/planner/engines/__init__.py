@@ -1,6 +1,7 @@
 """The engines whose memory can be planned: one engine, one file."""
 
 from ullage.planner.engines.base import EngineArithmetic
+from ullage.planner.engines.llamacpp import LlamaCpp
 from ullage.planner.engines.sglang import Sglang
 from ullage.planner.engines.transformers import Transformers
 from ullage.planner.engines.ullage import Ullage
@@ -14,4 +15,5 @@ ENGINES: dict[Engine, EngineArithmetic] = {
     "transformers": Transformers(),
     "vllm": Vllm(),
     "sglang": Sglang(),
+    "llama.cpp": LlamaCpp(),
 }
