@@ -75,7 +75,7 @@ def assert_edge(found: Candidate, goal: str) -> None:
 @settings(max_examples=10)
 def test_the_ranking_is_by_goal_then_loss_then_speed(budget_gib: int, goal: Any) -> None:
     ranked = explore(recipe(), budget_gib * GIB, goal, FREE).ranked
-    keys = [(-(found.reach or 0), costs(found)) for found in ranked]
+    keys = [(found.hardware, -(found.reach or 0), costs(found)) for found in ranked]
     assert keys == sorted(keys)
 
 

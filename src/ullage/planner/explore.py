@@ -58,7 +58,8 @@ class Candidate:
 @dataclass(frozen=True)
 class Exploration:
     """`every` combination, the asked one first; `ranked` what fits, best first; `front` what no
-    other beats in memory, quality and latency at once, whether it fits or not, by memory."""
+    other beats in memory, quality and latency at once, whether it fits or not, by memory: on the
+    asked hardware, where anything fits there."""
 
     goal: Goal
     every: tuple[Candidate, ...]
@@ -95,16 +96,18 @@ def explore(
     calibration: Calibration | None = None,
 ) -> Exploration:
     """All combinations around `recipe` inside `budget_bytes` of each device (default: what the
-    engine takes of it). Ranked by `goal`, then the cost in quality, then latency.
+    engine takes of it). Ranked by `goal`, then the cost in quality, then latency; what takes other
+    or more devices comes after all that does not.
 
     Raises:
         TechniqueError, InputError: `recipe` itself is none that can be planned.
     """
-    recipe = ENGINES[recipe.execution.engine].settle(recipe)
     levers = levers_of(recipe, freedom, devices)
     every = _candidates(recipe, _all(levers), budget_bytes, calibration)
     fitting = [_reaching(found, goal, calibration) for found in every if found.fits]
-    return Exploration(goal, tuple(every), tuple(sorted(fitting, key=_rank)), _front(every))
+    here = [found for found in every if not found.hardware]
+    front = _front(here if any(found.fits for found in here) else every)
+    return Exploration(goal, tuple(every), tuple(sorted(fitting, key=_rank)), front)
 
 
 def cheapest_change(
@@ -121,7 +124,6 @@ def cheapest_change(
     Raises:
         DoesNotFit: no combination fits; carries the smallest budget that would.
     """
-    recipe = ENGINES[recipe.execution.engine].settle(recipe)
     levers = levers_of(recipe, freedom, devices)
     for moves in (_one_moved(levers), _all(levers)):
         found = _candidates(recipe, moves, budget_bytes, calibration)
@@ -197,8 +199,9 @@ def _reaching(found: Candidate, goal: Goal, calibration: Calibration | None) -> 
 
 
 def _rank(found: Candidate) -> tuple[float, ...]:
-    """Farthest first, then the least known loss, then the fastest, then the fewest changes."""
-    return (-(found.reach or 0), _loss(found), _step_s(found), len(found.changes))
+    """The asked hardware, then the farthest, the least known loss, the fastest, the simplest."""
+    reach = -(found.reach or 0)
+    return (found.hardware, reach, _loss(found), _step_s(found), len(found.changes))
 
 
 def _expense(found: Candidate) -> tuple[float, ...]:

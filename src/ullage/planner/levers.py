@@ -238,7 +238,7 @@ def _chunks(recipe: Recipe) -> Iterator[Setting]:
 
 
 def _limits(recipe: Recipe) -> Iterator[Setting]:
-    asked = recipe.execution.max_num_seqs
+    asked = ENGINES[recipe.execution.engine].settle(recipe).execution.max_num_seqs
     for limit in SEQUENCE_LIMITS:
         if asked is not None and recipe.workload.sequences <= limit < asked:
             yield _executed(f"--max-num-seqs {limit}", max_num_seqs=limit)

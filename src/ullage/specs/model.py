@@ -152,8 +152,12 @@ class ModelSpec:
     checkpoint_bytes: int | None = None
 
     def __hash__(self) -> int:
-        # Sums over all tensors are cached by model: hashing the tensors would cost as much.
-        return hash((self.name, self.family, self.num_layers, self.hidden_size))
+        # Sums over all tensors are cached by model: hashing those each time would cost as much.
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.name, self.caches, self.tensors))
 
     @property
     def all_layers(self) -> tuple[int, ...]:
