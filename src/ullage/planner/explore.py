@@ -165,8 +165,7 @@ def _candidate(
 ) -> Candidate | None:
     """The combination of `settings`, None where the engine does not take it."""
     for setting in settings:
-        if setting.typed:
-            recipe = setting.apply(recipe)
+        recipe = setting.apply(recipe)
     engine = ENGINES[recipe.execution.engine]
     try:
         recipe = engine.settle(recipe)

@@ -108,10 +108,11 @@ def _on(device: Device) -> Callable[[Recipe], Recipe]:
 
 
 def _asked_weights(recipe: Recipe) -> Setting:
-    scheme = _scheme(recipe)
-    if scheme is not None:
-        return _asked(_weights_cost(recipe, scheme))
-    return _asked(_plain_cost(recipe, recipe.execution.dtype))
+    """As the engine holds them: it may make a file of its own of a model, which takes a while."""
+    held, scheme = ENGINES[recipe.execution.engine].settle(recipe).model, _scheme(recipe)
+    dtype = recipe.execution.dtype
+    cost = _plain_cost(recipe, dtype) if scheme is None else _weights_cost(recipe, scheme)
+    return Setting("", lambda changed: replace(changed, model=held), cost)
 
 
 def _scheme(recipe: Recipe) -> str | None:
@@ -128,16 +129,19 @@ def _weights(recipe: Recipe) -> Iterator[Setting]:
     engine = ENGINES[recipe.execution.engine]
     bare = replace(recipe, techniques=_without(recipe.techniques, ("quantization",)))
     for weights in engine.weights:
-        if weights in DTYPE_BYTES:
-            if (weights, recipe.execution.dtype) == ("bf16", "fp32"):
-                yield _weights_setting(bare, weights, _plain_cost(recipe, weights))
-        elif _can_quantize(engine.with_weights(bare, weights)):
-            yield _weights_setting(bare, weights, _weights_cost(recipe, weights))
+        if weights not in DTYPE_BYTES:
+            cost = _weights_cost(recipe, weights)
+        elif (weights, recipe.execution.dtype) == ("bf16", "fp32"):
+            cost = _plain_cost(recipe, weights)
+        else:
+            continue
+        changed = engine.with_weights(bare, weights)
+        if _can_quantize(changed):
+            yield Setting(f"--weights {weights}", _formats_of(changed), cost)
 
 
-def _weights_setting(bare: Recipe, weights: str, cost: Cost) -> Setting:
-    """Everything that `weights` changes, made once: a model in another format keeps its sums."""
-    changed = ENGINES[bare.execution.engine].with_weights(bare, weights)
+def _formats_of(changed: Recipe) -> Callable[[Recipe], Recipe]:
+    """Everything that a format of weights changes, made once: a model in it keeps its sums."""
 
     def apply(recipe: Recipe) -> Recipe:
         execution = changed.execution
@@ -146,7 +150,7 @@ def _weights_setting(bare: Recipe, weights: str, cost: Cost) -> Setting:
             recipe, model=changed.model, execution=formats, techniques=changed.techniques
         )
 
-    return Setting(f"--weights {weights}", apply, cost)
+    return apply
 
 
 def _can_quantize(changed: Recipe) -> bool:
