@@ -93,6 +93,24 @@ def test_latency_needs_a_device_that_is_known(ullage: Ullage, planned: Planned) 
     assert "Latency: first token in about" in text
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--engine", "vllm", "--weights", "fp8", "--kv-cache-dtype", "fp8", "--tp", "2"],
+        ["--engine", "llama.cpp", "--weights", "q4_k_m", "--kv-cache-dtype", "q8_0"],
+        ["--engine", "sglang", "--kv-cache-dtype", "fp8"],
+    ],
+)
+def test_servers_are_planned_explained_and_searched(ullage: Ullage, words: list[str]) -> None:
+    plan = ["plan", "qwen3-8b", "--device", "rtx-4090", "--max-model-len", "8K", *words]
+    explained = ullage(*plan, "--explain")
+    assert explained.returncode == 0, explained.stderr
+    assert "Latency: first token" in explained.stdout
+    assert "One pass" not in explained.stdout
+    searched = ullage(*plan, "--goal", "concurrency")
+    assert searched.returncode == 0, searched.stderr
+
+
 def test_what_is_planned_only_says_so(ullage: Ullage) -> None:
     done = ullage(*PLAN, "--technique", "dms:kept=0.25")
     assert done.returncode == 0

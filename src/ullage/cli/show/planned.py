@@ -109,7 +109,10 @@ def _count(number: int, noun: str) -> str:
 
 
 def _attention_lines(plan: Plan, calibration: Calibration | None) -> list[str]:
-    """What the score matrix would do to the same request, read in one pass as transformers does."""
+    """What the score matrix would do to the same request, read in one pass as transformers does.
+    Servers have formats that it does not."""
+    if plan.recipe.execution.engine not in ("ullage", "transformers"):
+        return []
     lines: list[str] = []
     chosen = tuple(
         choice
