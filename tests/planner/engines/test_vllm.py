@@ -221,6 +221,7 @@ def test_every_format_of_weights_can_be_planned() -> None:
     [
         ({"tensor_parallel": 3}, "--tp 3 does not divide"),
         ({"tensor_parallel": 0}, "1 or more"),
+        ({"engine_version": "newest"}, "no version of vLLM"),
         ({"pipeline_parallel": 33}, "too few for --pp 33"),
         ({"prefill_chunk": 0}, "--chunk is 1 or more"),
         ({"prefill_chunk": 100, "max_num_seqs": 101}, "as many tokens in a step"),
@@ -323,6 +324,13 @@ def test_the_devices_together_hold_at_least_the_whole(name: str, split: int, dep
         held += split * Footprint.of(terms).weights_bytes
 
     assert held >= whole.weights_bytes("bf16") + whole.rope_bytes("bf16")
+
+
+def test_a_stage_without_caches_is_planned_too() -> None:
+    model = resolve("llama-3.1-8b")
+    bare = replace(model, caches=(LayerCache(0),) * 16 + model.caches[16:])
+
+    assert build_plan(recipe_of(bare, pipeline_parallel=2)).share.kv_pool_tokens > 0
 
 
 def test_the_engine_is_registered() -> None:

@@ -51,6 +51,10 @@ class EngineArithmetic(ABC):
     def terms(self, recipe: Recipe, step: Step, constants: Constants) -> list[Term]:
         """The peak of a phase on the fullest device, one factor a line, without techniques."""
 
+    def worst_request_terms(self, recipe: Recipe) -> list[Term]:
+        """What a single request can take outside of the plan's sum, one cause a line."""
+        return []
+
     def share(
         self, recipe: Recipe, phases: Mapping[PhaseName, Footprint], budget_bytes: int
     ) -> DeviceShare:

@@ -41,6 +41,7 @@ class Stage:
         return int(self.last)
 
 
+@lru_cache(maxsize=256)
 def stages(num_layers: int, pipeline_parallel: int) -> tuple[Stage, ...]:
     """vLLM's split: what does not divide goes to the last ranks, but for the very last one."""
     count, rest = divmod(num_layers, pipeline_parallel)

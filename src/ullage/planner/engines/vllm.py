@@ -118,7 +118,7 @@ def tightest_stage(recipe: Recipe, constants: Constants) -> Stage:
     def blocks(stage: Stage) -> float:
         beside_bytes = sum(term.nbytes for term in stage_terms(recipe, stage, constants))
         pool_bytes = budget_bytes - beside_bytes
-        return pool_bytes / _paging(recipe, stage).block_bytes
+        return pool_bytes / max(1, _paging(recipe, stage).block_bytes)
 
     return min(found, key=blocks)
 
@@ -212,6 +212,8 @@ def _capacity(
 def _check(recipe: Recipe) -> None:
     execution, version = recipe.execution, version_key(recipe.execution.engine_version or NEWEST)
     check_split(recipe.model, execution)
+    if not version:
+        raise InputError(f"{execution.engine_version!r} is no version of vLLM, as 0.19.0 is.")
     if execution.prefill_chunk < 1:
         raise InputError("vLLM reads prompts in chunks: --chunk is 1 or more.")
     if (execution.max_num_seqs or 1) > execution.prefill_chunk:
