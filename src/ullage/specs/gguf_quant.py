@@ -178,6 +178,8 @@ def _storage(ggml_type: str) -> Storage:
 
 
 class _Quantizer:
+    """The rules of one file type for one model."""
+
     def __init__(self, model: ModelSpec, name: str) -> None:
         self.model, self.mixture, self.mxfp4 = model, MIXTURES[name], name == "mxfp4"
         self.tensors = [part for tensor in model.tensors for part in _unfold(model, tensor)]
@@ -186,9 +188,9 @@ class _Quantizer:
 
     def typed(self, tensor: TensorSpec) -> Iterator[TensorSpec]:
         """`tensor` in its type: several, where layers differ."""
-        by_type: dict[str, list[int]] = {}
+        category, by_type = _category(tensor), dict[str, list[int]]()
         for layer in tensor.layers or (0,):
-            by_type.setdefault(self._type(tensor, layer), []).append(layer)
+            by_type.setdefault(self._type(tensor, category, layer), []).append(layer)
         for ggml_type, layers in by_type.items():
             kept = tuple(layers) if tensor.layers else ()
             yield replace(tensor, layers=kept, storage=_storage(ggml_type))
@@ -197,21 +199,18 @@ class _Quantizer:
         found = {layer for t in self.tensors if _category(t) == category for layer in t.layers}
         return sorted(found)
 
-    def _type(self, tensor: TensorSpec, layer: int) -> str:
-        category = _category(tensor)
+    def _type(self, tensor: TensorSpec, category: Category | None, layer: int) -> str:
         if category is None:
             return "F32"
-        if tensor.role == "expert" and self._stays_mxfp4(tensor):
-            return "MXFP4"
         columns = _columns(self.model, tensor, category)
-        wanted = self._wanted(category, layer, columns)
+        wanted = "MXFP4" if self._in_mxfp4(tensor) else self._wanted(category, layer, columns)
         if columns % BLOCKS[wanted][0]:
             wanted = _NARROWER.get(wanted, "F16")
         return "F16" if columns % BLOCKS[wanted][0] else wanted
 
-    def _stays_mxfp4(self, tensor: TensorSpec) -> bool:
+    def _in_mxfp4(self, tensor: TensorSpec) -> bool:
         stored = tensor.storage is not None and tensor.storage.name.lower() == "mxfp4"
-        return stored or self.mxfp4
+        return tensor.role == "expert" and (stored or self.mxfp4)
 
     def _wanted(self, category: Category, layer: int, columns: int) -> str:
         """The type by the rules, whatever the tensor's shape."""
