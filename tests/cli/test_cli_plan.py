@@ -76,6 +76,7 @@ def test_a_failing_plan_names_its_cheapest_change_in_json_too(planned: Planned) 
 
 def test_the_sum_is_explained_line_by_line(ullage: Ullage, planned: Planned) -> None:
     plan = planned("--explain", "--weights", "nf4")
+    assert plan["explain"].pop("request") == []
     for phase, lines in plan["explain"].items():
         assert sum(line["nbytes"] for line in lines) == plan["phases"][phase]["total_bytes"]
         assert all(line["source"] and line["label"] for line in lines)
@@ -107,6 +108,7 @@ def test_servers_are_planned_explained_and_searched(ullage: Ullage, words: list[
     assert explained.returncode == 0, explained.stderr
     assert "Latency: first token" in explained.stdout
     assert "One pass" not in explained.stdout
+    assert ("prompt_logprobs" in explained.stdout) == ("vllm" in words)
     searched = ullage(*plan, "--goal", "concurrency")
     assert searched.returncode == 0, searched.stderr
 

@@ -56,7 +56,10 @@ def _seconds(recipe: Recipe, work: _Work, end: str) -> float:
     assert device.bandwidth_bytes_s is not None
     assert device.bf16_flops is not None
     constants = latency_constants(device.kind)
-    rate = device.bf16_flops * constants[f"rate_share{end}"].value
+    peak_rate = device.bf16_flops
+    if device.fp8_flops and _multiplies_fp8(recipe):
+        peak_rate = device.fp8_flops
+    rate = peak_rate * constants[f"rate_share{end}"].value
     if (device.kind == "cpu") != (recipe.execution.dtype == "fp32"):
         rate *= constants["other_dtype_share"].value
     launch_s = constants[f"launch_s{end}"].value
@@ -65,6 +68,13 @@ def _seconds(recipe: Recipe, work: _Work, end: str) -> float:
         work.operations / rate,
         work.launches * launch_s if recipe.execution.engine in _EAGER_ENGINES else 0.0,
     )
+
+
+def _multiplies_fp8(recipe: Recipe) -> bool:
+    """Whether matrices are multiplied in fp8: by servers, of a checkpoint that holds them so."""
+    storages = (tensor.storage for tensor in recipe.model.tensors if tensor.role == "linear")
+    fp8 = any(storage is not None and storage.name == "fp8" for storage in storages)
+    return fp8 and recipe.execution.engine in ("vllm", "sglang")
 
 
 def _decode(recipe: Recipe, footprint: Footprint) -> _Work:

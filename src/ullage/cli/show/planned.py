@@ -7,6 +7,7 @@ from rich.table import Table
 
 from ullage import techniques
 from ullage.planner import build_plan
+from ullage.planner.engines import ENGINES
 from ullage.planner.search import describe
 from ullage.specs.calibration import Calibration
 from ullage.specs.plan import Plan
@@ -35,6 +36,7 @@ def show_plan(console: Console, plan: Plan, calibration: Calibration | None) -> 
         *_latency_lines(plan),
         *_cliff_lines(plan),
         *_attention_lines(plan, calibration),
+        *_request_lines(plan),
         *_planned_only_lines(plan),
     ):
         console.print(line)
@@ -73,6 +75,15 @@ def _latency_lines(plan: Plan) -> list[str]:
     return [
         f"Latency: first token in about {latency.ttft_s:,.2f} s ({low_s:,.2f} to {high_s:,.2f}), "
         f"then about {latency.tokens_per_s:,.0f} tokens/s ({low:,.0f} to {high:,.0f}){each}."
+    ]
+
+
+def _request_lines(plan: Plan) -> list[str]:
+    """What a single request can take beside the plan."""
+    engine = ENGINES[plan.recipe.execution.engine]
+    return [
+        f"Outside of this: {term.what}, up to {format_bytes(term.nbytes)} a request."
+        for term in engine.worst_request_terms(plan.recipe)
     ]
 
 

@@ -5,19 +5,23 @@ from typing import Any
 
 from rich.table import Table
 
+from ullage.planner.engines import ENGINES
 from ullage.planner.memory import explain
 from ullage.specs.calibration import Calibration
+from ullage.specs.footprint import Term
 from ullage.specs.plan import Plan
 from ullage.specs.workload import PHASES
 from ullage.units import format_bytes
 
 
 def sums(plan: Plan, calibration: Calibration | None) -> dict[str, list[dict[str, Any]]]:
-    """Every line by phase."""
-    return {
-        phase: [asdict(term) for term in explain(plan.recipe, phase, calibration)]
-        for phase in PHASES
+    """Every line by phase; under ``request`` what a single request can take beside them."""
+    lines: dict[str, list[Term]] = {
+        phase: explain(plan.recipe, phase, calibration) for phase in PHASES
     }
+    engine = ENGINES[plan.recipe.execution.engine]
+    lines["request"] = engine.worst_request_terms(plan.recipe)
+    return {name: [asdict(term) for term in terms] for name, terms in lines.items()}
 
 
 def sums_table(plan: Plan, calibration: Calibration | None) -> Table:
