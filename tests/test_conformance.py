@@ -26,7 +26,7 @@ from ullage.specs.device import Device
 from ullage.specs.families import RUNNING
 from ullage.specs.footprint import Footprint
 from ullage.specs.plan import Recipe, TechniqueChoice
-from ullage.specs.workload import PHASES, Execution, Workload
+from ullage.specs.workload import PHASES, Engine, Execution, Workload
 from ullage.techniques import Technique, choice_of, create, parse
 from ullage.techniques.quantization.linear import tensor_bytes
 from ullage.units import GIB
@@ -60,6 +60,8 @@ NAMES = techniques.names()
 EVERY = [technique for name in NAMES for technique in settings_of(name)]
 ACTIVE = [technique for technique in EVERY if technique != technique.neutral()]
 
+PLANNED_ONLY = {technique.name for technique in EVERY if not technique.runs}
+
 every_name = pytest.mark.parametrize("name", NAMES)
 every_setting = pytest.mark.parametrize("technique", EVERY, ids=str)
 every_active = pytest.mark.parametrize("technique", ACTIVE, ids=str)
@@ -67,6 +69,11 @@ every_active = pytest.mark.parametrize("technique", ACTIVE, ids=str)
 
 def supported_families(technique: Technique, tiny_spec: TinySpec) -> list[str]:
     return [family for family in RUNNING if technique.unsupported(tiny_spec(family)) is None]
+
+
+def skip_unless_it_runs(name: str) -> None:
+    if name in PLANNED_ONLY:
+        pytest.skip(f"{name} is planned only: there is nothing to attach")
 
 
 def recipe(spec: ModelSpec, technique: Technique, work: Workload, execution: Execution) -> Recipe:
@@ -173,6 +180,7 @@ def test_planned_weights_are_the_live_bytes(
 
 @every_name
 def test_its_neutral_setting_changes_no_bit(name: str, tiny_model: TinyModel) -> None:
+    skip_unless_it_runs(name)
     model, spec = tiny_model("llama")
     before = logits(model, spec, IDS)
     with create(TechniqueChoice(name, {})).neutral().attach(model):
@@ -213,6 +221,7 @@ def assert_untouched(before: dict[str, Any], after: dict[str, Any]) -> None:
 def test_the_model_is_bit_exact_afterwards(
     tiny_model: TinyModel, technique: Technique, crash: bool
 ) -> None:
+    skip_unless_it_runs(technique.name)
     model, spec = tiny_model("llama")
     logits_before, before = logits(model, spec, IDS), parts_of(model)
     weights = [weight.clone() for weight in model.parameters()]
@@ -233,6 +242,7 @@ def test_weights_are_restored_when_attaching_fails_midway(
     tiny_model: TinyModel, technique: Technique, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when memory ends while a later layer is converted."""
+    skip_unless_it_runs(technique.name)
     model, _ = tiny_model("llama")
     before = parts_of(model)
     untouched, calls = torch.nn.Module.__setattr__, iter(range(10))
@@ -257,6 +267,7 @@ def test_it_changes_the_model_while_it_is_attached(
     tiny_model: TinyModel, technique: Technique
 ) -> None:
     """Else the promises of restoring would say nothing."""
+    skip_unless_it_runs(technique.name)
     if technique.acts_on != "weights":
         pytest.skip("acts when memory is short")
     model, spec = tiny_model("llama")
@@ -286,6 +297,7 @@ def test_loading_it_is_attaching_it(
 
 @every_active
 def test_two_runs_in_a_row_are_two_fresh_runs(tiny_model: TinyModel, technique: Technique) -> None:
+    skip_unless_it_runs(technique.name)
     model, spec = tiny_model("llama")
     with technique.attach(model):
         together = [logits(model, spec, ids[None]) for ids in IDS]
@@ -297,6 +309,7 @@ def test_two_runs_in_a_row_are_two_fresh_runs(tiny_model: TinyModel, technique: 
 
 @every_active
 def test_it_can_be_attached_again(tiny_model: TinyModel, technique: Technique) -> None:
+    skip_unless_it_runs(technique.name)
     model, spec = tiny_model("llama")
     seen = []
     for _ in range(2):
@@ -310,6 +323,7 @@ def test_it_can_be_attached_again(tiny_model: TinyModel, technique: Technique) -
 def test_a_batch_of_two_is_two_singles(
     tiny_model: TinyModel, technique: Technique, side: str
 ) -> None:
+    skip_unless_it_runs(technique.name)
     model, spec = tiny_model("llama")
     real = slice(-SHORT, None) if side == "left" else slice(SHORT)
     ids, mask = IDS.clone(), torch.ones_like(IDS)
@@ -339,6 +353,30 @@ def test_settings_can_be_typed(technique: Technique) -> None:
 @every_name
 def test_a_bare_name_has_the_default_settings(name: str) -> None:
     assert parse(name) == create(TechniqueChoice(name, {}))
+
+
+@every_name
+def test_what_is_planned_only_says_so(name: str, tiny_model: TinyModel) -> None:
+    if name not in PLANNED_ONLY:
+        pytest.skip(f"{name} runs")
+    model, _ = tiny_model("llama")
+    for technique in settings_of(name):
+        with pytest.raises(TechniqueError, match="can be planned, and is not run yet"):
+            technique.attach(model)
+
+
+@every_active
+@pytest.mark.parametrize("engine", ["ullage", "transformers"])
+def test_another_engine_is_our_error(
+    tiny_spec: TinySpec, technique: Technique, engine: Engine
+) -> None:
+    execution = Execution(engine=engine)
+    made = recipe(tiny_spec("llama"), technique, Workload(10, 10), execution)
+    if engine in technique.engines:
+        assert build_plan(made).recipe == made
+        return
+    with pytest.raises(TechniqueError, match=f"{technique.name} is a technique of ullage"):
+        build_plan(made)
 
 
 @every_name

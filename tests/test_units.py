@@ -83,6 +83,26 @@ def test_what_is_printed_can_be_parsed(size: int) -> None:
     assert parse_bytes(format_bytes(size)) == pytest.approx(size, rel=0.05)
 
 
+@given(st.integers(1, 1023), st.sampled_from([1, KIB, MIB, GIB, TIB]))
+def test_what_prints_exactly_is_parsed_exactly(number: int, unit: int) -> None:
+    assert parse_bytes(format_bytes(number * unit)) == number * unit
+
+
+@given(st.integers(1, 1000 * TIB))
+def test_what_is_printed_and_parsed_prints_the_same(size: int) -> None:
+    printed = format_bytes(size)
+    assert format_bytes(parse_bytes(printed)) in (printed, _carried(printed))
+
+
+def _carried(printed: str) -> str:
+    """``1024.0 KiB`` is a whole of the next unit."""
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    number, unit = printed.split()
+    if float(number) != 1024 or unit == "TiB":
+        return printed
+    return format_bytes(1024 ** (units.index(unit) + 1))
+
+
 @pytest.mark.parametrize(
     ("size", "text"),
     [(0, "0 B"), (512, "512 B"), (-3 * MIB, "-3.0 MiB"), (round(1.46 * GIB), "1.46 GiB"),

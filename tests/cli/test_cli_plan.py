@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from ullage.specs.calibration import Calibration
+from ullage.units import MIB
 
 Ullage = Callable[..., subprocess.CompletedProcess[str]]
 Planned = Callable[..., dict[str, Any]]
@@ -54,7 +55,10 @@ def test_the_exit_code_says_whether_it_fits(ullage: Ullage, planned: Planned) ->
     too_small = ullage(*PLAN, "--memory", str(peak_bytes - 1))
     assert too_small.returncode == 1
     assert "does not fit" in too_small.stdout
-    assert "in ullage it would fit" in too_small.stdout.lower()
+    assert "Cheapest single change that fits: --prefill-chunk 128: 950.6 MiB, no loss." in (
+        too_small.stdout
+    )
+    assert "Or 8,176 tokens instead of 8,192." in too_small.stdout
 
 
 def test_a_calibration_counts_for_its_own_engine_alone(ullage: Ullage, tmp_path: Path) -> None:
@@ -74,6 +78,101 @@ def test_a_weight_format_is_short_for_its_technique(planned: Planned) -> None:
     assert planned("--weights", "nf4") == planned("--technique", "quantization:scheme=nf4")
 
 
+def test_a_failing_plan_names_its_cheapest_change_in_json_too(planned: Planned) -> None:
+    change = planned("--memory", "900MiB")["cheapest_change"]
+    assert change["fits"]
+    assert len(change["changes"]) == 1
+    assert change["peak_bytes"] <= 900 * MIB
+    nothing = planned("--memory", "100MiB")
+    assert nothing["cheapest_change"] is None
+    assert nothing["needed_bytes"] > 100 * MIB
+
+
+def test_the_sum_is_explained_line_by_line(ullage: Ullage, planned: Planned) -> None:
+    plan = planned("--explain", "--weights", "nf4")
+    assert plan["explain"].pop("request") == []
+    for phase, lines in plan["explain"].items():
+        assert sum(line["nbytes"] for line in lines) == plan["phases"][phase]["total_bytes"]
+        assert all(line["source"] and line["label"] for line in lines)
+    text = ullage(*PLAN, "--explain").stdout
+    assert "hidden states of" in text
+    assert "assumed" in text
+
+
+def test_latency_needs_a_device_that_is_known(ullage: Ullage, planned: Planned) -> None:
+    assert planned()["latency"] is None
+    done = ullage("plan", "llama-3.1-8b", "--device", "h100", "--json")
+    latency = json.loads(done.stdout)["latency"]
+    assert latency["ttft_s"] > 0 < latency["tokens_per_s"]
+    text = ullage("plan", "llama-3.1-8b", "--device", "h100", "--max-model-len", "8K").stdout
+    assert "Latency: first token in about" in text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--engine", "vllm", "--weights", "fp8", "--kv-cache-dtype", "fp8", "--tp", "2"],
+        ["--engine", "llama.cpp", "--weights", "q4_k_m", "--kv-cache-dtype", "q8_0"],
+        ["--engine", "sglang", "--kv-cache-dtype", "fp8"],
+    ],
+)
+def test_servers_are_planned_explained_and_searched(ullage: Ullage, words: list[str]) -> None:
+    plan = ["plan", "qwen3-8b", "--device", "rtx-4090", "--max-model-len", "8K", *words]
+    explained = ullage(*plan, "--explain")
+    assert explained.returncode == 0, explained.stderr
+    assert "Latency: first token" in explained.stdout
+    assert "One pass" not in explained.stdout
+    assert ("prompt_logprobs" in explained.stdout) == ("vllm" in words)
+    searched = ullage(*plan, "--goal", "concurrency")
+    assert searched.returncode == 0, searched.stderr
+
+
+def test_what_is_planned_only_says_so(ullage: Ullage) -> None:
+    done = ullage(*PLAN, "--technique", "dms:kept=0.25")
+    assert done.returncode == 0
+    assert "dms is planned only" in done.stdout
+    refused = ullage("run", "smollm2-135m", "--prompt", "x", "--technique", "dms")
+    assert refused.returncode == 2
+    assert "dms can be planned, and is not run yet" in refused.stderr
+
+
+def test_a_goal_ranks_what_fits(ullage: Ullage) -> None:
+    words = ["plan", "llama-3.1-8b", "--device", "rtx-4090", "--goal", "context"]
+    found = json.loads(ullage(*words, "--json").stdout)
+    assert found["tried"] >= found["fitting"] >= len(found["ranked"]) > 1
+    reaches = [row["reach"] for row in found["ranked"]]
+    assert reaches == sorted(reaches, reverse=True)
+    assert all(row["fits"] for row in found["ranked"])
+    text = ullage(*words).stdout
+    assert "Nothing beats these" in text
+    assert "published; QLoRA" in text
+
+
+def test_a_goal_that_nothing_reaches_fails(ullage: Ullage) -> None:
+    done = ullage("plan", "llama-3.1-70b", "--device", "rtx-4060", "--goal", "latency")
+    assert done.returncode == 1
+    assert "the smallest budget that works is --memory" in done.stdout
+
+
+@pytest.mark.parametrize("ending", ["svg", "png"])
+def test_a_search_is_drawn(ullage: Ullage, tmp_path: Path, ending: str) -> None:
+    pytest.importorskip("matplotlib")
+    file = tmp_path / f"search.{ending}"
+    done = ullage("plan", "llama-3.1-8b", "--device", "h100", "--goal", "latency", "--plot", file)
+    assert done.returncode == 0, done.stderr
+    assert file.stat().st_size > 5000
+
+
+def test_the_catalogs_are_listed(ullage: Ullage) -> None:
+    devices = json.loads(ullage("plan", "--list-devices", "--json").stdout)
+    models = json.loads(ullage("plan", "--list-models", "--json").stdout)
+    assert len(devices) >= 40
+    assert {"name", "kind", "memory_bytes", "bandwidth_bytes_s", "source"} <= set(devices[0])
+    assert {row["name"]: row["kv_bytes_per_token"] for row in models}["llama-3.1-8b"] == 131_072
+    assert "mi355x" in ullage("plan", "--list-devices").stdout
+    assert "qwen3-8b" in ullage("plan", "--list-models").stdout
+
+
 def test_planning_needs_no_torch() -> None:
     script = (
         "import sys; from ullage.cli import app\n"
@@ -89,7 +188,15 @@ def test_planning_needs_no_torch() -> None:
 @pytest.mark.parametrize(
     "words",
     [
+        ["plan"],
         ["plan", "no-such-model"],
+        [*PLAN, "--goal", "happiness"],
+        [*PLAN, "--plot", "picture.svg"],
+        [*PLAN, "--goal", "context", "--plot", "/no/such/folder/picture.svg"],
+        [*PLAN, "--goal", "context", "--plot", "picture.exe"],
+        [*PLAN, "--goal", "context", "--also-device", "cray-1"],
+        [*PLAN, "--technique", "dms", "--technique", "camelot"],
+        [*PLAN, "--technique", "dms", "--engine", "transformers"],
         ["plan", "/no/such/folder"],
         ["plan", "smollm2-135m", "--device", "12parsecs"],
         ["plan", "smollm2-135m", "--device", "-1GiB"],

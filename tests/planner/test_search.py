@@ -13,6 +13,7 @@ from ullage import DoesNotFit, ModelSpec, fit_run, resolve
 from ullage.planner.memory import peak_bytes
 from ullage.planner.search import CHUNKS, SCHEMES, Choice, Freedom, describe
 from ullage.specs.device import Device
+from ullage.specs.model import Storage
 from ullage.specs.plan import Recipe, TechniqueChoice
 from ullage.specs.workload import Execution, Workload
 from ullage.units import GIB, MIB, parse_bytes
@@ -126,6 +127,20 @@ def test_a_model_that_no_quantizer_converts_keeps_its_weights(
         fit_run(gpt2, 1, ALL_FREE)
     chosen = fit_run(gpt2, refused.value.needed_bytes, ALL_FREE).recipe
     assert chosen.techniques == ()
+
+
+def test_a_quantized_checkpoint_is_not_quantized_again() -> None:
+    int4 = Storage("w4a16", 4, 1, 128, 2.5)
+    tensors = tuple(
+        replace(tensor, storage=int4) if tensor.role == "linear" else tensor
+        for tensor in MODEL.tensors
+    )
+    packed = replace(RECIPE, model=replace(MODEL, tensors=tensors))
+    with pytest.raises(DoesNotFit) as refused:
+        fit_run(packed, 1, ALL_FREE)
+    chosen = fit_run(packed, refused.value.needed_bytes, ALL_FREE).recipe
+    assert chosen.techniques == ()
+    assert chosen.execution.prefill_chunk == min(CHUNKS)
 
 
 def test_description_says_what_was_chosen() -> None:

@@ -251,10 +251,20 @@ def test_devices_are_sane(name: str) -> None:
     found = device.catalog()[name]
     assert found.name == name
     assert found.kind in ("cpu", "cuda", "rocm", "mps")
-    assert 4 * GIB < found.memory_bytes < 300 * GIB
+    assert 4 * GIB < found.memory_bytes < 1024 * GIB
     assert found.bandwidth_bytes_s is not None
     assert 10**10 < found.bandwidth_bytes_s < 10**13
+    assert found.bf16_flops is not None
+    assert 10**11 < found.bf16_flops < 10**16
+    if found.fp8_flops is not None:
+        assert found.fp8_flops == pytest.approx(2 * found.bf16_flops, rel=0.02)
     assert found.source.startswith(("measured", "derived", "assumed"))
+
+
+def test_there_are_devices_of_every_kind() -> None:
+    kinds = [found.kind for found in device.catalog().values()]
+    assert len(kinds) >= 40
+    assert min(map(kinds.count, ("cpu", "cuda", "rocm", "mps"))) >= 5
 
 
 def test_a_card_has_less_than_stands_on_its_box() -> None:

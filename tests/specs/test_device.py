@@ -71,7 +71,11 @@ def test_the_gpu_is_what_the_driver_lends(tmp_path: Path, monkeypatch: pytest.Mo
     found = find_device(None)
     assert (found.name, found.kind) == ("NVIDIA GeForce RTX 4090", "cuda")
     assert found.memory_bytes == (24564 - 347) * MIB
-    assert found.bandwidth_bytes_s == find_device("rtx-4090").bandwidth_bytes_s
+    known = find_device("rtx-4090")
+    assert (found.bandwidth_bytes_s, found.bf16_flops) == (
+        known.bandwidth_bytes_s,
+        known.bf16_flops,
+    )
 
 
 def test_an_old_driver_reports_the_total_alone(

@@ -188,11 +188,14 @@ class PlanOptions:
 
     def freedom(self) -> Freedom:
         """What a search may change: whatever was not asked for."""
-        quantized = any(text.partition(":")[0] == "quantization" for text in self.technique)
+        asked = {text.partition(":")[0] for text in self.technique}
         return Freedom(
-            weights=self.weights is None and not quantized,
+            weights=self.weights is None and "quantization" not in asked,
             kv_dtype=self.kv_cache_dtype is None,
             prefill_chunk=self.prefill_chunk is None,
+            sparsity=not asked & {"dms", "camelot"},
+            max_num_seqs=self.max_num_seqs is None,
+            tensor_parallel=self.tp == 1,
         )
 
     def recipe(self, model: ModelSpec, device: Device, workload: Workload) -> Recipe:

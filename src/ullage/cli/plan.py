@@ -1,11 +1,13 @@
 """ullage plan: will it fit, and where is the cliff?"""
 
 import json
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from ullage.cli.options import (
     AttentionOption,
@@ -18,7 +20,6 @@ from ullage.cli.options import (
     MaxModelLenOption,
     MaxNumSeqsOption,
     MemoryOption,
-    ModelArgument,
     OutputLenOption,
     PlanOptions,
     PpOption,
@@ -28,18 +29,38 @@ from ullage.cli.options import (
     WeightsOption,
     workload_of,
 )
-from ullage.errors import DoesNotFit
-from ullage.planner import build_plan, fit_run
-from ullage.planner.search import Freedom, describe
+from ullage.cli.show import catalogs
+from ullage.cli.show.explored import (
+    as_json,
+    change_line,
+    exploration_json,
+    show_exploration,
+    size_line,
+)
+from ullage.cli.show.picture import draw_exploration
+from ullage.cli.show.planned import show_plan
+from ullage.cli.show.sums import sums, sums_table
+from ullage.errors import DoesNotFit, InputError
+from ullage.planner import build_plan
+from ullage.planner.explore import Candidate, Goal, cheapest_change, explore
 from ullage.specs.calibration import Calibration
-from ullage.specs.plan import Plan
+from ullage.specs.device import Device, find_device
+from ullage.specs.plan import Plan, Recipe
 from ullage.specs.sources import resolve
-from ullage.specs.workload import Engine
-from ullage.units import format_bytes
+
+# Where the context is what is searched for, the least that is asked of a combination.
+_LEAST_CONTEXT_TOKENS = 8192
 
 
 def plan(
-    model: ModelArgument,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A catalog name, a local folder, a config.json, a .gguf file, or a hub id.",
+            show_default=False,
+        ),
+    ] = None,
     device: DeviceOption = None,
     memory: MemoryOption = None,
     max_model_len: MaxModelLenOption = None,
@@ -56,131 +77,139 @@ def plan(
     pp: PpOption = 1,
     gpu_memory_utilization: UtilizationOption = None,
     calibration: CalibrationOption = None,
+    goal: Annotated[
+        Goal | None,
+        typer.Option(
+            help="Rank all combinations of what was left open by the longest context, the most "
+            "sequences, or the speed at the asked size."
+        ),
+    ] = None,
+    also_device: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--also-device", metavar="NAME|SIZE", help="Another that would do; may be given again."
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="With --goal: a picture of memory, quality, latency; .svg or .png."),
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Every line of the sum, its label and its source.")
+    ] = False,
+    list_models: Annotated[
+        bool, typer.Option("--list-models", help="The catalog of models, and nothing else.")
+    ] = False,
+    list_devices: Annotated[
+        bool, typer.Option("--list-devices", help="The catalog of devices, and nothing else.")
+    ] = False,
     as_json: bool = typer.Option(False, "--json", help="The plan as JSON, for `run --plan`."),
 ) -> None:
     """Predict the peak of every phase and name the cliff, without weights.
 
     Exit code 0: fits, 1: does not fit, 2: wrong usage or input.
     """
+    if list_models or list_devices:
+        _list(list_models, as_json)
+        return
+    if model is None:
+        raise InputError("Which model? Name one; --list-models shows the catalog.")
+    if goal is None and plot is not None:
+        raise InputError("--plot draws what --goal searches: give both.")
     options = PlanOptions(
         device, memory, weights, kv_cache_dtype, attention, prefill_chunk, tuple(technique or ()),
-        engine, calibration, engine_version, max_num_seqs, tp, pp, gpu_memory_utilization,
+        engine, calibration, engine_version,
+        # where the most is searched for, it is the least that is asked, and no server's limit
+        None if goal == "concurrency" else max_num_seqs,
+        tp, pp, gpu_memory_utilization,
     )  # fmt: skip
     spec, place = resolve(model), options.find_device()
+    if goal == "context" and max_model_len is None:
+        max_model_len = str(min(_LEAST_CONTEXT_TOKENS, spec.max_context_tokens))
     workload = workload_of(spec, max_model_len, output_len, max_num_seqs or 1)
-    calibrated = options.read_calibration()
-    budget_bytes = None if memory is None else options.budget_bytes(place)
-    made = build_plan(options.recipe(spec, place, workload), budget_bytes, calibrated)
+    asked = _Asked(
+        recipe=options.recipe(spec, place, workload),
+        budget_bytes=None if memory is None else options.budget_bytes(place),
+        options=options,
+        devices=[find_device(name) for name in also_device or ()],
+        calibration=options.read_calibration(),
+    )
+    fits = asked.plan(explain, as_json) if goal is None else asked.search(goal, plot, as_json)
+    raise typer.Exit(0 if fits else 1)
+
+
+def _list(models: bool, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(made.to_json(), indent=2))
-    else:
-        _show(made, options.freedom(), calibrated)
-    raise typer.Exit(0 if made.fits else 1)
-
-
-def _show(plan: Plan, freedom: Freedom, calibration: Calibration | None) -> None:
+        typer.echo(json.dumps(catalogs.models() if models else catalogs.devices(), indent=2))
+        return
     console = Console(highlight=False, soft_wrap=True)
-    recipe, work = plan.recipe, plan.recipe.workload
-    console.print(
-        f"{recipe.model.name} ({recipe.model.parameters / 1e6:,.1f}M parameters) on "
-        f"{recipe.device.name}, budget {format_bytes(plan.budget_bytes)}"
-    )
-    console.print(
-        f"{work.sequences} x ({work.prompt_tokens:,} prompt + {work.output_tokens:,} output "
-        f"tokens), {describe(recipe)}"
-    )
-    console.print(_phase_table(plan, wide=console.width >= 110))
-    verdict = "[green]fits[/]" if plan.fits else "[red]does not fit[/]"
-    spare = plan.budget_bytes - plan.peak_bytes
-    console.print(
-        f"Peak {format_bytes(plan.peak_bytes)}: {verdict}, "
-        f"{format_bytes(abs(spare))} {'to spare' if spare >= 0 else 'too much'}."
-    )
-    for line in (*_cliff_lines(plan), *_attention_lines(plan, calibration)):
-        console.print(line)
-    if not plan.fits:
-        console.print(_advice(plan, freedom, calibration))
+    console.print(catalogs.models_table() if models else catalogs.devices_table())
 
 
-def _phase_table(plan: Plan, wide: bool) -> Table:
-    table = Table("phase", box=None, pad_edge=False)
-    for column in ("weights", "KV", "scratch", "logits", "runtime", "total"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("of budget" if wide else "", justify="right", no_wrap=True)
-    for name, part in plan.phases.items():
-        sizes = (
-            part.weights_bytes, part.kv_bytes, part.activation_bytes, part.logits_bytes,
-            part.overhead_bytes, part.total_bytes,
+@dataclass(frozen=True)
+class _Asked:
+    """What the options describe; each answer says whether anything fits."""
+
+    recipe: Recipe
+    budget_bytes: int | None
+    options: PlanOptions
+    devices: Sequence[Device]
+    calibration: Calibration | None
+
+    def plan(self, explain: bool, as_json: bool) -> bool:
+        """Print the plan, and what would make it fit."""
+        made = build_plan(self.recipe, self.budget_bytes, self.calibration)
+        if as_json:
+            typer.echo(json.dumps(self._json(made, explain), indent=2))
+            return made.fits
+        console = Console(highlight=False, soft_wrap=True)
+        show_plan(console, made, self.calibration)
+        if explain:
+            console.print(sums_table(made, self.calibration))
+        if not made.fits:
+            for line in self._advice(made):
+                console.print(line)
+        return made.fits
+
+    def search(self, goal: Goal, plot: Path | None, as_json: bool) -> bool:
+        """Print what the search for `goal` found."""
+        build_plan(self.recipe, self.budget_bytes, self.calibration)  # refuses what cannot be asked
+        explored = explore(
+            self.recipe, self.budget_bytes, goal, self.options.freedom(), self.devices,
+            self.calibration,
         )  # fmt: skip
-        share = part.total_bytes / plan.budget_bytes
-        table.add_row(name, *(format_bytes(size) for size in sizes), _bar(share, 20 * wide))
-    return table
+        if plot is not None:
+            draw_exploration(explored, plot)
+        if as_json:
+            typer.echo(json.dumps(exploration_json(explored), indent=2))
+        else:
+            console = Console(highlight=False, soft_wrap=True)
+            show_exploration(console, explored)
+            if not explored.every[0].fits:
+                for line in self._advice(build_plan(self.recipe, self.budget_bytes)):
+                    console.print(line)
+        return bool(explored.ranked)
 
+    def _json(self, made: Plan, explain: bool) -> dict[str, Any]:
+        data = made.to_json()
+        if explain:
+            data["explain"] = sums(made, self.calibration)
+        if not made.fits:
+            try:
+                data["cheapest_change"] = as_json(self._change())
+            except DoesNotFit as error:
+                data["cheapest_change"], data["needed_bytes"] = None, error.needed_bytes
+        return data
 
-def _bar(share: float, width: int) -> str:
-    filled = min(width, round(share * width))
-    color = "green" if share <= 1 else "red"
-    return f"[{color}]{'█' * filled}{'░' * (width - filled)}[/] {share:.0%}"
+    def _advice(self, made: Plan) -> list[str]:
+        try:
+            lines = [change_line(self._change())]
+        except DoesNotFit as error:
+            lines = [str(error)]
+        size = size_line(made.cliff, made.recipe.workload)
+        return lines if size is None else [*lines, size]
 
-
-def _cliff_lines(plan: Plan) -> list[str]:
-    cliff, work, model = plan.cliff, plan.recipe.workload, plan.recipe.model
-    if cliff.max_model_len == 0:
-        return ["Cliff: not even the shortest prompt fits."]
-    beyond = ""
-    if cliff.max_model_len is not None and cliff.max_model_len >= model.max_context_tokens:
-        beyond = f", beyond the model's own context of {model.max_context_tokens:,}"
-    return [
-        f"Cliff: with {_count(work.sequences, 'sequence')} the first context that fails is "
-        f"{_first_to_fail(cliff.max_model_len, 'token')}{beyond}.",
-        f"       At {work.context_tokens:,} tokens the first batch that fails is "
-        f"{_first_to_fail(cliff.max_num_seqs, 'sequence')}.",
-        f"       Each token more holds {plan.kv_bytes_per_token:,} bytes of KV.",
-    ]
-
-
-def _first_to_fail(largest: int | None, noun: str) -> str:
-    return "none" if largest is None else _count(largest + 1, noun)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _of_engine(calibration: Calibration | None, engine: Engine) -> Calibration | None:
-    """The calibration where it is of `engine`: what another engine takes was not measured."""
-    return calibration if calibration is not None and calibration.engine == engine else None
-
-
-def _attention_lines(plan: Plan, calibration: Calibration | None) -> list[str]:
-    """What the score matrix would do to the same request, read in one pass as transformers does."""
-    lines: list[str] = []
-    calibration = _of_engine(calibration, "transformers")
-    for attention in ("eager", "sdpa"):
-        execution = replace(
-            plan.recipe.execution, engine="transformers", attention=attention, prefill_chunk=0
+    def _change(self) -> Candidate:
+        return cheapest_change(
+            self.recipe, self.budget_bytes, self.options.freedom(), self.devices, self.calibration
         )
-        other = build_plan(
-            replace(plan.recipe, execution=execution), plan.budget_bytes, calibration
-        )
-        prefill = other.phases["prefill"]
-        lines.append(
-            f"{'One pass, ' if not lines else '          '}{attention + ':':<6} prefill peaks at "
-            f"{format_bytes(prefill.total_bytes)} ({format_bytes(prefill.activation_bytes)} of it "
-            f"activations and scores), first fails at "
-            f"{_first_to_fail(other.cliff.max_model_len, 'token')}."
-        )
-    return lines
-
-
-def _advice(plan: Plan, freedom: Freedom, calibration: Calibration | None) -> str:
-    execution = replace(plan.recipe.execution, engine="ullage", attention="sdpa")
-    recipe = replace(plan.recipe, execution=execution)
-    try:
-        known = _of_engine(calibration, "ullage")
-        choice = fit_run(recipe, plan.budget_bytes, freedom, known)
-    except DoesNotFit as error:
-        return str(error)
-    return (
-        f"In ullage it would fit with {describe(choice.recipe)}: {format_bytes(choice.peak_bytes)}."
-    )

@@ -3,7 +3,9 @@
 from ullage import techniques
 from ullage.errors import TechniqueError
 from ullage.planner.cliff import find_cliff
+from ullage.planner.constants import Constants
 from ullage.planner.engines import ENGINES
+from ullage.planner.latency import estimate
 from ullage.planner.memory import kv_bytes_per_token, phase_footprints
 from ullage.specs.calibration import Calibration
 from ullage.specs.device import Device
@@ -23,19 +25,28 @@ def build_plan(
     engine = ENGINES[recipe.execution.engine]
     recipe = engine.settle(recipe)
     for choice in recipe.techniques:
-        reason = techniques.create(choice).unsupported(recipe.model)
-        if reason is not None:
-            raise TechniqueError(f"{choice.name} cannot act on {recipe.model.name}: {reason}")
+        _refuse_unsupported(techniques.create(choice), recipe)
     budget_bytes = budget_bytes or engine.limit_bytes(recipe)
     phases = phase_footprints(recipe, calibration)
     return Plan(
         recipe=recipe,
         budget_bytes=budget_bytes,
         phases=phases,
-        share=engine.share(recipe, phases, budget_bytes),
+        share=engine.share(recipe, phases, budget_bytes, Constants(recipe, calibration)),
         cliff=find_cliff(recipe, budget_bytes, calibration),
         kv_bytes_per_token=kv_bytes_per_token(recipe),
+        latency=estimate(recipe, phases),
     )
+
+
+def _refuse_unsupported(technique: techniques.Technique, recipe: Recipe) -> None:
+    reason = technique.unsupported(recipe.model)
+    if reason is not None:
+        raise TechniqueError(f"{technique.name} cannot act on {recipe.model.name}: {reason}")
+    engine = recipe.execution.engine
+    if engine not in technique.engines:
+        known = " and ".join(technique.engines)
+        raise TechniqueError(f"{technique.name} is a technique of {known}, not of {engine}.")
 
 
 def default_execution(device: Device, engine: Engine = "ullage") -> Execution:

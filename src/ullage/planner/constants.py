@@ -61,6 +61,11 @@ def _refuse_other(calibration: Calibration, recipe: Recipe) -> None:
         )
 
 
+def latency_constants(kind: str) -> Mapping[str, Constant]:
+    """The constants of latency on a `kind` of device, the same for all engines."""
+    return _constants("latency", "", "cpu" if kind == "cpu" else "cuda")
+
+
 @cache
 def _table() -> Mapping[str, Any]:
     return tomllib.loads(files(__package__).joinpath("constants.toml").read_text("utf-8"))

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ullage.errors import DoesNotFit
+from ullage import techniques
+from ullage.errors import DoesNotFit, TechniqueError
 from ullage.planner.engines import ENGINES
 from ullage.planner.memory import peak_bytes
 from ullage.specs.calibration import Calibration
@@ -21,6 +22,9 @@ class Freedom:
     weights: bool = True
     kv_dtype: bool = True
     prefill_chunk: bool = True
+    sparsity: bool = True  # techniques for KV entries, which a search plans and a run leaves alone
+    max_num_seqs: bool = True
+    tensor_parallel: bool = True
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,10 @@ def fit_run(
     """The first variant of `recipe`, from least to most loss, whose peak is inside `budget_bytes`.
 
     Raises:
+        TechniqueError: a technique that can only be planned.
         DoesNotFit: none fits; carries the smallest budget that would.
     """
+    _refuse_planned_only(recipe)
     recipe = ENGINES[recipe.execution.engine].settle(recipe)
     smallest_bytes = None
     for variant in _variants(recipe, freedom):
@@ -59,6 +65,12 @@ def fit_run(
     )
 
 
+def _refuse_planned_only(recipe: Recipe) -> None:
+    for choice in recipe.techniques:
+        if not techniques.create(choice).runs:
+            raise TechniqueError(f"{choice.name} can be planned, and is not run yet: leave it out.")
+
+
 def _variants(recipe: Recipe, freedom: Freedom) -> Iterator[Recipe]:
     """From least to most loss: weights change last, KV entries before them, the chunk first."""
     execution = recipe.execution
@@ -69,11 +81,11 @@ def _variants(recipe: Recipe, freedom: Freedom) -> Iterator[Recipe]:
     kv_dtypes = [execution.kv_dtype]
     if freedom.kv_dtype and execution.kv_dtype == "fp32":
         kv_dtypes.append("bf16")
-    for techniques in _weight_choices(recipe, freedom):
+    for choices in _weight_choices(recipe, freedom):
         for kv_dtype in kv_dtypes:
             for chunk in chunks:
                 changed = replace(execution, kv_dtype=kv_dtype, prefill_chunk=chunk)
-                yield replace(recipe, execution=changed, techniques=techniques)
+                yield replace(recipe, execution=changed, techniques=choices)
 
 
 def _weight_choices(recipe: Recipe, freedom: Freedom) -> Iterator[tuple[TechniqueChoice, ...]]:
@@ -82,14 +94,21 @@ def _weight_choices(recipe: Recipe, freedom: Freedom) -> Iterator[tuple[Techniqu
         return
     others = tuple(choice for choice in recipe.techniques if choice.name != "quantization")
     yield others
-    if any(tensor.role == "linear" for tensor in recipe.model.tensors):
-        for scheme in SCHEMES[1:]:
-            yield (TechniqueChoice("quantization", {"scheme": scheme}), *others)
+    for scheme in SCHEMES[1:]:
+        choice = TechniqueChoice("quantization", {"scheme": scheme})
+        if techniques.create(choice).unsupported(recipe.model) is None:
+            yield (choice, *others)
 
 
 def as_memory_option(size_bytes: int) -> str:
     """The option that sets a budget of `size_bytes`, rounded up."""
     return f"--memory {-(-size_bytes // MIB)}MiB"
+
+
+def as_typed(choice: TechniqueChoice) -> str:
+    """The choice as ``--technique`` takes it."""
+    settings = ",".join(f"{key}={value}" for key, value in choice.settings.items())
+    return f"{choice.name}:{settings}" if settings else choice.name
 
 
 def describe(recipe: Recipe) -> str:
@@ -100,7 +119,7 @@ def describe(recipe: Recipe) -> str:
         for choice in recipe.techniques
         if choice.name == "quantization"
     ]
-    others = [choice.name for choice in recipe.techniques if choice.name != "quantization"]
+    others = [as_typed(choice) for choice in recipe.techniques if choice.name != "quantization"]
     chunk = f"in chunks of {execution.prefill_chunk}" if execution.prefill_chunk else "in one pass"
     parts = [
         f"{(schemes or [execution.dtype])[0]} weights",

@@ -24,3 +24,26 @@ def sequence_blocks(model: ModelSpec, tokens: int) -> int:
 def block_bytes(model: ModelSpec, kv_dtype: str) -> int:
     """Bytes of one block: K and V of `BLOCK_TOKENS` tokens for one KV head."""
     return 2 * BLOCK_TOKENS * model.head_dim * DTYPE_BYTES[kv_dtype]
+
+
+def full_layers(model: ModelSpec) -> int:
+    """How many layers keep K and V of every token, head by head: what techniques for KV entries act
+    on. Sliding layers keep few, latent attention has no heads in its cache."""
+    width = 2 * model.num_kv_heads * model.head_dim
+    return sum(
+        count for cache, count in model.cache_kinds if cache.window is None and cache.width == width
+    )
+
+
+def dense_layer_bytes(model: ModelSpec, tokens: int, kv_dtype: str) -> int:
+    """Bytes that `tokens` of one sequence take in one such layer."""
+    return model.num_kv_heads * -(-tokens // BLOCK_TOKENS) * block_bytes(model, kv_dtype)
+
+
+def sequence_bytes(model: ModelSpec, tokens: int, kv_dtype: str) -> int:
+    """Bytes of one sequence of `tokens`, in whole blocks, and of its state that does not grow."""
+    grown = sum(
+        cache.width * -(-cache.kept_tokens(tokens) // BLOCK_TOKENS) * BLOCK_TOKENS
+        for cache in model.caches
+    )
+    return grown * DTYPE_BYTES[kv_dtype] + model.state_bytes

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -24,12 +24,18 @@ _NVIDIA_SMI_TIMEOUT_S = 2.0
 @dataclass(frozen=True)
 class Device:
     """A place that holds a model. `memory_bytes` is what the driver or kernel reports, not the
-    number on the box (an "80 GB" H100 has 79.19 GiB)."""
+    number on the box (an "80 GB" H100 has 79.19 GiB).
+
+    `bandwidth_bytes_s` is that of its memory. `bf16_flops` is the dense rate of bf16 matrices that
+    sum in fp32, in operations a second: fp16's where there is no bf16, fp32's on CPUs. `fp8_flops`
+    is None where there is no such arithmetic, and any of the three where it is not known."""
 
     name: str
     kind: DeviceKind
     memory_bytes: int
     bandwidth_bytes_s: int | None = None
+    bf16_flops: int | None = None
+    fp8_flops: int | None = None
     source: str = ""
 
 
@@ -124,9 +130,8 @@ def _parse_nvidia_smi(answer: str) -> Device:
     memory_bytes = (int(total_mib) - sum(map(int, reserved_mib))) * MIB
     if memory_bytes <= 0:
         raise ValueError(answer)
-    known = _names().get(_plain(name))
-    bandwidth = known.bandwidth_bytes_s if known else None
-    return Device(name, "cuda", memory_bytes, bandwidth, source="measured: nvidia-smi")
+    known = _names().get(_plain(name)) or Device(name, "cuda", memory_bytes)
+    return replace(known, name=name, memory_bytes=memory_bytes, source="measured: nvidia-smi")
 
 
 def _cpu() -> Device:

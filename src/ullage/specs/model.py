@@ -158,6 +158,14 @@ class ModelSpec:
     rope_tables: tuple[RopeTable, ...] = ()
     checkpoint_bytes: int | None = None
 
+    def __hash__(self) -> int:
+        # Sums over all tensors are cached by model: hashing those each time would cost as much.
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.name, self.caches, self.tensors))
+
     @property
     def all_layers(self) -> tuple[int, ...]:
         """The numbers of the layers."""

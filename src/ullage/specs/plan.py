@@ -10,6 +10,7 @@ from ullage.specs.decode import decode
 from ullage.specs.device import Device
 from ullage.specs.dtypes import DTYPE_BYTES, KV_BITS
 from ullage.specs.footprint import Footprint
+from ullage.specs.latency import Latency
 from ullage.specs.model import ModelSpec
 from ullage.specs.workload import PHASES, Execution, PhaseName, Workload
 
@@ -69,7 +70,7 @@ class DeviceShare:
 @dataclass(frozen=True)
 class Plan:
     """A recipe, the budget it is held against, and the bytes of each phase: per device, where a
-    model is spread over several."""
+    model is spread over several. `latency` is None where the device's speed is not known."""
 
     recipe: Recipe
     budget_bytes: int
@@ -77,6 +78,7 @@ class Plan:
     share: DeviceShare
     cliff: Cliff
     kv_bytes_per_token: int
+    latency: Latency | None
 
     @property
     def peak_bytes(self) -> int:
@@ -103,6 +105,7 @@ class Plan:
             "cliff": asdict(self.cliff),
             **asdict(self.share),
             "kv_bytes_per_token": self.kv_bytes_per_token,
+            "latency": None if self.latency is None else asdict(self.latency),
             "model": {**recipe.model.to_json(), "parameters": recipe.model.parameters},
             "device": asdict(recipe.device),
             "workload": asdict(recipe.workload),

@@ -5,6 +5,7 @@ import importlib
 import pkgutil
 from dataclasses import asdict, fields
 from difflib import get_close_matches
+from functools import cache
 from typing import Any
 
 from ullage.errors import TechniqueError
@@ -56,6 +57,7 @@ def parse(text: str) -> Technique:
     return cls(**settings)
 
 
+@cache  # a search asks thousands of times
 def _technique_class(name: str) -> type[Technique]:
     if name not in names():
         close = get_close_matches(name, names(), n=1)

@@ -3,12 +3,15 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
+from ullage.errors import TechniqueError
+from ullage.specs.blocks import dense_layer_bytes, full_layers
+from ullage.specs.device import Device
 from ullage.specs.footprint import Footprint
 from ullage.specs.model import ModelSpec
-from ullage.specs.workload import Step
+from ullage.specs.workload import Engine, Step
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -23,6 +26,7 @@ class Technique(ABC):
     paper: ClassVar[str]  # URL; equation and section numbers stand beside the code that does them
     acts_on: ClassVar[Literal["weights", "kv", "context", "facts"]]
     runs: ClassVar[bool] = True  # False: its bytes can be planned, and that is all yet
+    engines: ClassVar[tuple[Engine, ...]] = ("ullage", "transformers")
 
     @property
     def name(self) -> str:
@@ -44,13 +48,19 @@ class Technique(ABC):
         """The bytes of one phase with this technique, given those without. Arithmetic only;
         techniques chain."""
 
+    def moved_bytes(self, model: ModelSpec, work: Step, device: Device) -> int:
+        """Bytes that a forward pass moves beside the weights and KV entries that it holds: the one
+        way in which a technique changes latency."""
+        return 0
+
     @abstractmethod
     def attach(self, model: "PreTrainedModel") -> AbstractContextManager[None]:
         """Act on `model` while the context is open. State is born inside and dies inside: the model
         is bit-exact afterwards, also after an exception.
 
         Raises:
-            TechniqueError: the model is one that `unsupported` names.
+            TechniqueError: the model is one that `unsupported` names, or the technique is one that
+                is planned only.
         """
 
     def while_loading(
@@ -63,3 +73,18 @@ class Technique(ABC):
             TechniqueError: a library that this takes is not installed.
         """
         return None
+
+
+def with_full_layers(
+    before: Footprint, model: ModelSpec, work: Step, layer_bytes: int
+) -> Footprint:
+    """`before` with `layer_bytes` a sequence in each layer that kept every token.
+
+    Raises:
+        TechniqueError: another technique has changed those layers already.
+    """
+    layers = work.sequences * full_layers(model)
+    dense_bytes = layers * dense_layer_bytes(model, work.held_tokens, work.execution.kv_dtype)
+    if before.kv_bytes < dense_bytes:
+        raise TechniqueError("Only one technique can act on KV entries: leave the others out.")
+    return replace(before, kv_bytes=before.kv_bytes - dense_bytes + layers * layer_bytes)

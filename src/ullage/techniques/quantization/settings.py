@@ -8,9 +8,11 @@ in blocks of 256 ("double quantization").
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 
 from ullage.errors import TechniqueError
+from ullage.specs.device import Device
 from ullage.specs.dtypes import DTYPE_BYTES
 from ullage.specs.footprint import Footprint
 from ullage.specs.loading import load_spike_bytes
@@ -63,14 +65,9 @@ class Quantization(Technique):
     def footprint(self, before: Footprint, model: ModelSpec, work: Step) -> Footprint:
         if self.scheme == "none":
             return before
-        dtype = work.execution.dtype
-        saved_bytes = sum(
-            tensor.count * (_plain_bytes(tensor, dtype) - self.resident_bytes(tensor, dtype))
-            for tensor in model.tensors
-        )
         return replace(
             before,
-            weights_bytes=before.weights_bytes - saved_bytes,
+            weights_bytes=before.weights_bytes - _saved_bytes(self, model, work.execution.dtype),
             activation_bytes=before.activation_bytes + self._scratch_bytes(before, model, work),
             overhead_bytes=before.overhead_bytes + LIBRARY_BYTES[self.scheme],
         )
@@ -86,20 +83,21 @@ class Quantization(Technique):
         outer_scales = -(-scales // NF4_SCALE_BLOCK)
         return -(-tensor.elements // 2) + scales + 4 * outer_scales + NF4_TABLE_BYTES
 
+    def moved_bytes(self, model: ModelSpec, work: Step, device: Device) -> int:
+        """Weights are widened to the arithmetic's format at each use, written and read again; but
+        bitsandbytes multiplies NF4 by a single token as it lies, on GPUs."""
+        fused = self.scheme == "nf4" and device.kind in ("cuda", "rocm") and work.new_tokens == 1
+        if self.scheme == "none" or fused:
+            return 0
+        return 2 * _dequantized_bytes(model, work.execution.dtype)
+
     def _scratch_bytes(self, before: Footprint, model: ModelSpec, work: Step) -> int:
         """Dequantized copies: one weight at a time while running, one on its way in while
         loading."""
         dtype = work.execution.dtype
-        linear = [tensor for tensor in model.tensors if tensor.role == "linear"]
         if work.phase != "load":
-            return max(_plain_bytes(tensor, dtype) for tensor in linear)
-
-        def staging(tensor: TensorSpec) -> int:
-            # the full weight, and the quantizer's own copy of it in fp32
-            return 2 * 4 * tensor.elements if tensor.role == "linear" else 0
-
-        spike = load_spike_bytes(model, lambda tensor: self.resident_bytes(tensor, dtype), staging)
-        return max(0, spike - before.activation_bytes)
+            return _largest_bytes(model, dtype)
+        return max(0, _spike_bytes(self, model, dtype) - before.activation_bytes)
 
     @contextmanager
     def attach(self, model: "PreTrainedModel") -> Iterator[None]:
@@ -114,6 +112,38 @@ class Quantization(Technique):
         if self.scheme == "none":
             return {}
         return dict.fromkeys((name for name, _ in projections(model)), quantizer(self.scheme))
+
+
+# A search asks for these sums thousands of times.
+
+
+@lru_cache
+def _saved_bytes(technique: Quantization, model: ModelSpec, dtype: str) -> int:
+    return sum(
+        tensor.count * (_plain_bytes(tensor, dtype) - technique.resident_bytes(tensor, dtype))
+        for tensor in model.tensors
+    )
+
+
+@lru_cache
+def _spike_bytes(technique: Quantization, model: ModelSpec, dtype: str) -> int:
+    def staging(tensor: TensorSpec) -> int:
+        # the full weight, and the quantizer's own copy of it in fp32
+        return 2 * 4 * tensor.elements if tensor.role == "linear" else 0
+
+    return load_spike_bytes(model, lambda tensor: technique.resident_bytes(tensor, dtype), staging)
+
+
+@lru_cache
+def _dequantized_bytes(model: ModelSpec, dtype: str) -> int:
+    linear = (tensor for tensor in model.tensors if tensor.role == "linear")
+    return sum(tensor.count * _plain_bytes(tensor, dtype) for tensor in linear)
+
+
+@lru_cache
+def _largest_bytes(model: ModelSpec, dtype: str) -> int:
+    linear = (tensor for tensor in model.tensors if tensor.role == "linear")
+    return max(_plain_bytes(tensor, dtype) for tensor in linear)
 
 
 def _plain_bytes(tensor: TensorSpec, dtype: str) -> int:

@@ -1,0 +1,1 @@
+"""What `ullage plan` prints: one file a kind of answer. No commands here."""

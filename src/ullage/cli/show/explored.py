@@ -1,0 +1,137 @@
+"""What a search found: the ranking, the front, and the change that makes a request fit."""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ullage.planner.explore import Candidate, Exploration
+from ullage.specs.plan import Cliff
+from ullage.specs.workload import Workload
+from ullage.units import format_bytes
+
+TOP = 10
+# How a table says a change in few letters.
+_SHORT = {
+    "--weights": "{} weights",
+    "--kv-cache-dtype": "{} KV",
+    "--technique": "{}",
+    "--prefill-chunk": "chunk {}",
+    "--max-num-seqs": "{} seqs",
+    "--attention": "{}",
+    "--tp": "{} devices",
+    "--device": "{}",
+}
+_REACH = {"context": "context", "concurrency": "sequences", "latency": ""}
+
+
+def as_json(found: Candidate) -> dict[str, Any]:
+    """One combination as JSON types."""
+    return {
+        "changes": list(found.changes),
+        "fits": found.fits,
+        "reach": found.reach,
+        "peak_bytes": found.peak_bytes,
+        "budget_bytes": found.budget_bytes,
+        "device": found.recipe.device.name,
+        "latency": found.latency and asdict(found.latency),
+        "cost_percent": found.cost_percent,
+        "figures": [cost.figure and asdict(cost.figure) for cost in found.costs],
+        "runs": found.runs,
+        "hardware": found.hardware,
+    }
+
+
+def exploration_json(explored: Exploration) -> dict[str, Any]:
+    """The ranking's top, and the front, as JSON types."""
+    return {
+        "goal": explored.goal,
+        "tried": len(explored.every),
+        "fitting": len(explored.ranked),
+        "asked": as_json(explored.every[0]),
+        "ranked": [as_json(found) for found in explored.best(TOP)],
+        "front": [as_json(found) for found in explored.front],
+    }
+
+
+def show_exploration(console: Console, explored: Exploration) -> None:
+    """Print the ranking's top, the front and the figures that both rest on."""
+    asked = explored.every[0].recipe
+    work = asked.workload
+    console.print(
+        f"{asked.model.name}, {work.sequences} x {work.context_tokens:,} tokens, for "
+        f"{explored.goal}: {len(explored.ranked):,} of {len(explored.every):,} combinations fit."
+    )
+    top = explored.best(TOP)
+    front = [found for found in explored.front if found.fits][:TOP]
+    if top:
+        console.print(_table(top, _REACH[explored.goal]))
+        console.print("\nNothing beats these in memory, quality and latency at once:")
+        console.print(_table(front, ""))
+        if not all(found.runs for found in (*top, *front)):
+            console.print("* planned only: `ullage run` does not do it yet.")
+    for line in _figures([*top, *front]):
+        console.print(line)
+
+
+def _table(rows: Iterable[Candidate], reach: str) -> Table:
+    table = Table("", box=None, pad_edge=False)
+    for column in (reach, "memory", "first token", "tokens/s", "loss, added up"):
+        if column:
+            table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("with", overflow="fold")
+    for number, found in enumerate(rows, 1):
+        reached = [f"{found.reach:,}"] if reach else []
+        table.add_row(
+            str(number),
+            *reached,
+            format_bytes(found.peak_bytes),
+            *_speed(found),
+            _loss(found),
+            _with(found),
+        )
+    return table
+
+
+def _speed(found: Candidate) -> tuple[str, str]:
+    if found.latency is None:
+        return "", ""
+    return f"{found.latency.ttft_s:,.2f} s", f"{found.latency.tokens_per_s:,.0f}"
+
+
+def _loss(found: Candidate) -> str:
+    return "no figure" if found.cost_percent is None else f"{found.cost_percent:.2g}%"
+
+
+def _with(found: Candidate) -> str:
+    words = (change.split(" ") for change in found.changes)
+    changes = ", ".join(_SHORT[option].format(value) for option, value in words)
+    return (changes or "as asked") + ("" if found.runs else " *")
+
+
+def _figures(rows: Iterable[Candidate]) -> list[str]:
+    """Each figure once, with its source."""
+    figures = (cost.figure for found in rows for cost in found.costs if cost.figure is not None)
+    found = {f"{row.technique} {row.setting}: {row}; {row.source}." for row in figures}
+    return ["", "Losses rest on:", *sorted(found)] if found else []
+
+
+def change_line(change: Candidate) -> str:
+    """What makes a failing request fit, and what it costs."""
+    single = len(change.changes) == 1
+    what = "Cheapest single change that fits" if single else "No single change is enough; these are"
+    costs = ", ".join(str(cost) for cost in change.change_costs)
+    planned_only = "" if change.runs else " Planned only."
+    changes = " ".join(change.changes)
+    return f"{what}: {changes}: {format_bytes(change.peak_bytes)}, {costs}.{planned_only}"
+
+
+def size_line(cliff: Cliff, work: Workload) -> str | None:
+    """The size that fits without any other change; None where none does."""
+    if cliff.max_model_len and cliff.max_model_len > work.output_tokens:
+        return f"Or {cliff.max_model_len:,} tokens instead of {work.context_tokens:,}."
+    if cliff.max_num_seqs:
+        return f"Or {cliff.max_num_seqs:,} at a time instead of {work.sequences:,}."
+    return None

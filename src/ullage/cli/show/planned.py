@@ -1,0 +1,148 @@
+"""A plan as people read it."""
+
+from dataclasses import replace
+
+from rich.console import Console
+from rich.table import Table
+
+from ullage import techniques
+from ullage.planner import build_plan
+from ullage.planner.engines import ENGINES
+from ullage.planner.search import describe
+from ullage.specs.calibration import Calibration
+from ullage.specs.plan import Plan
+from ullage.units import format_bytes
+
+
+def show_plan(console: Console, plan: Plan, calibration: Calibration | None) -> None:
+    """Print `plan`: its phases, the verdict, the cliff, and what it would take otherwise."""
+    recipe, work = plan.recipe, plan.recipe.workload
+    console.print(
+        f"{recipe.model.name} ({recipe.model.parameters / 1e6:,.1f}M parameters) on "
+        f"{recipe.device.name}, budget {format_bytes(plan.budget_bytes)}"
+    )
+    console.print(
+        f"{work.sequences} x ({work.prompt_tokens:,} prompt + {work.output_tokens:,} output "
+        f"tokens), {describe(recipe)}"
+    )
+    console.print(_phase_table(plan, wide=console.width >= 110))
+    verdict = "[green]fits[/]" if plan.fits else "[red]does not fit[/]"
+    spare = plan.budget_bytes - plan.peak_bytes
+    console.print(
+        f"Peak {format_bytes(plan.peak_bytes)}: {verdict}, "
+        f"{format_bytes(abs(spare))} {'to spare' if spare >= 0 else 'too much'}."
+    )
+    for line in (
+        *_latency_lines(plan),
+        *_cliff_lines(plan),
+        *_attention_lines(plan, calibration),
+        *_request_lines(plan),
+        *_planned_only_lines(plan),
+    ):
+        console.print(line)
+
+
+def _phase_table(plan: Plan, wide: bool) -> Table:
+    table = Table("phase", box=None, pad_edge=False)
+    for column in ("weights", "KV", "scratch", "logits", "runtime", "total"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("of budget" if wide else "", justify="right", no_wrap=True)
+    for name, part in plan.phases.items():
+        sizes = (
+            part.weights_bytes, part.kv_bytes, part.activation_bytes, part.logits_bytes,
+            part.overhead_bytes, part.total_bytes,
+        )  # fmt: skip
+        share = part.total_bytes / plan.budget_bytes
+        table.add_row(name, *(format_bytes(size) for size in sizes), _bar(share, 20 * wide))
+    return table
+
+
+def _bar(share: float, width: int) -> str:
+    filled = min(width, round(share * width))
+    color = "green" if share <= 1 else "red"
+    return f"[{color}]{'█' * filled}{'░' * (width - filled)}[/] {share:.0%}"
+
+
+def _latency_lines(plan: Plan) -> list[str]:
+    latency, work = plan.latency, plan.recipe.workload
+    if latency is None:
+        return []
+    low_s, high_s = latency.ttft_band_s
+    low, high = latency.tokens_per_s_band
+    each = ""
+    if work.sequences > 1:
+        each = f", {latency.sequence_tokens_per_s:,.0f} for each of {work.sequences:,} sequences"
+    return [
+        f"Latency: first token in about {latency.ttft_s:,.2f} s ({low_s:,.2f} to {high_s:,.2f}), "
+        f"then about {latency.tokens_per_s:,.0f} tokens/s ({low:,.0f} to {high:,.0f}){each}."
+    ]
+
+
+def _request_lines(plan: Plan) -> list[str]:
+    """What a single request can take beside the plan."""
+    engine = ENGINES[plan.recipe.execution.engine]
+    return [
+        f"Outside of this: {term.what}, up to {format_bytes(term.nbytes)} a request."
+        for term in engine.worst_request_terms(plan.recipe)
+    ]
+
+
+def _planned_only_lines(plan: Plan) -> list[str]:
+    return [
+        f"{choice.name} is planned only: `ullage run` does not do it yet."
+        for choice in plan.recipe.techniques
+        if not techniques.create(choice).runs
+    ]
+
+
+def _cliff_lines(plan: Plan) -> list[str]:
+    cliff, work, model = plan.cliff, plan.recipe.workload, plan.recipe.model
+    if cliff.max_model_len == 0:
+        return ["Cliff: not even the shortest prompt fits."]
+    beyond = ""
+    if cliff.max_model_len is not None and cliff.max_model_len >= model.max_context_tokens:
+        beyond = f", beyond the model's own context of {model.max_context_tokens:,}"
+    return [
+        f"Cliff: with {_count(work.sequences, 'sequence')} the first context that fails is "
+        f"{_first_to_fail(cliff.max_model_len, 'token')}{beyond}.",
+        f"       At {work.context_tokens:,} tokens the first batch that fails is "
+        f"{_first_to_fail(cliff.max_num_seqs, 'sequence')}.",
+        f"       Each token more holds {plan.kv_bytes_per_token:,} bytes of KV.",
+    ]
+
+
+def _first_to_fail(largest: int | None, noun: str) -> str:
+    return "none" if largest is None else _count(largest + 1, noun)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _attention_lines(plan: Plan, calibration: Calibration | None) -> list[str]:
+    """What the score matrix would do to the same request, read in one pass as transformers does.
+    Servers have formats that it does not."""
+    if plan.recipe.execution.engine not in ("ullage", "transformers"):
+        return []
+    lines: list[str] = []
+    if calibration is not None and calibration.engine != "transformers":
+        calibration = None  # what transformers takes was not measured
+    chosen = tuple(
+        choice
+        for choice in plan.recipe.techniques
+        if "transformers" in techniques.create(choice).engines
+    )
+    for attention in ("eager", "sdpa"):
+        execution = replace(
+            plan.recipe.execution, engine="transformers", attention=attention, prefill_chunk=0
+        )
+        recipe = replace(plan.recipe, execution=execution, techniques=chosen)
+        other = build_plan(recipe, plan.budget_bytes, calibration)
+        prefill = other.phases["prefill"]
+        lines.append(
+            f"{'One pass, ' if not lines else '          '}{attention + ':':<6} prefill peaks at "
+            f"{format_bytes(prefill.total_bytes)} ({format_bytes(prefill.activation_bytes)} of it "
+            f"activations and scores), first fails at "
+            f"{_first_to_fail(other.cliff.max_model_len, 'token')}."
+        )
+    return lines

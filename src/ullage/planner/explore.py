@@ -1,0 +1,241 @@
+"""Every combination of the levers: what fits, ranked, and the front of memory, quality, latency."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from math import inf
+from typing import Literal
+
+from ullage.errors import DoesNotFit, InputError
+from ullage.planner.engines import ENGINES
+from ullage.planner.latency import estimate
+from ullage.planner.levers import Cost, Lever, Setting, levers_of
+from ullage.planner.memory import peak_bytes, phase_footprints
+from ullage.planner.reach import longest_context, most_sequences
+from ullage.planner.search import Freedom, as_memory_option
+from ullage.specs.calibration import Calibration
+from ullage.specs.device import Device
+from ullage.specs.latency import Latency
+from ullage.specs.plan import Recipe
+
+Goal = Literal["context", "concurrency", "latency"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One combination at the asked workload. `changes` are its settings other than the asked ones,
+    as typed, and `change_costs` what each of them costs; `costs` are all that is not free, what was
+    asked for too.
+
+    `reach` is what the goal counts: tokens of the longest context, or the most sequences, that fit;
+    None for the goal of latency, and where the combination does not fit.
+    """
+
+    recipe: Recipe
+    budget_bytes: int
+    peak_bytes: int
+    latency: Latency | None
+    changes: tuple[str, ...]
+    change_costs: tuple[Cost, ...]
+    costs: tuple[Cost, ...]
+    runs: bool
+    hardware: bool
+    reach: int | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak stays inside the budget."""
+        return self.peak_bytes <= self.budget_bytes
+
+    @property
+    def cost_percent(self) -> float | None:
+        """The single costs added up, an estimate: nobody measured the combination. None where one
+        of them is not known."""
+        known = [cost.percent for cost in self.costs]
+        return None if None in known else sum(cost for cost in known if cost is not None)
+
+
+@dataclass(frozen=True)
+class Exploration:
+    """`every` combination, the asked one first; `ranked` what fits, best first; `front` what no
+    other beats in memory, quality and latency at once, whether it fits or not, by memory: on the
+    asked hardware, where anything fits there."""
+
+    goal: Goal
+    every: tuple[Candidate, ...]
+    ranked: tuple[Candidate, ...]
+    front: tuple[Candidate, ...]
+
+    def best(self, count: int) -> list[Candidate]:
+        """The first `count` of the ranking, without those that only add changes to a better one."""
+        found: list[Candidate] = []
+        for candidate in self.ranked:
+            if len(found) == count:
+                break
+            if not any(_adds_nothing(candidate, better) for better in found):
+                found.append(candidate)
+        return found
+
+
+def _adds_nothing(found: Candidate, better: Candidate) -> bool:
+    """Whether `found`, ranked after `better`, has all of its changes and more, for nothing."""
+    return (
+        set(found.changes) > set(better.changes)
+        and (found.reach or 0) <= (better.reach or 0)
+        and _loss(found) >= _loss(better)
+        and _step_s(found) >= _step_s(better)
+    )
+
+
+def explore(
+    recipe: Recipe,
+    budget_bytes: int | None,
+    goal: Goal,
+    freedom: Freedom,
+    devices: Sequence[Device] = (),
+    calibration: Calibration | None = None,
+) -> Exploration:
+    """All combinations around `recipe` inside `budget_bytes` of each device (default: what the
+    engine takes of it). Ranked by `goal`, then the cost in quality, then latency; what takes other
+    or more devices comes after all that does not.
+
+    Raises:
+        TechniqueError, InputError: `recipe` itself is none that can be planned.
+    """
+    levers = levers_of(recipe, freedom, devices)
+    every = _candidates(recipe, _all(levers), budget_bytes, calibration)
+    fitting = [_reaching(found, goal, calibration) for found in every if found.fits]
+    here = [found for found in every if not found.hardware]
+    front = _front(here if any(found.fits for found in here) else every)
+    return Exploration(goal, tuple(every), tuple(sorted(fitting, key=_rank)), front)
+
+
+def cheapest_change(
+    recipe: Recipe,
+    budget_bytes: int | None,
+    freedom: Freedom,
+    devices: Sequence[Device] = (),
+    calibration: Calibration | None = None,
+) -> Candidate:
+    """The one lever to move so that `recipe` fits: the least loss of quality, then of latency. What
+    can be run goes before what can only be planned, and both before other or more devices. Where no
+    single change is enough, the cheapest combination.
+
+    Raises:
+        DoesNotFit: no combination fits; carries the smallest budget that would.
+    """
+    levers = levers_of(recipe, freedom, devices)
+    for moves in (_one_moved(levers), _all(levers)):
+        found = _candidates(recipe, moves, budget_bytes, calibration)
+        if fitting := [candidate for candidate in found if candidate.fits]:
+            return min(fitting, key=_expense)
+    needed_bytes = min(candidate.peak_bytes for candidate in found)
+    raise DoesNotFit(
+        f"No combination fits: the smallest budget that works is {as_memory_option(needed_bytes)}.",
+        needed_bytes=needed_bytes,
+    )
+
+
+def _candidates(
+    recipe: Recipe,
+    moves: Iterator[tuple[Setting, ...]],
+    budget_bytes: int | None,
+    calibration: Calibration | None,
+) -> list[Candidate]:
+    found = (_candidate(recipe, settings, budget_bytes, calibration) for settings in moves)
+    return [candidate for candidate in found if candidate is not None]
+
+
+def _all(levers: list[Lever]) -> Iterator[tuple[Setting, ...]]:
+    return product(*(lever.settings for lever in levers))
+
+
+def _one_moved(levers: list[Lever]) -> Iterator[tuple[Setting, ...]]:
+    asked = tuple(lever.settings[0] for lever in levers)
+    for place, lever in enumerate(levers):
+        for setting in lever.settings[1:]:
+            yield (*asked[:place], setting, *asked[place + 1 :])
+
+
+def _candidate(
+    recipe: Recipe,
+    settings: tuple[Setting, ...],
+    budget_bytes: int | None,
+    calibration: Calibration | None,
+) -> Candidate | None:
+    """The combination of `settings`, None where the engine does not take it."""
+    for setting in settings:
+        recipe = setting.apply(recipe)
+    engine = ENGINES[recipe.execution.engine]
+    try:
+        recipe = engine.settle(recipe)
+    except InputError:
+        return None
+    phases = phase_footprints(recipe, _measured(calibration, recipe))
+    return Candidate(
+        recipe=recipe,
+        budget_bytes=budget_bytes or engine.limit_bytes(recipe),
+        peak_bytes=max(part.total_bytes for part in phases.values()),
+        latency=estimate(recipe, phases),
+        changes=tuple(setting.typed for setting in settings if setting.typed),
+        change_costs=tuple(setting.cost for setting in settings if setting.typed),
+        costs=tuple(setting.cost for setting in settings if not setting.cost.free),
+        runs=all(setting.runs for setting in settings),
+        hardware=any(setting.hardware for setting in settings),
+    )
+
+
+def _measured(calibration: Calibration | None, recipe: Recipe) -> Calibration | None:
+    """The calibration where it is of the recipe's device: others were not measured."""
+    same = calibration is not None and calibration.device == recipe.device.name
+    return calibration if same else None
+
+
+def _reaching(found: Candidate, goal: Goal, calibration: Calibration | None) -> Candidate:
+    """`found` with how far it reaches."""
+    if goal == "latency":
+        return found
+    reach = longest_context if goal == "context" else most_sequences
+
+    def peak(recipe: Recipe) -> int:
+        return peak_bytes(recipe, _measured(calibration, recipe))
+
+    return replace(found, reach=reach(found.recipe, found.peak_bytes, found.budget_bytes, peak))
+
+
+def _rank(found: Candidate) -> tuple[float, ...]:
+    """The asked hardware, then the farthest, the least known loss, the fastest, the simplest."""
+    reach = -(found.reach or 0)
+    return (found.hardware, reach, _loss(found), _step_s(found), len(found.changes))
+
+
+def _expense(found: Candidate) -> tuple[float, ...]:
+    return (found.hardware, not found.runs, _loss(found), _step_s(found), len(found.changes))
+
+
+def _loss(found: Candidate) -> float:
+    """The cost in percent; unknown is the worst."""
+    return inf if found.cost_percent is None else found.cost_percent
+
+
+def _step_s(found: Candidate) -> float:
+    """Seconds a token, with a prompt's share in it: the asked workload from end to end."""
+    latency, work = found.latency, found.recipe.workload
+    if latency is None:
+        return 0.0
+    return latency.ttft_s / work.output_tokens + 1 / latency.sequence_tokens_per_s
+
+
+def _front(every: list[Candidate]) -> tuple[Candidate, ...]:
+    """What is not beaten, nor equalled, in all three; of equals the one with the fewest changes."""
+    front: list[Candidate] = []
+    best: list[tuple[float, float]] = []
+    order = sorted(
+        every, key=lambda found: (found.peak_bytes, _loss(found), _step_s(found), found.changes)
+    )
+    for found in order:
+        mine = (_loss(found), _step_s(found))
+        if not any(loss <= mine[0] and step_s <= mine[1] for loss, step_s in best):
+            front.append(found)
+            best.append(mine)
+    return tuple(front)

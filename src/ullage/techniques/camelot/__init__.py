@@ -1,0 +1,1 @@
+"""CAMELoT: what leaves the window is consolidated into an associative memory of fixed size."""

@@ -1,0 +1,1 @@
+"""Dynamic Memory Sparsification: a learned choice of the KV entries to keep, carried out later."""

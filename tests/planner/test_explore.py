@@ -1,0 +1,216 @@
+"""The search over all levers: what it returns fits, is ranked as it says, always the same."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ullage import Recipe, TechniqueChoice, default_execution, find_device, resolve
+from ullage.errors import DoesNotFit
+from ullage.planner.explore import Candidate, Exploration, cheapest_change, explore
+from ullage.planner.levers import levers_of
+from ullage.planner.memory import peak_bytes
+from ullage.planner.search import Freedom
+from ullage.specs.device import Device
+from ullage.specs.workload import Workload
+from ullage.units import GIB
+
+CARD = find_device("rtx-4090")
+FIXED = Freedom(False, False, False, False, False, False)
+FREE = Freedom()
+goals = st.sampled_from(["context", "concurrency", "latency"])
+
+
+def recipe(
+    model: str = "llama-3.1-8b", tokens: int = 8000, sequences: int = 1, device: Device = CARD
+) -> Recipe:
+    work = Workload(tokens, 192, sequences)
+    return Recipe(resolve(model), device, work, default_execution(device))
+
+
+def costs(found: Candidate) -> float:
+    return float("inf") if found.cost_percent is None else found.cost_percent
+
+
+@given(
+    st.sampled_from(["smollm2-135m", "llama-3.1-8b", "gemma-2-9b", "gpt2"]),
+    st.integers(1, 20_000),
+    st.integers(1, 40),
+    st.integers(1, 40),
+    goals,
+)
+@settings(max_examples=25)
+def test_what_is_ranked_fits_and_reaches_as_far_as_it_says(
+    model: str, tokens: int, sequences: int, budget_gib: int, goal: Any
+) -> None:
+    budget_bytes = budget_gib * GIB
+    explored = explore(recipe(model, tokens, sequences), budget_bytes, goal, FREE)
+    for found in explored.ranked:
+        assert peak_bytes(found.recipe) == found.peak_bytes <= budget_bytes
+    for found in explored.ranked[:3]:
+        assert_edge(found, goal)
+
+
+def assert_edge(found: Candidate, goal: str) -> None:
+    """One size more than it reaches fails, or is more than the model has."""
+    work, model = found.recipe.workload, found.recipe.model
+    if goal == "latency":
+        assert found.reach is None
+        return
+    assert found.reach is not None
+    if goal == "context":
+        most = max(work.context_tokens, model.max_context_tokens)
+        sizes = [replace(work, prompt_tokens=found.reach - work.output_tokens + n) for n in (0, 1)]
+    else:
+        most = 1 << 16
+        sizes = [replace(work, sequences=found.reach + n) for n in (0, 1)]
+    last, next_one = (peak_bytes(replace(found.recipe, workload=size)) for size in sizes)
+    assert last <= found.budget_bytes
+    assert found.reach == most or next_one > found.budget_bytes
+
+
+@given(st.integers(6, 30), goals)
+@settings(max_examples=10)
+def test_the_ranking_is_by_goal_then_loss_then_speed(budget_gib: int, goal: Any) -> None:
+    ranked = explore(recipe(), budget_gib * GIB, goal, FREE).ranked
+    keys = [(found.hardware, -(found.reach or 0), costs(found)) for found in ranked]
+    assert keys == sorted(keys)
+
+
+def test_it_is_always_the_same() -> None:
+    first, second = (explore(recipe(), None, "context", FREE) for _ in range(2))
+    assert first == second
+
+
+def test_what_was_asked_is_the_first_of_all() -> None:
+    asked = recipe()
+    explored = explore(asked, None, "latency", FREE)
+    assert explored.every[0].recipe == asked
+    assert explored.every[0].changes == ()
+    assert len(explored.every) == len({found.changes for found in explored.every})
+
+
+def test_nothing_moves_that_the_user_fixed() -> None:
+    assert len(explore(recipe(), None, "context", FIXED).every) == 1
+
+
+def test_unknown_costs_rank_last() -> None:
+    ranked = explore(recipe(), None, "latency", FREE).ranked
+    known = [found.cost_percent is not None for found in ranked]
+    assert known == sorted(known, reverse=True)
+    assert not all(known)
+
+
+def dominated(found: Candidate, other: Candidate) -> bool:
+    assert found.latency is not None
+    assert other.latency is not None
+    return (
+        other.peak_bytes < found.peak_bytes
+        and costs(other) <= costs(found)
+        and other.latency.tokens_per_s >= found.latency.tokens_per_s
+        and other.latency.ttft_s <= found.latency.ttft_s
+    )
+
+
+def test_nothing_beats_the_front() -> None:
+    explored = explore(recipe(), None, "latency", FREE)
+    for found in explored.front:
+        assert not any(dominated(found, other) for other in explored.every)
+    peaks = [found.peak_bytes for found in explored.front]
+    assert peaks == sorted(peaks)
+
+
+def test_the_best_leaves_out_what_only_adds_changes() -> None:
+    best = explore(recipe(), None, "latency", FREE).best(10)
+    assert best[0].changes == ("--weights nf4",) or best[0].changes == ()
+    for place, found in enumerate(best):
+        for better in best[:place]:
+            same = costs(found) == costs(better) and found.latency == better.latency
+            assert not (same and set(found.changes) > set(better.changes))
+
+
+def change(asked: Recipe, budget_bytes: int | None = None, *devices: Device) -> Candidate:
+    return cheapest_change(asked, budget_bytes, FREE, devices)
+
+
+def test_the_cheapest_change_is_one_and_fits() -> None:
+    asked = recipe(tokens=100_000)
+    assert peak_bytes(asked) > CARD.memory_bytes
+    found = change(asked)
+    assert found.changes == ("--weights int8",)
+    assert peak_bytes(found.recipe) <= CARD.memory_bytes
+
+
+def test_no_loss_goes_before_any() -> None:
+    """A smaller chunk is enough where activations are what does not fit."""
+    asked = recipe(tokens=20_000)
+    whole = replace(asked, execution=replace(asked.execution, prefill_chunk=0))
+    chunked = peak_bytes(asked)
+    assert change(whole, chunked + 20 * (1 << 20)).changes[0].startswith("--prefill-chunk")
+
+
+def test_another_device_is_the_last_resort() -> None:
+    large = find_device("h100")
+    assert change(recipe(tokens=100_000), None, large).changes == ("--weights int8",)
+    fixed = cheapest_change(recipe(tokens=100_000), None, FIXED, (large,))
+    assert fixed.changes == ("--device h100-80gb",)
+    assert fixed.hardware
+
+
+def test_where_no_single_change_is_enough_several_are() -> None:
+    found = change(recipe("llama-2-13b", 4000, 16, find_device("rtx-3090")))
+    assert len(found.changes) == 2
+    assert not found.runs
+
+
+def test_where_nothing_fits_the_smallest_budget_is_named() -> None:
+    with pytest.raises(DoesNotFit) as refused:
+        change(recipe("llama-3.1-70b"))
+    needed_bytes = refused.value.needed_bytes
+    assert change(recipe("llama-3.1-70b"), needed_bytes).peak_bytes == needed_bytes
+
+
+@pytest.mark.parametrize("engine", ["ullage", "transformers"])
+def test_the_levers_are_the_engines(engine: Any) -> None:
+    asked = replace(recipe(), execution=default_execution(CARD, engine))
+    levers = {lever.name: [place.typed for place in lever.settings] for lever in
+              levers_of(asked, FREE)}  # fmt: skip
+    assert levers["weights"] == ["", "--weights int8", "--weights nf4"]
+    assert ("--technique dms:kept=0.125" in levers["sparsity"]) == (engine == "ullage")
+    assert levers["tensor parallel"] == [""]
+    assert levers["KV entries"] == [""]
+
+
+def test_fp32_has_narrower_formats() -> None:
+    cpu = find_device("cpu-16gb")
+    levers = {lever.name: lever for lever in levers_of(recipe(device=cpu), FREE)}
+    assert [place.typed for place in levers["KV entries"].settings] == [
+        "", "--kv-cache-dtype bf16",
+    ]  # fmt: skip
+    assert "--weights bf16" in [place.typed for place in levers["weights"].settings]
+
+
+def test_what_is_quantized_already_keeps_its_weights() -> None:
+    asked = replace(recipe(), techniques=(TechniqueChoice("quantization", {"scheme": "int8"}),))
+    (weights,) = [lever for lever in levers_of(asked, FREE) if lever.name == "weights"]
+    assert len(weights.settings) == 1
+    assert weights.settings[0].cost.percent == 0.19
+
+
+def test_an_eager_request_can_leave_it() -> None:
+    asked = recipe(tokens=30_000)
+    eager = replace(default_execution(CARD, "transformers"), attention="eager")
+    found = change(replace(asked, execution=eager))
+    assert found.changes == ("--attention sdpa",)
+
+
+def test_the_sum_of_costs_needs_each_of_them() -> None:
+    explored: Exploration = explore(recipe(), None, "latency", FREE)
+    for found in explored.every:
+        known = [cost.percent for cost in found.costs]
+        if None in known:
+            assert found.cost_percent is None
+        else:
+            assert found.cost_percent == pytest.approx(sum(known))  # type: ignore[arg-type]

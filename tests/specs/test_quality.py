@@ -1,0 +1,73 @@
+"""Figures of quality: sourced, and the nearest one first."""
+
+from dataclasses import replace
+
+import pytest
+
+from ullage import resolve
+from ullage.specs import quality
+from ullage.specs.quality import COMPARABLE, Quality, figures, find
+
+OWN, LLAMA, LARGE = resolve("smollm2-135m"), resolve("llama-3.1-8b"), resolve("llama-3.1-70b")
+
+
+def test_every_figure_says_where_it_is_from() -> None:
+    for row in figures():
+        assert len(row.source) > 10, row
+        assert row.label in ("measured", "published")
+        assert row.setting == row.setting.lower()
+        assert (row.parameters is None) == (row.model == "")
+        if row.label == "measured":
+            assert row.n, row
+
+
+def test_no_figure_is_there_twice() -> None:
+    keys = [(row.technique, row.setting, row.model, row.metric) for row in figures()]
+    assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize(
+    ("model", "technique", "setting", "found"),
+    [
+        (OWN, "weights", "nf4", "smollm2-135m"),  # the same model, our own
+        (LLAMA, "weights", "nf4", "llama-7b"),  # about its size
+        (resolve("llama-3.2-1b"), "weights", "nf4", "llama-7b"),  # the nearest in size
+        (LARGE, "weights", "Q4_K_M", "llama-2-70b"),
+        (LLAMA, "weights", "Q4_K_M", "llama-3-8b"),
+        (LLAMA, "dms", "kept=0.125", "qwen3-8b"),
+    ],
+)
+def test_the_nearest_model_goes_first(
+    model: object, technique: str, setting: str, found: str
+) -> None:
+    row = find(model, technique, setting)  # type: ignore[arg-type]
+    assert row is not None
+    assert row.model == found
+    assert row.metric in COMPARABLE
+
+
+def test_our_own_figure_wins_over_a_published_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    published = Quality(
+        "weights", "nf4", "llama-3.1-8b", 8 * 10**9, "perplexity %", 5, None, "published", "a page"
+    )
+    own = replace(published, change=7, label="measured", n=10)
+    monkeypatch.setattr(quality, "figures", lambda: (published, own))
+    assert find(LLAMA, "weights", "nf4") == own
+
+
+def test_a_combination_without_a_figure_has_none() -> None:
+    assert find(LLAMA, "weights", "int3") is None
+    assert find(LLAMA, "kv", "iq4_nl") is None
+
+
+def test_what_cannot_be_compared_has_no_cost() -> None:
+    camelot = find(LLAMA, "camelot", "slots=512")
+    assert camelot is not None
+    assert camelot.cost_percent is None
+
+
+def test_a_gain_is_noise_and_costs_nothing() -> None:
+    row = find(resolve("llama-2-13b"), "weights", "nf4")
+    assert row is not None
+    assert row.change < 0 == row.cost_percent
+    assert str(row) == "task score +0.41% on llama-13b, published"

@@ -1,0 +1,131 @@
+"""What DMS and CAMELoT would hold: shares of the dense KV entries, exact where they can be."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ullage import ModelSpec, Recipe, TechniqueChoice, fit_run, resolve
+from ullage.errors import TechniqueError
+from ullage.planner.memory import phase_footprints
+from ullage.planner.search import Freedom
+from ullage.specs.blocks import BLOCK_TOKENS, block_bytes, full_layers
+from ullage.specs.device import Device
+from ullage.specs.workload import Execution, Workload
+from ullage.techniques.dms.settings import DMS
+from ullage.units import GIB
+
+TinySpec = Callable[..., ModelSpec]
+GPU = Device("gpu", "cuda", 80 * GIB)
+LLAMA = resolve("llama-3.1-8b")
+
+
+def kv_bytes(spec: ModelSpec, tokens: int, sequences: int = 1, *chosen: TechniqueChoice) -> int:
+    work = Workload(tokens - 1, 1, sequences)
+    return phase_footprints(Recipe(spec, GPU, work, Execution(), chosen))["decode"].kv_bytes
+
+
+def dms(kept: float, window: int = 256) -> TechniqueChoice:
+    return TechniqueChoice("dms", {"kept": kept, "window": window})
+
+
+def camelot(slots: int, segment: int = 512) -> TechniqueChoice:
+    return TechniqueChoice("camelot", {"slots": slots, "segment": segment})
+
+
+@given(st.integers(1, 200_000), st.floats(0.01, 1), st.integers(1, 2000))
+def test_a_head_keeps_its_window_and_a_share_of_the_rest(
+    tokens: int, kept: float, window: int
+) -> None:
+    live = DMS(kept, window).live_tokens(tokens)
+    assert live == tokens if tokens <= window else window < live <= tokens
+    assert live >= min(tokens, window + kept * (tokens - window))
+
+
+@given(st.integers(2, 200_000), st.sampled_from([0.5, 0.25, 0.125]), st.integers(1, 9))
+def test_dms_holds_what_its_heads_keep_and_at_most_a_block_more_each(
+    tokens: int, kept: float, sequences: int
+) -> None:
+    held = kv_bytes(LLAMA, tokens, sequences, dms(kept))
+    token_bytes = LLAMA.kv_width * 2
+    live_bytes = sequences * 32 * DMS(kept).live_tokens(tokens) * token_bytes
+    slack = sequences * 32 * 8 * (2 * block_bytes(LLAMA, "bf16") + 256 * 8)
+    assert live_bytes <= held <= live_bytes + slack
+    assert held <= kv_bytes(LLAMA, tokens, sequences) + sequences * 32 * 8 * 256 * 8
+
+
+def test_eight_times_needs_length() -> None:
+    """Real compression is T / (w + (T - w) / 8): the window counts."""
+    ratios = [
+        kv_bytes(LLAMA, size) / kv_bytes(LLAMA, size, 1, dms(0.125)) for size in (4096, 131072)
+    ]
+    assert ratios[0] == pytest.approx(5.4, abs=0.2)
+    assert ratios[1] == pytest.approx(7.8, abs=0.2)
+
+
+def test_dms_reads_one_layer_whole_while_it_prefills() -> None:
+    work = Workload(100_000, 100)
+    dense, sparse = (
+        phase_footprints(Recipe(LLAMA, GPU, work, Execution(), chosen))["prefill"]
+        for chosen in ((), (dms(0.125),))
+    )
+    layer_bytes = dense.kv_bytes // 32
+    extra_bytes = sparse.activation_bytes - dense.activation_bytes
+    assert 0.8 * layer_bytes < extra_bytes < layer_bytes
+
+
+@given(st.integers(513, 10**6), st.integers(0, 10**6), st.sampled_from([64, 1024]))
+def test_camelot_does_not_grow_beyond_its_window(tokens: int, more: int, slots: int) -> None:
+    chosen = camelot(slots)
+    held = kv_bytes(LLAMA, tokens, 1, chosen)
+    assert kv_bytes(LLAMA, tokens + more, 1, chosen) == held
+    assert held == 32 * (512 * 4096 + slots * (4096 + 8 * 8))
+
+
+def test_a_short_context_needs_no_bank() -> None:
+    assert kv_bytes(LLAMA, 512, 1, camelot(1024)) == kv_bytes(LLAMA, 512)
+
+
+def test_sliding_layers_stay_as_they_are(tiny_spec: TinySpec) -> None:
+    spec = tiny_spec("gemma2")  # one full layer between two that slide over 6 tokens
+    assert full_layers(spec) == 1
+    tokens = 64 * BLOCK_TOKENS
+    sliding_bytes = 2 * spec.num_kv_heads * block_bytes(spec, "bf16")
+    held = kv_bytes(spec, tokens, 1, camelot(32, 128))
+    assert held == sliding_bytes + spec.num_kv_heads * (
+        8 * block_bytes(spec, "bf16") + 32 * (2 * 8 * 2 + 8)
+    )
+
+
+@pytest.mark.parametrize("chosen", [dms(0.5), camelot(64)])
+def test_a_model_that_only_slides_has_nothing_to_give(
+    tiny_spec: TinySpec, chosen: TechniqueChoice
+) -> None:
+    from ullage.techniques import create
+
+    assert create(chosen).unsupported(tiny_spec("mistral")) is not None
+
+
+def test_both_at_once_are_refused() -> None:
+    with pytest.raises(TechniqueError, match="Only one technique"):
+        kv_bytes(LLAMA, 100_000, 1, dms(0.125), camelot(64))
+
+
+@pytest.mark.parametrize("chosen", [dms(0.5), camelot(64)])
+def test_a_run_refuses_what_is_planned_only(chosen: TechniqueChoice) -> None:
+    made = Recipe(LLAMA, GPU, Workload(1, 1), Execution(), (chosen,))
+    with pytest.raises(TechniqueError, match="can be planned, and is not run yet"):
+        fit_run(made, GPU.memory_bytes, Freedom())
+    assert fit_run(replace(made, techniques=()), GPU.memory_bytes, Freedom())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"kept": 0}, {"kept": 1.1}, {"kept": "half"}, {"kept": True}, {"kept": float("nan")},
+     {"window": 0}, {"window": 2.5}],
+)  # fmt: skip
+def test_settings_of_dms_that_cannot_be(settings: dict[str, object]) -> None:
+    with pytest.raises(TechniqueError, match="dms: "):
+        DMS(**settings)  # type: ignore[arg-type]
