@@ -216,9 +216,9 @@ def test_every_model_says_where_it_comes_from(name: str) -> None:
 def test_the_catalog_is_read_at_once() -> None:
     sources.catalog.cache_clear()
     sources._index.cache_clear()
-    started = time.perf_counter()
+    started = time.process_time()
     resolve("deepseek-v3.2-nvfp4")
-    assert time.perf_counter() - started < 0.25
+    assert time.process_time() - started < 0.25
 
 
 def test_the_demo_model_is_the_packaged_file() -> None:
