@@ -32,7 +32,7 @@ def attention_forward(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of new tokens over a PagedCache.
+    """Attention of new tokens over a PagedCache. Without gradients: it is for inference.
 
     Args:
         query: [B, Hq, N, D]; key and value: [B, Hkv, N, D], new tokens only.
@@ -40,6 +40,10 @@ def attention_forward(
 
     Returns:
         [B, N, Hq, D], and None for the attention weights, which are never built.
+
+    Raises:
+        RuntimeError: no PagedCache holds the past, or one of another number of sequences.
+        BudgetExceeded: a sequence for which no room was reserved finds none in the pool.
     """
     layer: PagedLayer | None = getattr(key, "ullage_layer", None)
     if layer is None:

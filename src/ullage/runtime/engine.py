@@ -132,13 +132,21 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> None:
         """One chunk of a prompt, if one is being read, and one token for each sequence that
-        writes."""
+        writes.
+
+        Raises:
+            Exception: whatever stops a forward pass, as torch.OutOfMemoryError or KeyboardInterrupt
+                do. The requests in that pass are `broken`, their blocks free; the others go on.
+            RuntimeError: blocks that are lost or free twice once nothing runs: a bug.
+        """
         self._admit()
         writing = list(self._writing)
         if self._reading is not None:
             self._prefill(self._reading)
         if writing:
             self._decode(writing)
+        if self.idle:
+            self.cache.pool.check_integrity(all_free=True)
 
     def generate(self, request: Request) -> Iterator[int]:
         """The new tokens of `request` as they come, its end token included. Blocks go back when the
