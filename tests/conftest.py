@@ -199,7 +199,8 @@ def _interleaved(weight: Any, heads: int) -> Any:
 
 @pytest.fixture(scope="session")
 def ullage() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`ullage(*words, stdin=, **environment)`: the command as a shell runs it."""
+    """`ullage(*words, stdin=, **environment)`: the command as a shell runs it, but for bugs: their
+    traceback is shown."""
 
     def run(
         *words: str, stdin: str | None = None, **environment: str
@@ -207,7 +208,7 @@ def ullage() -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(
             [sys.executable, "-m", "ullage", *words],
             capture_output=True, text=True, check=False, input=stdin,
-            env=os.environ | environment,
+            env={**os.environ, "ULLAGE_DEBUG": "1", **environment},
         )  # fmt: skip
 
     return run

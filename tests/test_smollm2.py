@@ -1,5 +1,7 @@
 """The real model: ullage writes what transformers writes, token by token."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from ullage import Device, Recipe, Workload, build_plan, default_execution, resolve
+from ullage.measure.cage import Cage, available
 from ullage.runtime.checkpoint import weights_folder
 from ullage.runtime.engine import Engine, Request
 from ullage.runtime.load import LoadedModel, load_model, load_tokenizer
@@ -91,3 +94,26 @@ def test_quantized_it_still_knows_the_capital(folder: Path, scheme: str) -> None
     prompt = loaded.tokenizer("The capital of France is")["input_ids"]
     text = loaded.tokenizer.decode(list(Engine(loaded, plan).generate(Request(prompt, 8))))
     assert "Paris" in text
+
+
+@pytest.mark.skipif(available()[:1] in ([], ["RLIMIT_DATA"]), reason="needs a memory cgroup")
+def test_a_run_lives_under_a_cap_of_exactly_its_budget(
+    folder: Path, loaded: LoadedModel, tmp_path: Path
+) -> None:
+    """With the smallest budget that is not refused: the plan's own peak."""
+    text = topics["assert"]
+    work = Workload(len(loaded.tokenizer(text)["input_ids"]), 8)
+    budget_bytes = build_plan(replace(RECIPE, workload=work)).peak_bytes
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text(text)
+    words = ["run", str(folder), "--prompt-file", str(prompt)]
+    words += ["--memory", str(budget_bytes), "--max-new-tokens", "8", "--device", "cpu-16gb"]
+    with Cage(budget_bytes) as cage:
+        run = cage.popen(
+            [sys.executable, "-m", "ullage", *words],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        _, said = run.communicate()
+    assert run.returncode == 0, said
+    assert "nothing had to shrink" in said
+    assert not cage.report().out_of_memory

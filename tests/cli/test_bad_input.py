@@ -184,6 +184,16 @@ def test_an_interrupt_while_the_prompt_is_read(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("wait_s", [0.0, 2.0])
+def test_an_interrupt_during_an_audit(copied_folder: Path, tmp_path: Path, wait_s: float) -> None:
+    written = ["--plot", str(tmp_path / "a.svg"), "--write", str(tmp_path / "a.json")]
+    code, errors = interrupted(["audit", str(copied_folder), *written, *SIZED], "lengths", wait_s)
+    assert code == 130
+    assert "Traceback" not in errors
+    assert not list(tmp_path.glob("a.*"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
 @pytest.mark.parametrize("wait_s", [0.0, 1.5])
 def test_an_interrupt_during_conversion(gguf_file: Path, tmp_path: Path, wait_s: float) -> None:
     words = ["run", str(gguf_file), "--prompt", "a", *SIZED]

@@ -69,7 +69,7 @@ def test_a_budget_in_which_nothing_fits_is_refused(
 ) -> None:
     done = ullage("audit", str(model_folder("llama")), "--memory", "1MiB", *SIZED)
     assert done.returncode == 1
-    assert "not even one token" in done.stderr
+    assert "not even two tokens" in done.stderr
 
 
 def test_a_picture_where_nobody_may_write_is_refused_before_the_work(

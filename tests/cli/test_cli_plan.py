@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from ullage.specs.calibration import Calibration
 from ullage.units import MIB
 
 Ullage = Callable[..., subprocess.CompletedProcess[str]]
@@ -58,6 +59,19 @@ def test_the_exit_code_says_whether_it_fits(ullage: Ullage, planned: Planned) ->
         too_small.stdout
     )
     assert "Or 8,176 tokens instead of 8,192." in too_small.stdout
+
+
+def test_a_calibration_counts_for_its_own_engine_alone(ullage: Ullage, tmp_path: Path) -> None:
+    file = tmp_path / "calibration.json"
+    Calibration("24GiB", "ullage", {"runtime_bytes": 7 << 30}, {}).write(file)
+    plain, calibrated = (ullage(*PLAN, *words).stdout for words in ([], ["--calibration", file]))
+    assert "7.00 GiB" in calibrated
+    assert "7.00 GiB" not in plain
+    # what transformers would do is planned as before: nobody measured it
+    assert calibrated.split("One pass")[1] == plain.split("One pass")[1]
+    other = ullage(*PLAN, "--engine", "transformers", "--calibration", file)
+    assert other.returncode == 2
+    assert "of ullage on 24GiB" in other.stderr
 
 
 def test_a_weight_format_is_short_for_its_technique(planned: Planned) -> None:
@@ -190,6 +204,8 @@ def test_planning_needs_no_torch() -> None:
         [*PLAN, "--memory", "-1GiB"],
         [*PLAN, "--memory", "25GiB"],
         [*PLAN, "--max-model-len", "0"],
+        [*PLAN, "--max-num-seqs", "1" + "0" * 400],
+        [*PLAN, "--prefill-chunk", "1" + "0" * 400],
         [*PLAN, "--output-len", "9000"],
         [*PLAN, "--weights", "int3"],
         [*PLAN, "--kv-cache-dtype", "fp4"],

@@ -1,7 +1,9 @@
 """ullage run, as a shell sees it, on a tiny model."""
 
 import json
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,11 +56,19 @@ def test_a_budget_that_cannot_work_names_one_that_does(ullage: Ullage, tiny_fold
         ([], "Give one prompt"),
         (["--prompt-file", "/no/such/file"], "Cannot read the prompt"),
         (["--prompt", "w6", "--memory", "-1GiB"], "size"),
-        (["--prompt", "w6", "--attention", "eager"], "never builds"),
+        (["--prompt", "w6", "--attention", "eager"], "--attention eager: ullage run has kernels"),
+        (["--prompt", "w6", "--attention", "flash"], "--attention flash: ullage run has kernels"),
+        (["--prompt", b"w6 \xff"], "Cannot read the prompt as UTF-8"),
+        (["--prompt", "w6", "--temperature", "1e-40"], "--temperature is 0, or from 0.001"),
+        (["--prompt", "w6", "--temperature", "nan"], "--temperature is 0, or from 0.001"),
+        (["--prompt", "w6", "--temperature", "inf"], "--temperature is 0, or from 0.001"),
+        (["--prompt", "w6", "--temperature", "-1"], "--temperature is 0, or from 0.001"),
+        (["--prompt", "w6", "--seed", "99999999999999999999"], "--seed"),
+        (["--prompt", "w6", "--device", "rtx-4090"], "cannot run here"),
     ],
 )
 def test_bad_input_is_two_lines_and_exit_code_2(
-    ullage: Ullage, tiny_folder: Path, words: list[str], says: str
+    ullage: Ullage, tiny_folder: Path, words: list[str | bytes], says: str
 ) -> None:
     done = ullage("run", str(tiny_folder), *SIZED, *words)
     assert done.returncode == 2
@@ -105,6 +115,49 @@ def test_what_was_chosen_to_fit_is_said_with_its_reason(ullage: Ullage, tiny_fol
     assert "would need" in tight.stderr
     assert "chunks of 128" in tight.stderr  # the first that does not read the prompt in one pass
     assert "nothing had to shrink" in ullage(*words, "--memory", str(whole)).stderr
+
+
+def test_a_prompt_of_other_bytes_is_refused_wherever_it_comes_from(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(b"w6 \xff")
+    command = [sys.executable, "-m", "ullage", "run", str(tiny_folder), *SIZED]
+    for words in (["-"], ["--prompt-file", str(file)]):
+        done = subprocess.run(
+            [*command, *words], input=b"w6 \xff", capture_output=True, check=False,
+            env={**os.environ, "ULLAGE_DEBUG": "1", "LC_ALL": "C"},
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert b"Cannot read the prompt as UTF-8" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("planned", "words", "says"),
+    [
+        ([], ["--weights", "int8"], "--weights and --plan"),
+        ([], ["--prefill-chunk", "9"], "--prefill-chunk and --plan"),
+        ([], ["--kv-cache-dtype", "bf16"], "--kv-cache-dtype and --plan"),
+        ([], ["--technique", "quantization"], "--technique and --plan"),
+        ([], ["--device", "cpu"], "--device and --plan"),
+        (["--engine", "transformers"], [], "for transformers"),
+        (["--attention", "eager"], [], "attention eager"),
+        (["--device", "rtx-4090"], [], "rtx-4090 cannot run here"),
+    ],
+)
+def test_what_a_plan_decides_is_not_asked_for_twice_and_what_cannot_run_is_refused(
+    ullage: Ullage,
+    tiny_folder: Path,
+    tmp_path: Path,
+    planned: list[str],
+    words: list[str],
+    says: str,
+) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text(ullage("plan", str(tiny_folder), *SIZED, *planned, "--json").stdout)
+    done = ullage("run", str(tiny_folder), "--plan", str(plan), "--prompt", "w6", *words)
+    assert done.returncode == 2
+    assert says in done.stderr
 
 
 def test_a_plan_of_another_model_is_refused(

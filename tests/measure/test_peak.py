@@ -48,7 +48,7 @@ def test_the_workload_and_its_times_are_kept(measured: tuple[Plan, PeakMeasureme
     _, found = measured
     assert (found.prompt_tokens, found.output_tokens) == (200, 8)
     assert 0 < found.load_s < found.first_token_s < 300
-    assert found.decode_tokens_s > 0
+    assert found.decode_tokens_per_second > 0
 
 
 def test_a_process_that_fails_says_why(model_folder: Callable[[str], Path], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from ullage import (
     resolve,
 )
 from ullage.errors import TechniqueError
+from ullage.planner import fit_run
+from ullage.planner.search import Freedom
+from ullage.specs.calibration import Calibration
 from ullage.specs.families import RUNNING
 from ullage.specs.plan import read_plan
 from ullage.units import GIB, MIB
@@ -54,6 +58,23 @@ def test_an_unsupported_technique_is_refused(tiny_spec: TinySpec) -> None:
     recipe = Recipe(tiny_spec("gpt2"), CPU, Workload(1, 1), Execution(), (INT8,))
     with pytest.raises(TechniqueError, match="quantization cannot act on tiny-gpt2"):
         build_plan(recipe)
+
+
+@pytest.mark.parametrize(
+    "calibration",
+    [
+        Calibration("another", "ullage", {"runtime_bytes": 9}, {}),
+        Calibration("cpu", "transformers", {"runtime_bytes": 9}, {}),
+    ],
+)
+def test_a_calibration_of_another_device_or_engine_is_refused(
+    tiny_spec: TinySpec, calibration: Calibration
+) -> None:
+    recipe = Recipe(tiny_spec("llama"), CPU, Workload(1, 1), Execution())
+    with pytest.raises(InputError, match=r"The calibration is of .* and the plan of ullage on cpu"):
+        build_plan(recipe, calibration=calibration)
+    with pytest.raises(InputError, match="The calibration is of"):
+        fit_run(recipe, GIB, Freedom(), calibration)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("cpu", "fp32"), ("cuda", "bf16"), ("mps", "bf16")])
@@ -97,7 +118,8 @@ def test_json_says_the_figures_that_people_read(tiny_spec: TinySpec) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        "budget_bytes", "latency", "kv_bytes_per_token", "techniques", "phases", "phases.decode", "cliff",
+        "budget_bytes", "latency", "kv_bytes_per_token", "techniques", "phases",
+        "phases.decode", "cliff",
         "cliff.max_num_seqs", "device.kind", "device.memory_bytes", "workload.prompt_tokens",
         "execution", "model.caches", "model.tensors", "model.tensors.0.shape", "model.num_layers",
     ],
@@ -132,13 +154,68 @@ def test_a_plan_with_sizes_of_another_type_is_an_input_error(tiny_spec: TinySpec
             Plan.from_json(damaged)
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("execution.dtype", "int8", "'int8' is no format"),
+        ("execution.kv_dtype", "fp5", "'fp5' is no format"),
+        ("execution.prefill_chunk", -5, "prefill_chunk is -5"),
+        ("execution.engine", "vroom", "engine is one of ullage"),
+        ("execution.attention", "psychic", "attention is one of eager"),
+        ("execution.tensor_parallel", 0, "tensor_parallel is 0"),
+        ("device.memory_bytes", 0, "memory_bytes is 0"),
+        ("techniques.0.settings", 5, "settings is an object, not 5"),
+        ("phases", 5, "phases is an object, not 5"),
+        ("phases.load", None, "load is an object, not None"),
+        ("model", [], "model is an object"),
+        ("model.tensors.0.role", "villain", "role is one of"),
+    ],
+)
+def test_a_value_that_there_is_not_is_named(
+    tiny_spec: TinySpec, path: str, value: Any, says: str
+) -> None:
+    with pytest.raises(InputError, match=f"The plan is damaged: .*{says}"):
+        Plan.from_json(changed(plan_of(tiny_spec("llama")).to_json(), path.split("."), value))
+
+
+def changed(data: Any, path: list[str], value: Any) -> Any:
+    """`data` as JSON gives it back, with the value at `path` replaced."""
+    data = json.loads(json.dumps(data))
+    place = data
+    for key in path[:-1]:
+        place = place[int(key) if isinstance(place, list) else key]
+    place[path[-1]] = value
+    return data
+
+
+def paths(data: Any, so_far: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """The way to every value in a tree of dicts."""
+    if not isinstance(data, dict):
+        return [so_far]
+    return [path for key, value in data.items() for path in paths(value, (*so_far, key))]
+
+
+@given(st.data())
+def test_a_plan_with_anything_anywhere_is_a_plan_or_an_input_error(
+    tiny_spec: TinySpec, data: st.DataObject
+) -> None:
+    plan = plan_of(tiny_spec("llama")).to_json()
+    path = data.draw(st.sampled_from(paths(plan)))
+    junk = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+    value = data.draw(junk | st.lists(junk, max_size=2) | st.dictionaries(st.text(), junk))
+    with suppress(InputError):
+        assert isinstance(Plan.from_json(changed(plan, list(path), value)), Plan)
+
+
 @pytest.mark.parametrize("data", [[], None, 3, "plan", {}, {"schema_version": 1}])
 def test_what_is_no_plan_is_an_input_error(data: Any) -> None:
     with pytest.raises(InputError, match="not a plan"):
         Plan.from_json(data)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[1, 2]", b'{"a": NaN}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[" * 10**5, b"\xff\xfe\x00", b"[1, 2]", b'{"a": NaN}']
+)
 def test_a_file_that_is_no_plan_is_an_input_error(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "plan.json"
     file.write_bytes(content)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,17 @@ def test_a_hub_id_that_is_not_cached_says_why(offline: Path) -> None:
     cache_config(offline, "org/tiny")
     with pytest.raises(ModelError, match="not cached"):
         resolve("org/tiny@v2")
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(
+    offline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+    start_s = time.perf_counter()
+    with pytest.raises(ModelError, match="org/none is not cached, and the hub does not answer"):
+        resolve("org/none")
+    assert time.perf_counter() - start_s < 8
 
 
 def test_a_hub_id_of_the_catalog_needs_no_cache(offline: Path) -> None:

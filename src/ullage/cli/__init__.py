@@ -1,19 +1,25 @@
 """The command line: one file a command, imported when chosen. Data on stdout, the rest on stderr.
 
-Exit codes: 0 done or fits, 1 does not fit, 2 wrong usage or input, 130 interrupted.
+Exit codes: 0 done or fits, 1 does not fit, or nobody reads the output any more, 2 wrong usage or
+input, 3 a bug in ullage, 130 interrupted.
 """
 
 import importlib
+import os
 import pkgutil
+import signal
 import sys
+from io import TextIOWrapper
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
+from ullage.cli.machine import NEEDS_RUN
 from ullage.errors import UllageError
 
-_NOT_COMMANDS = {"options", "show"}
+_NOT_COMMANDS = {"given", "machine", "options", "show"}
+_OF_RUN = {"accelerate", "gguf", "matplotlib", "torch", "transformers"}  # the extra's modules
 
 
 class _Commands(TyperGroup):
@@ -32,7 +38,13 @@ class _Commands(TyperGroup):
         return typer.main.get_command(command)
 
 
-app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
 
 
 @app.callback()
@@ -41,9 +53,49 @@ def _describe() -> None:
 
 
 def main() -> None:
-    """Run the command line; our own errors become one or two lines on stderr and an exit code."""
+    """Run the command line; errors become one or two lines on stderr and an exit code.
+
+    With ULLAGE_DEBUG set, those that are not our own keep their traceback.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a sign shows "?"
+    interrupts = _note_interrupts()
     try:
         app()
-    except UllageError as error:
-        print(f"ullage: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if interrupts:
+            sys.exit(130)
+        if os.environ.get("ULLAGE_DEBUG") and not isinstance(error, UllageError):
+            raise
+        message, exit_code = _explained(error)
+        print(f"ullage: {message}", file=sys.stderr)
+        sys.exit(exit_code)
+
+
+def _note_interrupts() -> list[int]:
+    """The interrupts that come, as they come. Importing torch swallows one that comes meanwhile,
+    and fails afterwards in its own way."""
+    seen: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
+    return seen
+
+
+def _explained(error: Exception) -> tuple[str, int]:
+    """What to say of an error, and the exit code."""
+    if isinstance(error, UllageError):
+        return str(error), error.exit_code
+    if isinstance(error, ModuleNotFoundError) and error.name in _OF_RUN:
+        return f"{error.name} {NEEDS_RUN}", 2
+    if isinstance(error, OSError):  # a full disk, a file that went away
+        return str(error), 2
+    what = f"{type(error).__name__}: {error}".splitlines()[0]
+    return f"{what[:200]}\nThis is a bug: ULLAGE_DEBUG=1 shows where; please report it.", 3

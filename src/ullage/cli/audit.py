@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ullage.cli.machine import device_to_run
 from ullage.cli.options import (
     CalibrationOption,
     ChunkOption,
@@ -71,7 +72,7 @@ def audit(
         calibration=calibration,
     )  # fmt: skip
     _refuse_unwritable(plot, write)
-    spec, place = resolve(model), options.find_device()
+    spec, place = resolve(model), device_to_run(device)
     recipe = options.recipe(spec, place, workload_of(spec, max_model_len, output_len, 1))
     budget_bytes, known = options.budget_bytes(place), options.read_calibration()
     largest = _largest_tokens(recipe, budget_bytes, known, max_model_len)
@@ -106,9 +107,9 @@ def _largest_tokens(
     """The planned maximum: the cliff, the model's context, or what was asked, whichever is
     least."""
     plan = build_plan(recipe, budget_bytes, calibration)
-    if plan.cliff.max_model_len == 0:
+    if plan.cliff.max_model_len in (0, 1):
         raise DoesNotFit(
-            f"Nothing fits in {format_bytes(budget_bytes)}: not even one token.", plan.peak_bytes
+            f"Nothing fits in {format_bytes(budget_bytes)}: not even two tokens.", plan.peak_bytes
         )
     limits = [recipe.model.max_context_tokens]
     if plan.cliff.max_model_len is not None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ullage.specs.device import find_device
@@ -38,7 +39,7 @@ def demo(
     model, device = replace(resolve(str(folder)), name=_MODEL), find_device("cpu-16gb")
     ours = runs.ullage_plan(model, device, cap_bytes)
     text = runs.read_text(folder, model)
-    theirs = runs.plain_plan(model, device, cap_bytes, ours.recipe.workload.prompt_tokens)
+    theirs = runs.plain_plan(model, device, cap_bytes, text.prompt_tokens)
     console.print(
         f"Text: Python's documentation topics, {len(text.ids):,} tokens; {model.name} reads "
         f"{model.max_context_tokens:,} of them.\n"
@@ -54,7 +55,7 @@ def demo(
     console.print(_verdict(plain, theirs.recipe.workload.prompt_tokens, runs.STEP_TOKENS))
     console.print("ullage, under the same cap:")
     run = runs.run_ullage(ours, folder, text, cap)
-    console.print(f"[bold]Answer:[/] ... explains that {run.answer}")
+    console.print(f"[bold]Answer:[/] ... explains that {escape(run.answer)}")
     console.print(_table(plain, run))
     raise typer.Exit(0 if run.exit_code == 0 else 1)
 
@@ -63,14 +64,19 @@ def _verdict(plain: "Capped", wanted_tokens: int, step_tokens: int) -> str:
     planned = plain.plan.cliff.max_model_len or 0  # a DynamicCache always has a limit
     if plain.exit_code == 0:
         return (
-            f"[yellow]Plain transformers survived all {plain.tokens:,} tokens here[/], against the "
-            f"plan, which said {planned:,}."
+            f"[yellow]Plain transformers survived all {plain.read_tokens:,} tokens here[/], "
+            f"against the plan, which said {planned:,}."
         )
-    first_failed = min(plain.tokens + step_tokens, wanted_tokens)
+    if not plain.out_of_memory:
+        return (
+            f"[yellow]Plain transformers failed, and not for memory[/] (exit code "
+            f"{plain.exit_code}) after {plain.read_tokens:,} tokens: {escape(plain.error)}"
+        )
+    first_failed = min(plain.read_tokens + step_tokens, wanted_tokens)
     return (
         f"[red]Plain transformers died[/] ({plain.report.mechanism}, exit code "
-        f"{plain.exit_code}): it read {plain.tokens:,} tokens and not {first_failed:,}; planned "
-        f"limit {planned:,}."
+        f"{plain.exit_code}): it read {plain.read_tokens:,} tokens and not {first_failed:,}; "
+        f"planned limit {planned:,}."
     )
 
 
@@ -83,11 +89,15 @@ def _table(plain: "Capped", ours: "Capped") -> Table:
         "peak the kernel saw": lambda run: (
             "not counted" if run.report.peak_bytes is None else format_bytes(run.report.peak_bytes)
         ),
-        "prompt tokens read": lambda run: f"{run.tokens:,}",
-        "outcome": lambda run: (
-            "[green]finished[/]" if run.exit_code == 0 else "[red]killed out of memory[/]"
-        ),
+        "prompt tokens read": lambda run: f"{run.read_tokens:,}",
+        "outcome": _outcome,
     }
     for name, cell in rows.items():
         table.add_row(name, cell(plain), cell(ours))
     return table
+
+
+def _outcome(run: "Capped") -> str:
+    if run.exit_code == 0:
+        return "[green]finished[/]"
+    return "[red]out of memory[/]" if run.out_of_memory else "[yellow]failed[/]"

@@ -20,6 +20,7 @@ from ullage.specs.workload import Attention, Engine, Execution, Workload
 from ullage.units import format_bytes, parse_bytes, parse_tokens
 
 DEFAULT_OUTPUT_TOKENS = 256
+_MOST = 1 << 31  # of anything that is counted here: no machine comes near, and floats hold
 
 ModelArgument = Annotated[
     str,
@@ -32,7 +33,9 @@ ModelArgument = Annotated[
 DeviceOption = Annotated[
     str | None,
     typer.Option(
-        "--device", metavar="NAME|SIZE", help="A catalog name or a size. Default: this machine."
+        "--device",
+        metavar="NAME|SIZE",
+        help="A catalog name, a size, or cpu. Default: this machine.",
     ),
 ]
 MemoryOption = Annotated[
@@ -54,6 +57,7 @@ MaxNumSeqsOption = Annotated[
     typer.Option(
         "--max-num-seqs",
         min=1,
+        max=_MOST,
         help="Sequences at the same time, and the server's own limit. Default: 1, and the "
         "server's default limit.",
     ),
@@ -94,7 +98,10 @@ AttentionOption = Annotated[
 ChunkOption = Annotated[
     int | None,
     typer.Option(
-        "--prefill-chunk", min=0, help="Prompt tokens a forward pass; 0: all at once. Default: 512."
+        "--prefill-chunk",
+        min=0,
+        max=_MOST,
+        help="Prompt tokens a forward pass; 0: all at once. Default: 512.",
     ),
 ]
 TechniqueOption = Annotated[

@@ -1,6 +1,5 @@
 """ullage run: go on from a prompt, inside a budget."""
 
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,14 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
 
+from ullage.cli.given import (
+    own_attention,
+    prompt_text,
+    refuse_beside_plan,
+    refuse_plan,
+    refuse_temperature,
+)
+from ullage.cli.machine import device_to_run, refuse_unusable
 from ullage.cli.options import (
     AttentionOption,
     CalibrationOption,
@@ -25,6 +32,7 @@ from ullage.cli.options import (
 from ullage.errors import DoesNotFit, InputError, PromptError
 from ullage.planner import build_plan, fit_run
 from ullage.planner.search import Freedom, as_memory_option, describe
+from ullage.runtime import out_of_memory
 from ullage.specs.model import ModelSpec
 from ullage.specs.plan import Plan, read_plan
 from ullage.specs.sources import resolve
@@ -37,6 +45,7 @@ if TYPE_CHECKING:
     from ullage.runtime.engine import Engine, Request
 
 _LONG_PREFILL_TOKENS = 1024  # from here on a progress bar is worth its line
+_LARGEST_SEED = (1 << 63) - 1
 _TEMPLATE_TOKENS = 256  # more than a chat template or a tokenizer adds to a prompt
 
 
@@ -53,9 +62,12 @@ def run(
     memory: MemoryOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Write this many at most.")] = 256,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")
+        float, typer.Option(help="0 takes the likeliest token each time; else 0.001 to 1000.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the draws, where temperature is above 0.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, max=_LARGEST_SEED, help="Of the draws, where temperature is above 0."),
+    ] = 0,
     plan: Annotated[
         Path | None, typer.Option(help="Run as this plan says, written by `ullage plan --json`.")
     ] = None,
@@ -76,39 +88,17 @@ def run(
         device, memory, weights, kv_cache_dtype, attention, prefill_chunk, tuple(technique or ()),
         calibration=calibration,
     )  # fmt: skip
+    refuse_temperature(temperature)
     spec = resolve(model)
-    text = _prompt_text(source, prompt, prompt_file)
+    text = prompt_text(source, prompt, prompt_file)
     session = _Session(spec, options, None if plan is None else read_plan(plan))
     session.refuse_early(text, max_new_tokens)
     ids = session.tokenize(text, chat)
     made = session.plan_for(len(ids), max_new_tokens)
-    engine = session.load(made)
     output_tokens = made.recipe.workload.output_tokens
-    _stream(engine, ids, output_tokens, temperature, seed, made)
-
-
-def _prompt_text(source: str | None, prompt: str | None, file: Path | None) -> str:
-    """The prompt from the one place that was named.
-
-    Raises:
-        PromptError: none or more than one was, the file cannot be read, or it is empty.
-    """
-    if source not in (None, "-"):
-        raise PromptError(f"Give the prompt with --prompt; {source!r} is not an option.")
-    given = [place for place in (source, prompt, file) if place is not None]
-    if len(given) != 1:
-        raise PromptError("Give one prompt: --prompt TEXT, --prompt-file FILE, or - for stdin.")
-    try:
-        text = prompt if prompt is not None else _read(file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"Cannot read the prompt as UTF-8 text: {error}.") from error
-    if not text.strip():
-        raise PromptError("The prompt is empty: there is nothing to go on from.")
-    return text
-
-
-def _read(file: Path | None) -> str:
-    return sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
+    with out_of_memory.explained():
+        engine = session.load(made)
+        _stream(engine, ids, output_tokens, temperature, seed, made)
 
 
 @dataclass
@@ -120,13 +110,15 @@ class _Session:
     given: Plan | None
 
     def __post_init__(self) -> None:
-        if self.options.attention == "eager":
-            raise InputError("ullage run never builds the score matrix: use --attention sdpa.")
-        if self.given is not None and replace(self.given.recipe.model, source="") != replace(
-            self.spec, source=""
-        ):
-            raise InputError(f"The plan is for {self.given.recipe.model.name}, not this model.")
-        device = self.options.find_device() if self.given is None else self.given.recipe.device
+        if self.options.attention != "sdpa":
+            raise InputError(own_attention("--attention", self.options.attention))
+        if self.given is None:
+            device = device_to_run(self.options.device)
+        else:
+            refuse_beside_plan(self.options)
+            refuse_plan(self.given, self.spec)
+            device = self.given.recipe.device
+            refuse_unusable(device)
         self.budget_bytes = (
             self.options.budget_bytes(device)
             if self.given is None or self.options.memory is not None

@@ -5,7 +5,6 @@ from ctypes.util import find_library
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 
 from ullage import techniques
 from ullage.measure.peak import measure_peak
@@ -17,6 +16,7 @@ from ullage.specs.plan import Plan, Recipe
 from ullage.specs.workload import PHASES, Step, Workload
 
 FILL = 0.92  # of the planned maximum: "boots" is not "fills"
+_SHORTEST_TOKENS = 2
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,10 @@ class Audit:
 
 
 def fill_ladder(largest_tokens: int, points: int) -> list[int]:
-    """Lengths that double up to `FILL` of `largest_tokens`, shortest first."""
-    top = max(1, int(FILL * largest_tokens))
-    return sorted({max(1, top >> step) for step in range(points)})
+    """Lengths in tokens that double up to `FILL` of `largest_tokens`, shortest first; none has
+    less than a token to read and one to write."""
+    top = max(_SHORTEST_TOKENS, int(FILL * largest_tokens))
+    return sorted({max(_SHORTEST_TOKENS, top >> step) for step in range(points)})
 
 
 def run_audit(
@@ -79,14 +80,18 @@ def run_audit(
 
 
 def calibrated(audit: Audit) -> Calibration:
-    """What the process really takes beside weights, KV entries and activations, over all points."""
+    """What the process takes beside weights, KV entries and activations at most.
+
+    A plan is a hard limit: this is the most of all points, and as much again as they differ, for
+    no two runs take the same and nobody measured the lengths in between.
+    """
     beside = [
         point.measured.peak_bytes - _planned_beside_runtime(point.plan) for point in audit.points
     ]
     return Calibration(
         device=audit.points[0].plan.recipe.device.name,
         engine="ullage",
-        constants={"runtime_bytes": int(median(beside))},
+        constants={"runtime_bytes": 2 * max(beside) - min(beside)},
         versions={name: version(name) for name in ("torch", "transformers")},
     )
 

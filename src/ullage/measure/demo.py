@@ -21,6 +21,7 @@ from ullage.specs.workload import Execution, Workload
 
 ANSWER_TOKENS = 64
 STEP_TOKENS = 512  # how much longer each of plain's prompts is than the one before
+_REFUSED = ("allocate memory", "MemoryError", "bad_alloc")  # how CPU allocators say no
 QUESTION = "\n\nIn one sentence, the text above explains that"
 
 
@@ -28,22 +29,35 @@ QUESTION = "\n\nIn one sentence, the text above explains that"
 class Capped:
     """One process under the cap: what was planned and what the kernel saw.
 
-    `tokens` is the longest prompt that was read; `answer` what was written, for ullage.
+    `read_tokens` is the longest prompt that was read, `answer` what ullage wrote, and `error` the
+    last line that plain transformers left on stderr.
     """
 
     plan: Plan
     report: CageReport
     exit_code: int
-    tokens: int
+    read_tokens: int
     answer: str = ""
+    error: str = ""
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether the cap ended it: the kernel killed it, or refused it an allocation."""
+        if self.report.mechanism == "RLIMIT_DATA":  # which sees that it failed, and not of what
+            return self.exit_code != 0 and any(sign in self.error for sign in _REFUSED)
+        return self.report.out_of_memory
 
 
 @dataclass(frozen=True)
 class DemoText:
-    """The demo's text as ids, cut to what the model can read with the question and the answer."""
+    """The demo's text as ids, cut to what the model can read with the question and the answer.
+
+    `prompt_tokens` counts the prompt as it is read: cut text is not always split at the cut again.
+    """
 
     ids: list[int]
     prompt: str
+    prompt_tokens: int
 
 
 def read_text(folder: Path, model: ModelSpec) -> DemoText:
@@ -54,7 +68,8 @@ def read_text(folder: Path, model: ModelSpec) -> DemoText:
     tokenizer.model_max_length = sys.maxsize  # the text is longer than the context, and is cut here
     ids = tokenizer("\n\n".join(pydoc_data.topics.topics.values()))["input_ids"]
     room = model.max_context_tokens - ANSWER_TOKENS - 2 * len(tokenizer(QUESTION)["input_ids"])
-    return DemoText(ids, tokenizer.decode(ids[:room]) + QUESTION)
+    prompt = tokenizer.decode(ids[:room]) + QUESTION
+    return DemoText(ids, prompt, len(tokenizer(prompt)["input_ids"]))
 
 
 def plain_plan(model: ModelSpec, device: Device, cap_bytes: int, tokens: int) -> Plan:
@@ -76,20 +91,26 @@ def run_plain(plan: Plan, folder: Path, text: DemoText, on_length: Callable[[int
     has read as many tokens as ullage will."""
     top = plan.recipe.workload.prompt_tokens
     lengths = [*range(STEP_TOKENS, top, STEP_TOKENS), top]
-    with tempfile.TemporaryDirectory() as scratch, Cage(plan.budget_bytes) as cage:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        tempfile.TemporaryFile("w+", errors="replace") as errors,
+        Cage(plan.budget_bytes) as cage,
+    ):
         ids = Path(scratch) / "ids.json"
         ids.write_text(json.dumps(text.ids[:top]))
         process = cage.popen(
             [sys.executable, "-m", "ullage.measure.plain", str(folder), str(ids),
              *(str(length) for length in lengths)],
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            stdout=subprocess.PIPE, stderr=errors, text=True,
         )  # fmt: skip
         survived = 0
         for line in process.stdout or ():
             survived = json.loads(line)["tokens"]
             on_length(survived)
         exit_code = process.wait()
-    return Capped(plan, cage.report(), exit_code, survived)
+        errors.seek(0)
+        error = (errors.read().strip().splitlines() or [""])[-1]
+    return Capped(plan, cage.report(), exit_code, survived, error=error)
 
 
 def run_ullage(plan: Plan, folder: Path, text: DemoText, cap: str) -> Capped:
@@ -103,12 +124,14 @@ def run_ullage(plan: Plan, folder: Path, text: DemoText, cap: str) -> Capped:
         prompt.write_text(text.prompt, encoding="utf-8")
         process = cage.popen(
             [sys.executable, "-m", "ullage", "run", str(folder), "--prompt-file", str(prompt),
-             "--memory", cap, "--max-new-tokens", str(ANSWER_TOKENS)],
+             "--device", plan.recipe.device.name, "--memory", cap,
+             "--max-new-tokens", str(ANSWER_TOKENS)],
             stdout=subprocess.PIPE,
             text=True,
         )  # fmt: skip
         answer, _ = process.communicate()
-    if process.returncode not in (0, -9, 137):
+    done = process.returncode == 0
+    if not done and not cage.report().out_of_memory:
         raise UllageError(f"ullage run ended with exit code {process.returncode}.")
-    tokens = plan.recipe.workload.prompt_tokens if process.returncode == 0 else 0
+    tokens = text.prompt_tokens if done else 0
     return Capped(plan, cage.report(), process.returncode, tokens, answer.strip())

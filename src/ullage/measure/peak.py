@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ullage.errors import UllageError
+from ullage.runtime import out_of_memory
 from ullage.specs.measurement import PeakMeasurement
 from ullage.specs.plan import Plan
 from ullage.specs.workload import PhaseName
@@ -89,7 +90,7 @@ def run_and_measure(plan: Plan, folder: Path, steady_allocator: bool) -> PeakMea
         held_bytes=held,
         load_s=load_s,
         first_token_s=first_token_s,
-        decode_tokens_s=(work.output_tokens - 1) / decode_s,
+        decode_tokens_per_second=(work.output_tokens - 1) / decode_s,
     )
 
 
@@ -102,9 +103,9 @@ def _process_start_s() -> float:
 def _main() -> int:
     request = json.load(sys.stdin)
     try:
-        measured = run_and_measure(
-            Plan.from_json(request["plan"]), Path(request["folder"]), request["steady_allocator"]
-        )
+        plan, folder = Plan.from_json(request["plan"]), Path(request["folder"])
+        with out_of_memory.explained():
+            measured = run_and_measure(plan, folder, request["steady_allocator"])
     except UllageError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -7,6 +7,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from ullage.errors import InputError
 from ullage.specs.calibration import Calibration
 from ullage.specs.footprint import Label
 from ullage.specs.plan import Recipe
@@ -23,10 +24,16 @@ class Constant:
 
 class Constants:
     """The constants of a recipe's engine, version and kind of device; a calibration's figures go
-    before the built-in ones."""
+    before the built-in ones.
+
+    Raises:
+        InputError: the calibration is of another device or engine than the recipe.
+    """
 
     def __init__(self, recipe: Recipe, calibration: Calibration | None = None) -> None:
         execution = recipe.execution
+        if calibration is not None:
+            _refuse_other(calibration, recipe)
         kind = "cpu" if recipe.device.kind == "cpu" else "cuda"
         self._found = _constants(execution.engine, execution.engine_version, kind)
         self._measured = {} if calibration is None else calibration.constants
@@ -43,6 +50,16 @@ class Constants:
 def latency_constants(kind: str) -> Mapping[str, Constant]:
     """The constants of latency on a `kind` of device, the same for all engines."""
     return _constants("latency", "", "cpu" if kind == "cpu" else "cuda")
+
+
+def _refuse_other(calibration: Calibration, recipe: Recipe) -> None:
+    measured = (calibration.engine, calibration.device)
+    planned = (recipe.execution.engine, recipe.device.name)
+    if measured != planned:
+        raise InputError(
+            f"The calibration is of {' on '.join(measured)}, and the plan of "
+            f"{' on '.join(planned)}: measure that one, or leave --calibration out."
+        )
 
 
 @cache

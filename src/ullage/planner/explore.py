@@ -167,6 +167,7 @@ def _candidate(
     for setting in settings:
         recipe = setting.apply(recipe)
     engine = ENGINES[recipe.execution.engine]
+    calibration = _of_device(calibration, recipe.device)
     try:
         recipe = engine.settle(recipe)
     except InputError:
@@ -185,11 +186,17 @@ def _candidate(
     )
 
 
+def _of_device(calibration: Calibration | None, device: Device) -> Calibration | None:
+    """The calibration where it is of `device`: what another takes was not measured."""
+    return calibration if calibration is not None and calibration.device == device.name else None
+
+
 def _reaching(found: Candidate, goal: Goal, calibration: Calibration | None) -> Candidate:
     """`found` with how far it reaches."""
     if goal == "latency":
         return found
     reach = longest_context if goal == "context" else most_sequences
+    calibration = _of_device(calibration, found.recipe.device)
 
     def peak(recipe: Recipe) -> int:
         return peak_bytes(recipe, calibration)

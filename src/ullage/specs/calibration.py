@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ullage.errors import InputError
+from ullage.specs.decode import decode
 from ullage.specs.workload import Engine
 
 
@@ -41,12 +42,15 @@ def read_calibration(path: Path) -> Calibration:
         InputError: no such file, or not a calibration.
     """
     try:
-        calibration = Calibration(**json.loads(path.read_text(encoding="utf-8")))
-        figures = list(calibration.constants.values())
+        data = json.loads(path.read_text(encoding="utf-8"))
+        calibration: Calibration = decode(Calibration, data, "calibration")
     except OSError as error:
         raise InputError(f"Cannot read {path}: {error.strerror}.") from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is no calibration file: `ullage audit` writes one.") from error
-    if not figures or not all(isinstance(figure, int) and figure > 0 for figure in figures):
+    except (ValueError, RecursionError, InputError) as error:
+        reason = f" {error}" if isinstance(error, InputError) else ""
+        raise InputError(
+            f"{path} is no calibration file, which `ullage audit` writes.{reason}"
+        ) from error
+    if not calibration.constants or 0 in calibration.constants.values():
         raise InputError(f"{path} holds no usable figures: write it again.")
     return calibration

@@ -42,7 +42,7 @@ class Device:
 def find_device(text: str | None) -> Device:
     """The device that `text` names: one of the catalog (``h100``, ``a100-40gb``, ``rtx-4090``), or
     a bare size (``24GiB``) of some CUDA device. None is this machine: its first NVIDIA GPU, else
-    its CPU with as much RAM as this process may use.
+    its CPU with as much RAM as this process may use; ``cpu`` is the latter.
 
     Raises:
         UnknownDevice: no such name in the catalog.
@@ -50,6 +50,8 @@ def find_device(text: str | None) -> Device:
     """
     if text is None:
         return _nvidia_gpu() or _cpu()
+    if text.strip().lower() == "cpu":
+        return _cpu()
     device = _names().get(_plain(text))
     if device is not None:
         return device

@@ -1,27 +1,24 @@
 """Latency: how long a plan's user waits, with the band that the estimate is good for."""
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
-Band = tuple[float, float]  # low, high
+
+@dataclass(frozen=True)
+class Band:
+    """The lowest and the highest that is likely."""
+
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
 class Latency:
     """`ttft_s` is the time to the first token of one prompt on an idle engine, in seconds. At the
     planned number of sequences and their full length each then gets `sequence_tokens_per_s`, all
-    together `tokens_per_s`. A band holds the lowest and the highest that is likely."""
+    together `tokens_per_s`."""
 
     ttft_s: float
     sequence_tokens_per_s: float
     tokens_per_s: float
     ttft_band_s: Band
     tokens_per_s_band: Band
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "Latency":
-        """The latency that ``dataclasses.asdict`` and JSON made of one."""
-        values: dict[str, Any] = {field.name: data[field.name] for field in fields(cls)}
-        for name in ("ttft_band_s", "tokens_per_s_band"):
-            values[name] = tuple(values[name])
-        return cls(**values)

@@ -10,8 +10,8 @@ class PeakMeasurement:
     """One run in a fresh process. Bytes are resident memory on CPU, the driver's count elsewhere.
 
     `runtime_bytes` was held before any weight was read; `phase_peak_bytes` is the high-water mark
-    of each phase; `live_bytes` the weights and KV blocks that were alive at the end, when
-    `held_bytes` were held. `first_token_s` counts from the start of the process.
+    of each phase; `live_bytes` the weights and KV blocks that were alive after the prompt was read,
+    when `held_bytes` were held. `first_token_s` counts from the start of the process.
     """
 
     prompt_tokens: int
@@ -22,7 +22,7 @@ class PeakMeasurement:
     held_bytes: int
     load_s: float
     first_token_s: float
-    decode_tokens_s: float
+    decode_tokens_per_second: float
 
     @property
     def peak_bytes(self) -> int:

@@ -7,6 +7,7 @@ from math import ceil, prod
 from typing import Any, Literal
 
 from ullage.errors import UnknownArchitecture
+from ullage.specs.decode import decode
 from ullage.specs.dtypes import DTYPE_BYTES
 
 # Which weights a quantizer may touch: the projections inside the layers ("linear"), experts' too
@@ -234,16 +235,9 @@ class ModelSpec:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "ModelSpec":
-        """The spec that `to_json` wrote."""
-        caches = tuple(LayerCache(**cache) for cache in data["caches"])
-        tensors = tuple(_tensor(tensor) for tensor in data["tensors"])
-        encoder = tuple(_tensor(tensor) for tensor in data.get("encoder", ()))
-        tables = tuple(RopeTable(**table) for table in data.get("rope_tables", ()))
-        lists = {"caches": caches, "tensors": tensors, "encoder": encoder, "rope_tables": tables}
-        return cls(**{**data, **lists})
+        """The spec that `to_json` wrote.
 
-
-def _tensor(data: dict[str, Any]) -> TensorSpec:
-    storage = None if data["storage"] is None else Storage(**data["storage"])
-    shape, layers = tuple(data["shape"]), tuple(data["layers"])
-    return TensorSpec(**{**data, "shape": shape, "layers": layers, "storage": storage})
+        Raises:
+            InputError: a field is missing, or of another type.
+        """
+        return decode(cls, data, "model")  # type: ignore[no-any-return]

@@ -3,19 +3,16 @@
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from ullage.errors import InputError
+from ullage.specs.decode import decode
 from ullage.specs.device import Device
+from ullage.specs.dtypes import DTYPE_BYTES, KV_BITS
 from ullage.specs.footprint import Footprint
 from ullage.specs.latency import Latency
 from ullage.specs.model import ModelSpec
 from ullage.specs.workload import PHASES, Execution, PhaseName, Workload
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-_Data = TypeVar("_Data", bound="DataclassInstance")
 
 SCHEMA_VERSION = 2
 
@@ -126,49 +123,50 @@ class Plan:
         if not isinstance(data, dict) or data.get("schema_version") != SCHEMA_VERSION:
             raise InputError("This is not a plan that this version of ullage wrote.")
         try:
-            plan = cls(
-                recipe=_recipe(data),
-                budget_bytes=data["budget_bytes"],
-                phases={name: _footprint(data["phases"][name]) for name in PHASES},
-                share=_whole(DeviceShare, _only(DeviceShare, data)),
-                cliff=_whole(Cliff, data["cliff"]),
-                kv_bytes_per_token=data["kv_bytes_per_token"],
-                latency=data["latency"] and Latency.from_json(data["latency"]),
-            )
-            sizes = (plan.budget_bytes, *asdict(plan.recipe.workload).values())
-            if not all(isinstance(size, int) and size > 0 for size in sizes):
-                raise TypeError("a size that is no positive integer")
-            return plan
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"The plan is damaged: {error!r}. Write it again.") from error
+            plan = decode(cls, _nested(data), "plan")
+            _refuse_impossible(plan)
+        except KeyError as error:
+            raise InputError(f"The plan is damaged: it has no {error}. Write it again.") from error
+        except InputError as error:
+            raise InputError(f"The plan is damaged: {error} Write it again.") from error
+        return plan  # type: ignore[no-any-return]
 
 
-def _recipe(data: dict[str, Any]) -> Recipe:
-    model = {key: value for key, value in data["model"].items() if key != "parameters"}
-    return Recipe(
-        model=ModelSpec.from_json(model),
-        device=_whole(Device, data["device"]),
-        workload=_whole(Workload, data["workload"]),
-        execution=_whole(Execution, data["execution"]),
-        techniques=tuple(_whole(TechniqueChoice, choice) for choice in data["techniques"]),
-    )
+def _nested(data: dict[str, Any]) -> dict[str, Any]:
+    """What `to_json` wrote, as the fields of a Plan: without the sums, which follow from these."""
+    recipe = {field.name: data[field.name] for field in fields(Recipe)}
+    recipe["model"] = _without("parameters", recipe["model"])
+    phases = data["phases"]
+    if isinstance(phases, dict):
+        phases = {name: _without("total_bytes", phases.get(name)) for name in PHASES}
+    share = {field.name: data[field.name] for field in fields(DeviceShare)}
+    whole = {"recipe": recipe, "phases": phases, "share": share}
+    plain = {field.name: data[field.name] for field in fields(Plan) if field.name not in whole}
+    return plain | whole
 
 
-def _footprint(data: dict[str, int]) -> Footprint:
-    parts = {key: value for key, value in data.items() if key != "total_bytes"}
-    return _whole(Footprint, parts)
+def _without(key: str, data: Any) -> Any:
+    if not isinstance(data, dict):
+        return data
+    return {name: value for name, value in data.items() if name != key}
 
 
-def _only(cls: type["DataclassInstance"], data: dict[str, Any]) -> dict[str, Any]:
-    """Of `data`, the fields of `cls`."""
-    return {field.name: data[field.name] for field in fields(cls)}
-
-
-def _whole(cls: type[_Data], data: dict[str, Any]) -> _Data:
-    """The dataclass from all of its fields: what is missing must not become a default."""
-    for field in fields(cls):
-        data[field.name]  # KeyError
-    return cls(**data)
+def _refuse_impossible(plan: Plan) -> None:
+    """Refuse sizes of nothing and formats that there are not: their types alone allow them."""
+    work, execution = plan.recipe.workload, plan.recipe.execution
+    sizes = {
+        "budget_bytes": plan.budget_bytes,
+        "memory_bytes": plan.recipe.device.memory_bytes,
+        **asdict(work),
+        "tensor_parallel": execution.tensor_parallel,
+        "pipeline_parallel": execution.pipeline_parallel,
+    }
+    for name, size in sizes.items():
+        if size == 0:
+            raise InputError(f"{name} is 0.")
+    for dtype, known in ((execution.dtype, DTYPE_BYTES), (execution.kv_dtype, KV_BITS)):
+        if dtype not in known:
+            raise InputError(f"{dtype!r} is no format that is known.")
 
 
 def read_plan(path: Path) -> Plan:
@@ -181,5 +179,5 @@ def read_plan(path: Path) -> Plan:
         return Plan.from_json(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise InputError(f"Cannot read the plan {path}: {error.strerror}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: write it with `ullage plan --json`.") from error

@@ -18,6 +18,7 @@ from ullage.specs.model import ModelSpec
 from ullage.specs.safetensors import StoredTensor, has_weights, read_headers
 
 _MOST_CONFIG_BYTES = 10 * 10**6
+_HUB_TIMEOUT_S = 3.0
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 
 
@@ -197,12 +198,23 @@ def _hub_config(repo: str, revision: str | None) -> Path:
         try:
             path = hf_hub_download(repo, "config.json", revision=revision, local_files_only=True)
         except LocalEntryNotFoundError:
-            if constants.HF_HUB_OFFLINE:
+            if constants.HF_HUB_OFFLINE or not _hub_answers():
                 raise
             path = hf_hub_download(repo, "config.json", revision=revision)
     except (OSError, ValueError, EntryNotFoundError) as error:
         raise ModelError(_hub_failure(error, repo, revision)) from error
     return Path(path)
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached: one question, for its client asks six times in 23 s."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_HUB_TIMEOUT_S)
+    except Exception:  # the errors of whichever HTTP library the client is made with
+        return False
+    return True
 
 
 def _hub_failure(error: Exception, repo: str, revision: str | None) -> str:

@@ -1,1 +1,1 @@
-"""Weights in 8 or 4 bits: LLM.int8-style per-channel int8 and QLoRA's NF4."""
+"""Weights in 8 or 4 bits: one int8 scale a row, or QLoRA's NF4. Activations stay as they are."""

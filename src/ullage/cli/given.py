@@ -1,0 +1,95 @@
+"""What ullage run is given: a prompt, how to go on from it, perhaps a plan; refused early."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from ullage.cli.options import PlanOptions
+from ullage.errors import InputError, PromptError
+from ullage.planner.engines import ENGINES
+from ullage.specs.model import ModelSpec
+from ullage.specs.plan import Plan
+
+_TEMPERATURES = (0.001, 1000.0)  # beyond them, logits over temperature leave fp32
+
+
+def refuse_temperature(temperature: float) -> None:
+    """
+    Raises:
+        InputError: logits over `temperature` would be no numbers in fp32.
+    """
+    least, most = _TEMPERATURES
+    if temperature != 0 and not least <= temperature <= most:  # NaN is not either
+        raise InputError(f"--temperature is 0, or from {least:g} to {most:g}; not {temperature:g}.")
+
+
+def prompt_text(source: str | None, prompt: str | None, file: Path | None) -> str:
+    """The prompt from the one place that was named.
+
+    Raises:
+        PromptError: none or more than one was, the file cannot be read, or it is empty.
+    """
+    if source not in (None, "-"):
+        raise PromptError(f"Give the prompt with --prompt; {source!r} is not an option.")
+    given = [place for place in (source, prompt, file) if place is not None]
+    if len(given) != 1:
+        raise PromptError("Give one prompt: --prompt TEXT, --prompt-file FILE, or - for stdin.")
+    try:
+        text = prompt if prompt is not None else _read(file)
+        text.encode()  # bytes of the command line that are no UTF-8 come as lone surrogates
+    except (OSError, UnicodeError) as error:
+        raise PromptError(f"Cannot read the prompt as UTF-8 text: {error}.") from error
+    if not text.strip():
+        raise PromptError("The prompt is empty: there is nothing to go on from.")
+    return text
+
+
+def _read(file: Path | None) -> str:
+    if file is not None:
+        return file.read_text(encoding="utf-8")
+    if sys.stdin is None:
+        raise PromptError("There is no stdin to read the prompt from.")
+    with open(0, encoding="utf-8", closefd=False) as stdin:  # whatever the locale says
+        return stdin.read()
+
+
+def refuse_beside_plan(options: PlanOptions) -> None:
+    """
+    Raises:
+        InputError: an option that the plan decides. --memory and --calibration only say what it is
+            held against.
+    """
+    given = {
+        "--device": options.device,
+        "--weights": options.weights,
+        "--kv-cache-dtype": options.kv_cache_dtype,
+        "--prefill-chunk": options.prefill_chunk,
+        "--technique": options.technique or None,
+    }
+    for option, value in given.items():
+        if value is not None:
+            raise InputError(f"{option} and --plan: the plan decides that. Leave one out.")
+
+
+def refuse_plan(plan: Plan, spec: ModelSpec) -> None:
+    """
+    Raises:
+        InputError: a plan of another model, or of what ullage's own engine does not do.
+    """
+    model, execution = plan.recipe.model, plan.recipe.execution
+    if execution.engine != "ullage":
+        raise InputError(f"The plan is for {execution.engine}: ullage runs its own alone.")
+    if execution.attention != "sdpa":
+        raise InputError(own_attention("The plan's attention", execution.attention))
+    if execution.kv_dtype not in ENGINES["ullage"].kv_dtypes:
+        raise InputError(f"The plan's KV entries are {execution.kv_dtype}: ullage has no such.")
+    if replace(model, source="") != replace(spec, source=""):
+        raise InputError(f"The plan is for {model.name}, not this model.")
+
+
+def own_attention(what: str, attention: str) -> str:
+    """Why `what` cannot have that attention."""
+    return (
+        f"{what} {attention}: ullage run has kernels of its own, which never build the score "
+        "matrix and are planned as sdpa."
+    )
