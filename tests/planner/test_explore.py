@@ -13,6 +13,7 @@ from ullage.planner.explore import Candidate, Exploration, cheapest_change, expl
 from ullage.planner.levers import levers_of
 from ullage.planner.memory import peak_bytes
 from ullage.planner.search import Freedom
+from ullage.specs.calibration import Calibration
 from ullage.specs.device import Device
 from ullage.specs.workload import Workload
 from ullage.units import GIB
@@ -170,6 +171,17 @@ def test_where_nothing_fits_the_smallest_budget_is_named() -> None:
         change(recipe("llama-3.1-70b"))
     needed_bytes = refused.value.needed_bytes
     assert change(recipe("llama-3.1-70b"), needed_bytes).peak_bytes == needed_bytes
+
+
+def test_a_calibration_counts_on_its_own_device_alone() -> None:
+    large, heavy = find_device("h100"), 5 * GIB
+    measured = Calibration(CARD.name, "ullage", {"runtime_bytes": heavy}, {})
+    plain, known = (
+        explore(recipe(), None, "context", FIXED, (large,), calibration).every
+        for calibration in (None, measured)
+    )
+    assert known[0].peak_bytes > plain[0].peak_bytes + 4 * GIB
+    assert known[1].peak_bytes == plain[1].peak_bytes
 
 
 @pytest.mark.parametrize("engine", ["ullage", "transformers"])
