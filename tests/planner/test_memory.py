@@ -18,6 +18,7 @@ from ullage.specs.blocks import sequence_blocks
 from ullage.specs.calibration import Calibration
 from ullage.specs.device import Device
 from ullage.specs.families import RUNNING
+from ullage.specs.model import LayerCache
 from ullage.specs.plan import Recipe, TechniqueChoice
 from ullage.specs.workload import PHASES, Execution, Workload
 from ullage.units import GIB
@@ -207,3 +208,42 @@ def test_kv_bytes_per_token_is_the_slope_of_the_plan(tiny_spec: TinySpec, family
         phase_footprints(recipe(spec, size))["decode"].kv_bytes for size in (16_000, 32_000)
     )
     assert (long - short) / 16_000 == kv_bytes_per_token(recipe(spec))
+
+
+@pytest.mark.parametrize(
+    ("model", "grows"),
+    [
+        ("llama-3.1-8b", 131_072), ("qwen3-30b-a3b", 98_304), ("deepseek-v3", 70_272),
+        ("gpt-oss-20b", 24_576), ("qwen3.5-27b", 65_536), ("nemotron-3-nano-30b-a3b", 6_144),
+        ("mistral-7b-v0.1", 131_072), ("gemma-4-26b-a4b", 20_480),
+    ],
+)  # fmt: skip
+def test_kv_bytes_of_a_token(model: str, grows: int) -> None:
+    made = recipe(resolve(model), engine="transformers", dtype="bf16", kv_dtype="bf16")
+    assert kv_bytes_per_token(made) == grows
+
+
+@pytest.mark.parametrize("engine", ["ullage", "transformers"])
+@pytest.mark.parametrize("model", ["qwen3.5-27b", "nemotron-3-nano-30b-a3b"])
+def test_state_counts_with_every_sequence(model: str, engine: str) -> None:
+    spec = resolve(model)
+    settings = Execution(dtype="bf16", kv_dtype="bf16", engine=engine)
+    kv = {
+        sequences: phase_footprints(Recipe(spec, CPU, Workload(64, 17, sequences), settings))
+        for sequences in (1, 5)
+    }
+    assert kv[1]["load"].kv_bytes == 0
+    for phase, tokens in (("prefill", 64), ("decode", 80)):
+        tokens = 96 if engine == "ullage" else tokens  # whole blocks, reserved at the door
+        grown = tokens * kv_bytes_per_token(Recipe(spec, CPU, Workload(64, 17), settings))
+        assert kv[1][phase].kv_bytes == grown + spec.state_bytes
+        assert kv[5][phase].kv_bytes == 5 * kv[1][phase].kv_bytes
+
+
+def test_layers_of_other_widths_and_none(tiny_spec: TinySpec) -> None:
+    spec = tiny_spec("llama")
+    caches = (LayerCache(10), LayerCache(0), LayerCache(6, 8), LayerCache(0, None, 100))
+    mixed = replace(spec, num_layers=4, caches=caches)
+    made = recipe(mixed, 20, 5, engine="transformers")
+    assert kv_bytes_per_token(made) == 40
+    assert phase_footprints(made)["decode"].kv_bytes == 4 * (10 * 24 + 6 * 7) + 100

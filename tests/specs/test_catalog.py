@@ -100,6 +100,8 @@ ROUNDED = {
     "nemotron-h-56b": (56, 56), "ministral-3-3b": (3.4, 3.4), "ministral-3-14b": (13.5, 13.5),
     "granite-3.1-2b": (2.53, 2.53), "granite-3.3-2b": (2.53, 2.53), "qwen3-vl-2b": (1.72, 1.72),
     "granite-vision-3.3-2b": (2.53, 2.53), "deepseek-r1-distill-qwen-1.5b": (1.78, 1.78),
+    "kimi-vl-a3b": (16, 2.8), "mimo-v2-flash": (309, 15), "deepseek-v4-flash": (284, 13),
+    "deepseek-v4-pro": (1573, 49),
     "qwen3-next-80b-a3b": (79.7, 3.3), "mistral-small-4-119b": (119, 6.5),
 }  # fmt: skip
 # Bytes of a token in all layers that grow, in bf16.
@@ -144,6 +146,18 @@ def test_parameters_are_what_names_and_cards_say(name: str) -> None:
 def test_bytes_of_a_token(name: str) -> None:
     caches = resolve(name).caches
     assert 2 * sum(cache.width for cache in caches if cache.window is None) == GROWS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "ways", "on_each"),
+    [
+        ("llama-3.1-8b", 1, 131_072), ("llama-3.1-8b", 4, 32_768), ("llama-3.1-8b", 16, 16_384),
+        ("deepseek-v3", 8, 70_272),  # a latent is whole everywhere
+        ("minimax-m3-nvfp4", 8, 45_312),  # as a pool of 107.99 GiB for 2,558,976 tokens has it
+    ],
+)  # fmt: skip
+def test_bytes_of_a_token_on_one_of_many_devices(name: str, ways: int, on_each: int) -> None:
+    assert 2 * sum(cache.split_width(ways) for cache in resolve(name).caches) == on_each
 
 
 @pytest.mark.parametrize(
@@ -196,13 +210,15 @@ def test_every_model_says_where_it_comes_from(name: str) -> None:
         assert found.parameters == spec.parameters
         assert found.source == (alias if "/" in alias else spec.source)
         assert found.name == alias.rpartition("/")[2].lower()
+        assert resolve(found.name).parameters == spec.parameters
 
 
 def test_the_catalog_is_read_at_once() -> None:
     sources.catalog.cache_clear()
-    started = time.perf_counter()
+    sources._index.cache_clear()
+    started = time.process_time()
     resolve("deepseek-v3.2-nvfp4")
-    assert time.perf_counter() - started < 0.25
+    assert time.process_time() - started < 0.25
 
 
 def test_the_demo_model_is_the_packaged_file() -> None:

@@ -4,6 +4,7 @@ import contextlib
 import struct
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 
 from ullage.errors import CheckpointError, ModelError, UnknownArchitecture
 from ullage.specs.families import spec_from_config
-from ullage.specs.gguf import SkippedArray, read_header
+from ullage.specs.gguf import _TYPES, SkippedArray, read_header
 from ullage.specs.gguf_model import config_from_gguf, spec_from_gguf
+from ullage.specs.sources import resolve
 
 U32, STRING, ARRAY, F32 = 4, 8, 9, 6
 HIDDEN, INNER, LAYERS, VOCAB = 64, 96, 2, 50
@@ -127,8 +129,46 @@ def test_spec_is_that_of_the_config(write: Callable[[bytes], Path], version: int
         name=spec.name,
         source=spec.source,
     )  # fmt: skip
-    assert spec == expected
+    assert spec == replace(expected, checkpoint_bytes=4 * expected.parameters)
     assert spec.dtype == "fp32"
+
+
+def test_types_are_those_of_ggml() -> None:
+    from gguf.constants import GGML_QUANT_SIZES
+
+    theirs = {int(kind): (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
+    assert theirs == _TYPES
+
+
+def parts(folder: Path, count: int = 2) -> list[Path]:
+    """The llama in `count` files, as llama.cpp splits it."""
+    tensors = list(llama_tensors().items())
+    files = []
+    for number in range(count):
+        metadata = METADATA if number == 0 else {}
+        metadata = metadata | {"split.count": (U32, count), "split.no": (U32, number)}
+        files.append(folder / f"tiny-{number + 1:05}-of-{count:05}.gguf")
+        files[-1].write_bytes(gguf(metadata, dict(tensors[number::count])))
+    return files
+
+
+def test_a_model_in_parts(tmp_path: Path) -> None:
+    first, second = parts(tmp_path)
+    spec = spec_from_gguf(first)
+    assert spec.checkpoint_bytes == 4 * spec.parameters
+    assert resolve(str(tmp_path)).parameters == spec.parameters
+    with pytest.raises(CheckpointError, match="name the first"):
+        spec_from_gguf(second)
+    second.unlink()
+    with pytest.raises(CheckpointError, match="No GGUF file"):
+        spec_from_gguf(first)
+
+
+def test_a_part_that_holds_the_same_again(tmp_path: Path) -> None:
+    first, second = parts(tmp_path)
+    second.write_bytes(gguf({}, {"token_embd.weight": [HIDDEN, VOCAB]}))
+    with pytest.raises(CheckpointError, match="twice"):
+        spec_from_gguf(first)
 
 
 def test_header_keeps_short_arrays_and_places_tensors(write: Callable[[bytes], Path]) -> None:
@@ -250,7 +290,7 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
     [
         ({"general.architecture": (STRING, "mamba")}, UnknownArchitecture),
         ({"general.architecture": (U32, 3)}, UnknownArchitecture),
-        ({"llama.expert_count": (U32, 8)}, UnknownArchitecture),
+        ({"llama.expert_count": (U32, 8)}, ModelError),
         ({"llama.block_count": (U32, 3)}, CheckpointError),
         ({"llama.block_count": (STRING, "two")}, ModelError),
         ({"llama.embedding_length": (U32, 0)}, ModelError),

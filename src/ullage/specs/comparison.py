@@ -17,7 +17,7 @@ _BUFFERS = re.compile(
 # A vision or audio encoder and its projector, which a text-only run does not read.
 _ENCODER = re.compile(
     r"(model\.)?(vision_tower|vision_model|vision_embedder|visual|audio_tower|embed_vision"
-    r"|embed_audio|multi_modal_projector|mm_projector|image_newline)(\..*)?"
+    r"|embed_audio|multi_modal_projector|mm_projector|patch_merge_mlp|image_newline)(\..*)?"
 )
 # Heads that predict more tokens ahead, which the causal classes do not load.
 _AHEAD = re.compile(r"(model\.)?mtp[._].*")

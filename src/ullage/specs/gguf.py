@@ -6,6 +6,7 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import mmap
+import re
 import struct
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -20,6 +21,8 @@ _MOST_HEADER_BYTES = 64 << 20  # the largest vocabularies take 15 MB
 _MOST_KEPT = 64  # longer arrays are token lists
 _MOST_ELEMENTS = 1 << 48
 _ALIGNMENTS = {1 << power for power in range(3, 17)}
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_MOST_SHARDS = 1000
 _STRING, _ARRAY = 8, 9
 _SCALARS = {
     0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q",
@@ -38,6 +41,7 @@ _TYPES = {
     23: ("IQ4_XS", 256, 136), 24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4),
     27: ("I64", 1, 8), 28: ("F64", 1, 8), 29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2),
     34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17),
+    40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
 }  # fmt: skip
 
 BLOCKS = {name: (numbers, nbytes) for name, numbers, nbytes in _TYPES.values()}
@@ -87,6 +91,30 @@ def read_header(path: Path) -> GGUFHeader:
             return _Reader(path, data).header()
     except OSError as error:
         raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
+
+
+def read_parts(path: Path) -> GGUFHeader:
+    """The header of the GGUF file at `path`, with the tensors of the parts that follow it.
+
+    Raises:
+        CheckpointError: one of them is missing or damaged, or it is not the first.
+    """
+    header = read_header(path)
+    count = header.metadata.get("split.count")
+    if type(count) is not int or count < 2:
+        return header
+    found = _SHARD.fullmatch(path.name)
+    if found is None or int(found["number"]) != 1 or not int(found["count"]) == count:
+        raise CheckpointError(f"{path} is one of {count} parts: name the first, -00001-of-…")
+    if count > _MOST_SHARDS:
+        raise CheckpointError(f"{path} is damaged: it is one of {count} parts.")
+    tensors = list(header.tensors)
+    for number in range(2, count + 1):
+        name = f"{found['stem']}-{number:05}-of-{found['count']}.gguf"
+        tensors += read_header(path.with_name(name)).tensors
+    if len({tensor.name for tensor in tensors}) < len(tensors):
+        raise CheckpointError(f"{path} and the parts that follow it hold a tensor twice.")
+    return replace(header, tensors=tuple(tensors))
 
 
 class _Reader:

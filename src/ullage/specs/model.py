@@ -93,12 +93,18 @@ class LayerCache:
     """What one layer keeps of a sequence: `width` numbers a token (K and V of every KV head, or an
     MLA latent with its rotary part; 0 for none), of the `window` newest tokens (None: of all), and
     `state_bytes` that do not grow (convolution and recurrent state). The width is that of `heads`
-    KV heads together; a latent is one head, which no tensor parallelism splits."""
+    KV heads together, but for `unsplit` numbers that stand beside them (an indexer's key); a latent
+    is one head, which no tensor parallelism splits."""
 
     width: int
     window: int | None = None
     state_bytes: int = 0
     heads: int = 1
+    unsplit: int = 0
+
+    def split_width(self, ways: int) -> int:
+        """Numbers a token on one of `ways` devices that share the heads; each has one at least."""
+        return (self.width - self.unsplit) // self.heads * -(-self.heads // ways) + self.unsplit
 
     def kept_tokens(self, tokens: int) -> int:
         """Of `tokens`, how many are kept."""

@@ -5,70 +5,32 @@ compressed-tensors, AWQ, GPTQ and AutoRound, ModelOpt, mxfp4 and bitsandbytes. A
 here is an error, never a guess.
 """
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ullage.errors import ModelError
 from ullage.specs.model import ModelSpec, Role, Storage, TensorSpec
+from ullage.specs.patterns import Patterns
 
-_QUANTIZABLE = ("linear", "expert")
-
-
-class Patterns:
-    """Names of modules as quantization configs write them: ``re:`` begins a regular expression,
-    ``*`` stands for anything, and a bare name for itself, the modules inside it and all whose last
-    parts it is. Wrapped models' names count with and without what the wrapper puts before them."""
-
-    def __init__(self, written: Iterable[str]) -> None:
-        bare, loose = set(), []
-        for pattern in written:
-            if pattern.startswith("re:"):
-                loose.append(f"(?:{pattern[3:]})")
-            elif "*" in pattern:
-                loose.append(re.escape(pattern).replace(r"\*", ".*") + r"\Z")
-            else:
-                bare.add(_text_name(pattern))
-        self._bare = bare
-        try:
-            self._loose = re.compile("|".join(loose)) if loose else None
-        except (re.error, RecursionError, OverflowError) as error:
-            raise ModelError(
-                f"The model's quantization_config has a garbled pattern ({str(error)[:60]})."
-            ) from error
-
-    def matches(self, module: str) -> bool:
-        """Whether one of them stands for `module`."""
-        parts = module.split(".")
-        if self._bare and any(
-            ".".join(some) in self._bare
-            for at in range(len(parts))
-            for some in (parts[: at + 1], parts[at:])
-        ):
-            return True
-        loose = self._loose
-        return loose is not None and any(loose.match(name) for name in _spellings(module))
-
-
-def _text_name(name: str) -> str:
-    """A module's name in the text model alone."""
-    name = name.removeprefix("language_model.")
-    inner = name.removeprefix("model.language_model.")
-    return name if inner == name else f"model.{inner}"
-
-
-def _spellings(module: str) -> tuple[str, ...]:
-    inside = module.removeprefix("model.")
-    return module, f"language_model.{module}", f"model.language_model.{inside}"
+_NVFP4 = Storage("nvfp4", 4, 1, 16, 1.0)
+_MXFP4 = Storage("mxfp4", 4, 1, 32, 1.0)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """The storage of the modules that `targets` stand for, None for all linear ones."""
+    """The storage of the modules that `targets` stand for, None for all linear ones, or for those
+    of experts only."""
 
     storage: Storage
     targets: Patterns | None = None
+    experts_only: bool = False
+
+    def holds(self, module: str, role: Role) -> bool:
+        """Whether a module is stored so; an output head only where it is named."""
+        if self.targets is None:
+            return role == "expert" or (role == "linear" and not self.experts_only)
+        return role in ("linear", "expert", "head") and self.targets.matches(module)
 
 
 @dataclass(frozen=True)
@@ -78,20 +40,14 @@ class Quantized:
 
     rules: tuple[Rule, ...]
     ignored: Patterns = field(default_factory=lambda: Patterns(()))
-    experts_only: bool = False
 
     def storage(self, name: str, role: Role, shape: tuple[int, ...]) -> Storage | None:
         """The storage of the weight of that name, None where it stays as it is."""
-        if len(shape) != 2 or (self.experts_only and role != "expert"):
+        if len(shape) != 2:
             return None
         module = name.removesuffix(".weight").replace("{}", "0")
         for rule in self.rules:
-            if rule.targets is None:
-                found = role in _QUANTIZABLE
-            else:
-                # an output head is quantized only where it is named
-                found = role in (*_QUANTIZABLE, "head") and rule.targets.matches(module)
-            if found:
+            if rule.holds(module, role):
                 return None if self.ignored.matches(module) else rule.storage
         return None
 
@@ -116,7 +72,11 @@ def read_quantization(config: Mapping[str, Any]) -> Quantized | None:
             f"There is no arithmetic for the quantization {method[:40]!r}. "
             f"Known: {', '.join(_METHODS)}."
         )
-    return reader(settings)
+    quantized = reader(settings)
+    if config.get("expert_dtype") != "fp4":
+        return quantized
+    # DeepSeek V4's experts, whatever the rest is in
+    return replace(quantized, rules=(Rule(_MXFP4, experts_only=True), *quantized.rules))
 
 
 def apply(quantized: Quantized, tensors: Iterable[TensorSpec]) -> Iterator[TensorSpec]:
@@ -205,10 +165,7 @@ def _bitsandbytes(settings: Mapping[str, Any]) -> Quantized:
 def _mxfp4(settings: Mapping[str, Any]) -> Quantized:
     """gpt-oss: experts in 4-bit floats, an 8-bit exponent for 32 of them."""
     ignored = _names(settings, "modules_to_not_convert")
-    return Quantized((Rule(Storage("mxfp4", 4, 1, 32, 1.0)),), ignored, experts_only=True)
-
-
-_NVFP4 = Storage("nvfp4", 4, 1, 16, 1.0)
+    return Quantized((Rule(_MXFP4, experts_only=True),), ignored)
 
 
 def _modelopt(settings: Mapping[str, Any]) -> Quantized:
@@ -264,7 +221,7 @@ def _group_storage(group: Any) -> Storage:
     bits, kind = _bits(weights, "num_bits"), weights.get("type")
     strategy = weights.get("strategy")
     if kind == "float" and bits == 4:
-        return _NVFP4 if _group(weights, 16) == 16 else Storage("mxfp4", 4, 1, 32, 1.0)
+        return _NVFP4 if _group(weights, 16) == 16 else _MXFP4
     zero_bytes = 0.0 if weights.get("symmetric", True) else bits / 8
     name = f"fp{bits}" if kind == "float" else f"int{bits}"
     if strategy == "block":

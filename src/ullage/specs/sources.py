@@ -106,7 +106,8 @@ def _from_path(path: Path) -> ModelSpec:
 def _from_folder(folder: Path) -> ModelSpec:
     if not (folder / "config.json").exists():
         ggufs = sorted(folder.glob("*.gguf"))
-        if len(ggufs) == 1:
+        parts = len({re.sub(r"-\d{5}-of-(\d{5}\.gguf)$", r"-\1", file.name) for file in ggufs})
+        if parts == 1:
             return spec_from_gguf(ggufs[0])
         if ggufs:
             raise ModelError(f"{folder} holds {len(ggufs)} GGUF files: name the one that you mean.")
@@ -146,28 +147,32 @@ def _stored_dtype(stored: list[StoredTensor]) -> str:
 
 
 def _from_catalog(model: str) -> ModelSpec | None:
-    """The spec of the entry whose name, hub id or alias is `model`, whatever its case; None if
-    there is none. An alias is another model of the same geometry: its weights are its own."""
-    wanted = model.strip().lower()
+    """The spec of the entry whose name, hub id or alias is `model`, whatever its case and with or
+    without its organization; None if there is none."""
+    found = _index().get(model.strip().lower())
+    if found is None:
+        return None
+    entry_name, name, source = found
+    return spec_from_config(_entry_config(catalog()[entry_name]), name=name, source=source)
+
+
+@cache
+def _index() -> Mapping[str, tuple[str, str, str]]:
+    """By all that a user may write: the entry, the model's name, and where its weights are. An
+    alias is another model of the same geometry: its weights are its own."""
+    names: dict[str, tuple[str, str, str]] = {}
+    short: dict[str, tuple[str, str, str]] = {}
     for name, entry in catalog().items():
-        names = {name: name, entry.get("hub", "").lower(): name}
-        for alias in entry.get("aliases", ()):
-            names[alias.lower()] = alias.rpartition("/")[2].lower()
-        if wanted not in names:
-            continue
         source = entry.get("hub", "")
         if "package" in entry:
             source = f"package:{entry['package']}/{entry['file']}"
-        source = next(
-            (
-                alias
-                for alias in entry.get("aliases", ())
-                if "/" in alias and alias.lower() == wanted
-            ),
-            source,
-        )
-        return spec_from_config(_entry_config(entry), name=names[wanted], source=source)
-    return None
+        names[name] = (name, name, source)
+        for text in (*([entry["hub"]] if "hub" in entry else []), *entry.get("aliases", ())):
+            last = text.rpartition("/")[2].lower()
+            own = name if text == entry.get("hub") else last
+            names[text.lower()] = (name, own, text if "/" in text else source)
+            short.setdefault(last, names[text.lower()])
+    return {**short, **names}
 
 
 def _entry_config(entry: Mapping[str, Any]) -> Mapping[str, Any]:

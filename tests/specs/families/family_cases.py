@@ -177,6 +177,23 @@ CASES: dict[str, dict[str, Any]] = {
         "falcon_h1", GQA, mamba_d_ssm=40, mamba_n_heads=4, mamba_d_head=10, mamba_d_state=6,
         mamba_n_groups=2, mamba_rms_norm=True,
     ),
+    "mimo_v2_flash": case(
+        "mimo_v2_flash", GQA, {k: v for k, v in ROUTED.items() if k != "n_shared_experts"},
+        head_dim=16, v_head_dim=12, swa_num_key_value_heads=4, swa_head_dim=16, swa_v_head_dim=12,
+        swa_num_attention_heads=4, hybrid_layer_pattern=[0, 1, 1, 1, 1, 0, 1],
+        sliding_window_size=16, moe_layer_freq=[0, 1, 1, 1, 1, 1, 1],
+    ),
+    "deepseek_v4": case(
+        "deepseek_v4", ROUTED, INDEX, num_hidden_layers=4, head_dim=16, qk_rope_head_dim=8,
+        q_lora_rank=40, o_lora_rank=12, o_groups=2, compress_ratios=[0, 4, 128, 4],
+        num_hash_layers=1, hc_mult=4, n_shared_experts=1, intermediate_size=20,
+    ),
 }  # fmt: skip
 # Families of transformers that only a wrapper holds, and names that transformers does not have.
-ELSEWHERE = {"qwen3_vl_text", "qwen3_vl_moe_text", "qwen2_5_vl_text", "kimi_k2"}
+ELSEWHERE = {
+    "qwen3_vl_text",
+    "qwen3_vl_moe_text",
+    "qwen2_5_vl_text",
+    "kimi_k2",
+    "minimax_m3_vl_text",
+}

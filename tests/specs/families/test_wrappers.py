@@ -84,10 +84,41 @@ CASES: dict[str, dict[str, Any]] = {
     "llava_next": wrapped(
         "llava_next", {"model_type": "granite"}, SIGLIP, vision_feature_layer=[-1, -2]
     ),
+    "minimax_m3_vl": wrapped(
+        "minimax_m3_vl",
+        {
+            "intermediate_size": 20,
+            "dense_intermediate_size": 96,
+            "shared_intermediate_size": 28,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_layer_freq": [0, 1],
+            "pad_token_id": None,
+            "sparse_attention_config": {
+                "sparse_index_dim": 10,
+                "sparse_num_index_heads": 3,
+                "sparse_block_size": 8,
+                "sparse_topk_blocks": 4,
+                "sparse_attention_freq": [0, 1],
+            },
+        },
+        {
+            **TOWER,
+            "projection_dim": 64,
+            "img_token_compression_config": {"spatial_merge_size": 2, "temporal_patch_size": 2},
+        },
+        projector_hidden_size=48,
+    ),
     "kimi_k25": wrapped(
         "kimi_k25",
         {"model_type": "kimi_k2", **MLA, "num_key_value_heads": 4, "head_dim": None},
-        {},
+        {
+            "vt_hidden_size": 1152,
+            "vt_intermediate_size": 4304,
+            "vt_num_hidden_layers": 27,
+            "vt_num_attention_heads": 16,
+            "patch_size": 14,
+        },
     ),
 }
 
@@ -104,7 +135,14 @@ def text_name(name: str) -> str:
 
 
 def test_every_wrapper_has_a_case() -> None:
-    assert {case["model_type"] for case in CASES.values()} == set(WRAPPERS)
+    assert {case["model_type"] for case in CASES.values()} | {"kimi_vl"} == set(WRAPPERS)
+
+
+def test_kimi_vl_is_kimi_in_other_words() -> None:
+    tower = CASES["kimi_k25"]["vision_config"]
+    plain = {key.removeprefix("vt_"): value for key, value in tower.items()}
+    other = {**CASES["kimi_k25"], "model_type": "kimi_vl", "vision_config": plain}
+    assert spec_from_config(other) == spec_from_config(CASES["kimi_k25"])
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -21,6 +21,7 @@ from ullage.specs.families import (
     hybrid,
     latent,
     mamba,
+    sparse,
     wrappers,
 )
 from ullage.specs.families.base import Family
@@ -35,6 +36,7 @@ FAMILIES: Mapping[str, Family] = {
     **latent.FAMILIES,
     **hybrid.FAMILIES,
     **mamba.FAMILIES,
+    **sparse.FAMILIES,
     **wrappers.FAMILIES,
 }
 RUNNING: tuple[str, ...] = tuple(name for name, family in FAMILIES.items() if family.runs)

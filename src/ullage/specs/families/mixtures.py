@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ullage.errors import UnknownArchitecture
+from ullage.errors import ModelError, UnknownArchitecture
 from ullage.specs.config import Config
 from ullage.specs.families.base import MLP, Layers, Tensors, gated_mlp, linear, vector
 from ullage.specs.model import ModelSpec, Role, TensorSpec
@@ -84,9 +84,22 @@ def later_layers(spec: ModelSpec, config: Config) -> Layers:
     types = config.names("mlp_layer_types", spec.num_layers, ("dense", "sparse"))
     if types is not None:
         return tuple(layer for layer, kind in enumerate(types) if kind == "sparse")
+    if isinstance(config.get("moe_layer_freq"), list):
+        return chosen_layers(spec, config.numbers("moe_layer_freq", spec.num_layers))
     if config.get("moe_layer_freq") not in (None, 1):
         raise UnknownArchitecture("There is no arithmetic for a moe_layer_freq other than 1.")
     return spec.all_layers[config.count("first_k_dense_replace") :]
+
+
+def chosen_layers(spec: ModelSpec, flags: list[int]) -> Layers:
+    """The layers that are marked with 1, of a mark for each.
+
+    Raises:
+        ModelError: not as many marks as layers.
+    """
+    if len(flags) != spec.num_layers or not set(flags) <= {0, 1}:
+        raise ModelError(f"The model's config marks {len(flags)} of {spec.num_layers} layers.")
+    return tuple(layer for layer, flag in enumerate(flags) if flag)
 
 
 def others(spec: ModelSpec, layers: Iterable[int]) -> Layers:

@@ -40,7 +40,6 @@ def _clip_blocks(config: Config, tower: str) -> Tensors:
     yield from _linear(f"{block}.mlp.fc2", width, inner, layers)
     for name in ("layer_norm1", "layer_norm2"):
         yield from layer_norm(f"{block}.{name}", width, layers)
-    yield from layer_norm(f"{tower}.post_layernorm", width)
 
 
 def _patch_embedding(config: Config, name: str) -> TensorSpec:
@@ -57,6 +56,7 @@ def siglip(config: Config) -> Tensors:
     yield vector(f"{tower}.embeddings.patch_embedding.bias", width)
     yield _weight(f"{tower}.embeddings.position_embedding.weight", (_patches(config), width))
     yield from _clip_blocks(config, tower)
+    yield from layer_norm(f"{tower}.post_layernorm", width)
     if config.get("vision_use_head") is False:
         return
     yield _weight(f"{tower}.head.probe", (1, 1, width))
@@ -76,6 +76,7 @@ def clip(config: Config) -> Tensors:
     yield _weight(f"{tower}.embeddings.position_embedding.weight", (_patches(config) + 1, width))
     yield from layer_norm(f"{tower}.pre_layrnorm", width)
     yield from _clip_blocks(config, tower)
+    yield from layer_norm(f"{tower}.post_layernorm", width)
 
 
 def _pixtral(config: Config) -> Tensors:
@@ -141,11 +142,8 @@ def gemma4(spec: ModelSpec, config: Config, outer: Config) -> Tensors:
     """
     if config.flag("use_clipped_linears"):
         raise ModelError("there is no arithmetic for use_clipped_linears.")
-    width, inner, patch = (
-        config.size("hidden_size"),
-        config.size("intermediate_size"),
-        config.size("patch_size"),
-    )
+    width, inner = config.size("hidden_size"), config.size("intermediate_size")
+    patch = config.size("patch_size")
     heads, dim = config.size("num_attention_heads"), config.size("head_dim")
     kv_heads = config.optional_size("num_key_value_heads") or heads
     layers, tower = _layers(config, "num_hidden_layers"), "model.vision_tower"
@@ -236,11 +234,8 @@ def qwen2_5(spec: ModelSpec, config: Config, outer: Config) -> Tensors:
 
 def llama4(spec: ModelSpec, config: Config, outer: Config) -> Tensors:
     """Llama 4's tower, its adapter over shuffled pixels, and one projection."""
-    width, inner, patch = (
-        config.size("hidden_size"),
-        config.size("intermediate_size"),
-        config.size("patch_size"),
-    )
+    width, inner = config.size("hidden_size"), config.size("intermediate_size")
+    patch = config.size("patch_size")
     layers, tower = _layers(config, "num_hidden_layers"), "vision_model"
     block = f"{tower}.model.layers.{{}}"
     yield vector(f"{tower}.class_embedding", width)
@@ -264,8 +259,10 @@ def llama4(spec: ModelSpec, config: Config, outer: Config) -> Tensors:
 
 def kimi(spec: ModelSpec, config: Config, outer: Config) -> Tensors:
     """MoonViT and a projector over patches joined two by two."""
-    width, inner = config.size("vt_hidden_size"), config.size("vt_intermediate_size")
-    layers, patch = _layers(config, "vt_num_hidden_layers"), config.size("patch_size")
+    width = config.size(config.either("vt_hidden_size", "hidden_size"))
+    inner = config.size(config.either("vt_intermediate_size", "intermediate_size"))
+    layers = _layers(config, config.either("vt_num_hidden_layers", "num_hidden_layers"))
+    patch = config.size("patch_size")
     tower, hidden = "vision_tower", spec.hidden_size
     block = f"{tower}.encoder.blocks.{{}}"
     rows = (config.size("init_pos_emb_height"), config.size("init_pos_emb_width"), width)
@@ -282,3 +279,20 @@ def kimi(spec: ModelSpec, config: Config, outer: Config) -> Tensors:
     yield from layer_norm("mm_projector.pre_norm", width)
     yield from _linear("mm_projector.proj.0", 4 * width, 4 * width)
     yield from _linear("mm_projector.proj.2", hidden, 4 * width)
+
+
+def minimax(spec: ModelSpec, config: Config, outer: Config) -> Tensors:
+    """MiniMax M3: CLIP's blocks with rotary positions, and two projectors, one after the other."""
+    width, patch = config.size("hidden_size"), config.size("patch_size")
+    tower = "vision_tower.vision_model"
+    settings = Config(config.section("img_token_compression_config"), {}, {})
+    frames = settings.optional_size("temporal_patch_size", _MOST_MERGED) or 2
+    side = settings.optional_size("spatial_merge_size", _MOST_MERGED) or 2
+    shape = (width, config.size("num_channels"), frames, patch, patch)
+    yield _weight(f"{tower}.embeddings.patch_embedding.weight", shape)
+    yield from layer_norm(f"{tower}.pre_layrnorm", width)
+    yield from _clip_blocks(config, tower)
+    inner, hidden = outer.size("projector_hidden_size"), spec.hidden_size
+    for name, columns in (("multi_modal_projector", width), ("patch_merge_mlp", hidden * side**2)):
+        yield from _linear(f"{name}.linear_1", inner, columns)
+        yield from _linear(f"{name}.linear_2", hidden, inner)

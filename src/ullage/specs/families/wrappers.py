@@ -116,6 +116,12 @@ _QWEN = {
     "in_channels": 3,
 }
 _QWEN3_VL = Wrapper("Qwen3VLForConditionalGeneration", "qwen3_vl_text", vision.qwen3, _QWEN)
+_KIMI = Wrapper(
+    "KimiK25ForConditionalGeneration",
+    "deepseek_v3",
+    vision.kimi,
+    {"patch_size": 14, "init_pos_emb_height": 64, "init_pos_emb_width": 64},
+)
 
 WRAPPERS: Mapping[str, Wrapper] = {
     "gemma3": Wrapper(
@@ -199,19 +205,15 @@ WRAPPERS: Mapping[str, Wrapper] = {
     ),
     "llava": Wrapper("LlavaForConditionalGeneration", "llama", _by_kind, _SIGLIP),
     "llava_next": Wrapper("LlavaNextForConditionalGeneration", "llama", _llava_next, _SIGLIP),
-    "kimi_k25": Wrapper(
-        "KimiK25ForConditionalGeneration",
-        "deepseek_v3",
-        vision.kimi,
-        {
-            "vt_hidden_size": 1152,
-            "vt_intermediate_size": 4304,
-            "vt_num_hidden_layers": 27,
-            "patch_size": 14,
-            "init_pos_emb_height": 64,
-            "init_pos_emb_width": 64,
-        },
+    "minimax_m3_vl": Wrapper(
+        "MiniMaxM3SparseForConditionalGeneration",
+        "minimax_m3_vl_text",
+        vision.minimax,
+        {"num_channels": 3, "patch_size": 14},
     ),
+    "kimi_k25": _KIMI,
+    # MoonViT under its first names; not a class of transformers
+    "kimi_vl": replace(_KIMI, native_class="KimiVLForConditionalGeneration"),
 }
 
 FAMILIES: Mapping[str, Family] = {
