@@ -211,9 +211,11 @@ def _reaching(found: Candidate, goal: Goal, calibration: Calibration | None) -> 
 
 
 def _rank(found: Candidate) -> tuple[float, ...]:
-    """The asked hardware, then the farthest, the least known loss, the fastest, the simplest."""
-    reach = -(found.reach or 0)
-    return (found.hardware, reach, _loss(found), _step_s(found), len(found.changes))
+    """The asked hardware, then the farthest, or without a reach the fastest, then the least known
+    loss, the fastest, the simplest."""
+    step_s = _step_s(found)
+    goal = step_s if found.reach is None else -found.reach
+    return (found.hardware, goal, _loss(found), step_s, len(found.changes))
 
 
 def _expense(found: Candidate) -> tuple[float, ...]:
