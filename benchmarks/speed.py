@@ -63,8 +63,8 @@ def ullage_runner(folder: Path, scheme: str, kv_dtype: str, work: Workload) -> T
     quantized = () if scheme == "fp32" else (TechniqueChoice("quantization", {"scheme": scheme}),)
     execution = Execution(dtype="fp32", kv_dtype=kv_dtype)
     recipe = Recipe(resolve(MODEL), find_device("cpu-16gb"), work, execution, quantized)
-    loaded = load_model(recipe, folder, load_tokenizer(folder)).without_end()
-    engine = Engine(loaded, build_plan(recipe))
+    plan = build_plan(recipe)
+    engine = Engine(load_model(plan, folder, load_tokenizer(folder)).without_end(), plan)
 
     def run(prompt: list[int], output_tokens: int) -> tuple[float, float]:
         start_s = time.perf_counter()

@@ -5,6 +5,7 @@ at once.
 """
 
 import functools
+import json
 import os
 import shutil
 import string
@@ -53,7 +54,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "gemma3_text": {
         "num_hidden_layers": 3, "layer_types": _MIXED_LAYERS, "sliding_window": 6, "head_dim": 8,
-        "query_pre_attn_scalar": 20,
+        "query_pre_attn_scalar": 20, "tie_word_embeddings": False,
     },
     "phi": {"num_key_value_heads": 4},
     "phi3": {},
@@ -100,15 +101,19 @@ def tiny_model() -> Callable[..., tuple[Any, ModelSpec]]:
 @pytest.fixture(scope="session")
 def model_folder(
     tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., tuple[Any, ModelSpec]]
-) -> Callable[[str], Path]:
-    """`model_folder(family)`: a tiny model as people publish them: config, safetensors, tokenizer.
-    Shared by all tests: copy it before changing it. Token 1 ends a text."""
+) -> Callable[..., Path]:
+    """`model_folder(family, dtype, rope)`: a tiny model as people publish them: config,
+    safetensors, tokenizer. Shared by all tests: copy it before changing it. Token 1 ends a text.
+    `rope` is the JSON of the config's ``rope_parameters``."""
 
     @functools.cache
-    def save(family: str) -> Path:
+    def save(family: str, dtype: str = "float32", rope: str = "") -> Path:
+        import torch
+
         folder = tmp_path_factory.mktemp("models") / family
-        model, _ = tiny_model(family, eos_token_id=1)
-        model.save_pretrained(folder)
+        changes = {"rope_parameters": json.loads(rope), **json.loads(rope)} if rope else {}
+        model, _ = tiny_model(family, eos_token_id=1, **changes)
+        model.to(getattr(torch, dtype)).save_pretrained(folder)
         _tokenizer().save_pretrained(folder)
         return folder
 
@@ -195,6 +200,52 @@ def _interleaved(weight: Any, heads: int) -> Any:
     rows, columns = weight.shape
     halves = weight.reshape(heads, 2, rows // heads // 2, columns)
     return halves.swapaxes(1, 2).reshape(rows, columns)
+
+
+@pytest.fixture(scope="session")
+def peak_of() -> Callable[[Callable[[], Any]], int]:
+    """`peak_of(function)`: the most bytes that tensors made inside `function` held together."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Tracker(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.live: dict[StorageWeakRef, int] = {}
+            self.peak_bytes = 0
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            kwargs = kwargs or {}
+            with self:  # what is made of other operations is counted operation by operation
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+            given = {storage_of(leaf) for leaf in tree_leaves((args, kwargs)) if is_tensor(leaf)}
+            result = func(*args, **kwargs)
+            for leaf in tree_leaves(result):
+                if is_tensor(leaf) and storage_of(leaf) not in given:
+                    self.live[storage_of(leaf)] = leaf.untyped_storage().nbytes()
+            self.live = {ref: size for ref, size in self.live.items() if not ref.expired()}
+            self.peak_bytes = max(self.peak_bytes, sum(self.live.values()))
+            return result
+
+    import torch
+
+    def is_tensor(leaf: Any) -> bool:
+        return isinstance(leaf, torch.Tensor)
+
+    def storage_of(tensor: Any) -> StorageWeakRef:
+        return StorageWeakRef(tensor.untyped_storage())
+
+    def measure(function: Callable[[], Any]) -> int:
+        with Tracker() as tracker:
+            function()
+        return tracker.peak_bytes
+
+    return measure
 
 
 @pytest.fixture(scope="session")

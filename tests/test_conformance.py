@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, fields
 from itertools import product
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 from urllib.parse import urlparse
 
@@ -12,12 +14,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ullage import ModelSpec, build_plan, techniques
+from ullage import ModelSpec, build_plan, resolve, techniques
 from ullage.errors import TechniqueError
 from ullage.kv import attention
-from ullage.kv.cache import PagedCache
+from ullage.kv.cache import PagedCache, cache_argument
 from ullage.kv.pool import KVPool
 from ullage.planner.memory import phase_footprints
+from ullage.runtime.load import load_model, load_tokenizer
 from ullage.specs.blocks import sequence_blocks
 from ullage.specs.device import Device
 from ullage.specs.families import RUNNING
@@ -98,7 +101,7 @@ def logits(
                 ids[:, start:end],
                 attention_mask=mask[:, :end],
                 position_ids=positions[:, start:end],
-                past_key_values=cache,
+                **cache_argument(model, cache),
             )
             parts.append(output.logits)
     return torch.cat(parts, dim=1)
@@ -273,6 +276,23 @@ def test_it_changes_the_model_while_it_is_attached(
         inside = logits(model, spec, IDS)
     assert not torch.equal(inside, before)
     assert torch.isfinite(inside).all()
+
+
+@every_active
+def test_loading_it_is_attaching_it(
+    model_folder: Callable[..., Path], tiny_model: TinyModel, technique: Technique
+) -> None:
+    """What `ullage run` does: as the weights are read, or once they are."""
+    folder = model_folder("llama")
+    plan = build_plan(recipe(resolve(str(folder)), technique, Workload(24, 1), FP32))
+    if not technique.runs:
+        with pytest.raises(TechniqueError):
+            load_model(plan, folder, load_tokenizer(folder))
+        return
+    loaded = load_model(plan, folder, load_tokenizer(folder))
+    model, spec = tiny_model("llama")
+    with closing(loaded), technique.attach(model):
+        assert torch.equal(logits(loaded.model, spec, IDS), logits(model, spec, IDS))
 
 
 @every_active

@@ -40,7 +40,7 @@ def folder() -> Path:
 
 @pytest.fixture(scope="module")
 def loaded(folder: Path) -> LoadedModel:
-    return load_model(RECIPE, folder, load_tokenizer(folder))
+    return load_model(build_plan(RECIPE), folder, load_tokenizer(folder))
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +88,8 @@ def test_a_batch_writes_what_its_sequences_write_alone(
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
 def test_quantized_it_still_knows_the_capital(folder: Path, scheme: str) -> None:
     recipe = replace(RECIPE, techniques=(TechniqueChoice("quantization", {"scheme": scheme}),))
-    loaded = load_model(recipe, folder, load_tokenizer(folder))
     plan = build_plan(recipe)
+    loaded = load_model(plan, folder, load_tokenizer(folder))
     assert loaded.nbytes() == plan.phases["decode"].weights_bytes
     prompt = loaded.tokenizer("The capital of France is")["input_ids"]
     text = loaded.tokenizer.decode(list(Engine(loaded, plan).generate(Request(prompt, 8))))

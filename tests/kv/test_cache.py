@@ -8,7 +8,7 @@ import torch
 
 from ullage.errors import BudgetExceeded
 from ullage.kv import attention
-from ullage.kv.cache import PagedCache
+from ullage.kv.cache import PagedCache, cache_argument
 from ullage.kv.pool import KVPool
 from ullage.specs.blocks import sequence_blocks
 from ullage.specs.families import RUNNING
@@ -49,7 +49,7 @@ def test_generate_is_transformers_own(family: str, tiny_model: TinyModel) -> Non
     model, spec = tiny_model(family)
     model.set_attn_implementation("eager")  # sdpa would ignore Gemma 2's cap
     tokens, logits = generate(model, PROMPT)
-    ours, our_logits = generate(paged(model), PROMPT, past_key_values=paged_cache(spec))
+    ours, our_logits = generate(paged(model), PROMPT, **cache_argument(model, paged_cache(spec)))
     torch.testing.assert_close(our_logits, logits, atol=1e-3, rtol=1e-4)
     assert torch.equal(ours, tokens)
 
@@ -63,7 +63,9 @@ def test_left_padded_batch_is_transformers_own(family: str, tiny_model: TinyMode
     ids = torch.cat([PROMPT, PROMPT.flip(1), PROMPT + 9]) * mask
     tokens, logits = generate(model, ids, attention_mask=mask)
     cache = paged_cache(spec, sequences=3)
-    ours, our_logits = generate(paged(model), ids, attention_mask=mask, past_key_values=cache)
+    ours, our_logits = generate(
+        paged(model), ids, attention_mask=mask, **cache_argument(model, cache)
+    )
     torch.testing.assert_close(our_logits, logits, atol=1e-3, rtol=1e-4)
     assert torch.equal(ours, tokens)
 
@@ -74,17 +76,17 @@ def test_padding_takes_no_blocks(tiny_model: TinyModel) -> None:
     ids = PROMPT.repeat(2, 1)
     mask = torch.ones_like(ids)
     mask[1, :15] = 0
-    paged(model)(ids, attention_mask=mask, past_key_values=cache)
+    paged(model)(ids, attention_mask=mask, **cache_argument(model, cache))
     assert [row.length for row in cache.paged[0].rows] == [20, 5]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_chunks_of_a_prompt_are_one_pass(family: str, tiny_model: TinyModel) -> None:
     model, spec = tiny_model(family)
-    whole = paged(model)(PROMPT, past_key_values=paged_cache(spec)).logits
+    whole = paged(model)(PROMPT, **cache_argument(model, paged_cache(spec))).logits
     cache, parts = paged_cache(spec), []
     for chunk in PROMPT.split([7, 1, 9, 3], dim=1):
-        parts.append(model(chunk, past_key_values=cache).logits)
+        parts.append(model(chunk, **cache_argument(model, cache)).logits)
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-4, rtol=1e-4)
 
 
@@ -92,13 +94,13 @@ def test_chunks_of_a_prompt_are_one_pass(family: str, tiny_model: TinyModel) -> 
 def test_all_blocks_come_back_on_reset(family: str, tiny_model: TinyModel) -> None:
     model, spec = tiny_model(family)
     cache = paged_cache(spec, sequences=2)
-    first, _ = generate(paged(model), PROMPT.repeat(2, 1), past_key_values=cache)
+    first, _ = generate(paged(model), PROMPT.repeat(2, 1), **cache_argument(model, cache))
     assert cache.nbytes() > 0
     assert cache.get_seq_length() == 31
     cache.reset()
     assert cache.nbytes() == cache.get_seq_length() == 0
     cache.pool.check_integrity()
-    again, _ = generate(model, PROMPT.repeat(2, 1), past_key_values=cache)
+    again, _ = generate(model, PROMPT.repeat(2, 1), **cache_argument(model, cache))
     assert torch.equal(again, first)
 
 
@@ -115,7 +117,7 @@ def test_other_attention_is_refused(implementation: str, tiny_model: TinyModel) 
     model, spec = tiny_model("llama")
     model.set_attn_implementation(implementation)
     with pytest.raises(RuntimeError, match="set_attn_implementation"):
-        generate(model, PROMPT, past_key_values=paged_cache(spec))
+        generate(model, PROMPT, **cache_argument(model, paged_cache(spec)))
 
 
 def test_ullage_attention_without_a_paged_cache_is_refused(tiny_model: TinyModel) -> None:
@@ -127,15 +129,20 @@ def test_ullage_attention_without_a_paged_cache_is_refused(tiny_model: TinyModel
 def test_another_batch_than_the_cache_holds_is_refused(tiny_model: TinyModel) -> None:
     model, spec = tiny_model("llama")
     cache = paged_cache(spec, sequences=3)
-    paged(model)(PROMPT.repeat(2, 1), past_key_values=cache)
+    paged(model)(PROMPT.repeat(2, 1), **cache_argument(model, cache))
     with pytest.raises(RuntimeError, match="3 sequences"):
-        model(PROMPT.repeat(3, 1), past_key_values=cache)
+        model(PROMPT.repeat(3, 1), **cache_argument(model, cache))
 
 
 def test_beam_search_is_refused(tiny_model: TinyModel) -> None:
     model, spec = tiny_model("llama")
     with pytest.raises(NotImplementedError, match="beam"):
-        generate(paged(model), PROMPT, past_key_values=paged_cache(spec, sequences=2), num_beams=2)
+        generate(
+            paged(model),
+            PROMPT,
+            **cache_argument(model, paged_cache(spec, sequences=2)),
+            num_beams=2,
+        )
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -154,18 +161,18 @@ def test_sequences_take_turns(tiny_model: TinyModel) -> None:
     activates them."""
     model, spec = tiny_model("gemma2")
     alone = [
-        paged(model)(ids, past_key_values=paged_cache(spec)).logits[0, -1]
+        paged(model)(ids, **cache_argument(model, paged_cache(spec))).logits[0, -1]
         for ids in (PROMPT, PROMPT[:, 3:13])
     ]
     cache = paged_cache(spec, sequences=2)
     one, other = cache.open(20), cache.open(10)
     for sequence, ids in ((one, PROMPT[:, :-1]), (other, PROMPT[:, 3:12])):
         cache.activate([sequence])
-        model(ids, past_key_values=cache)
+        model(ids, **cache_argument(model, cache))
     cache.activate([other, one])
     positions = torch.tensor([[other.length], [one.length]])
     last = torch.stack([PROMPT[0, 12:13], PROMPT[0, -1:]])
-    together = model(last, position_ids=positions, past_key_values=cache).logits[:, 0]
+    together = model(last, position_ids=positions, **cache_argument(model, cache)).logits[:, 0]
     torch.testing.assert_close(together, torch.stack(alone[::-1]), atol=1e-4, rtol=1e-4)
     one.close()
     other.close()
@@ -174,8 +181,23 @@ def test_sequences_take_turns(tiny_model: TinyModel) -> None:
 
 def test_bf16_entries_stay_close_to_fp32(tiny_model: TinyModel) -> None:
     model, spec = tiny_model("qwen3", initializer_range=0.1)
-    exact = paged(model)(PROMPT, past_key_values=paged_cache(spec)).logits
+    exact = paged(model)(PROMPT, **cache_argument(model, paged_cache(spec))).logits
     cache = paged_cache(spec, dtype=torch.bfloat16)
-    parts = [model(chunk, past_key_values=cache).logits for chunk in PROMPT.split(6, dim=1)]
+    parts = [
+        model(chunk, **cache_argument(model, cache)).logits for chunk in PROMPT.split(6, dim=1)
+    ]
     rounded = torch.cat(parts, dim=1)
     assert 0 < (rounded - exact).abs().max() < 0.02 * exact.abs().max()
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_the_cache_goes_by_the_name_that_transformers_gives_it(tiny_model: TinyModel) -> None:
+    model, spec = tiny_model("llama")
+    paged(model)(PROMPT, **cache_argument(model, paged_cache(spec)))
+
+
+def test_a_forward_of_before_the_renaming_gets_the_old_name() -> None:
+    class Old:
+        def forward(self, input_ids: Any, past_key_values: Any) -> None: ...
+
+    assert cache_argument(Old(), "it") == {"past_key_values": "it"}  # type: ignore[arg-type, comparison-overlap]

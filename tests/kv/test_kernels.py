@@ -1,9 +1,12 @@
 """Every kernel against softmax attention written out by hand."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from ullage.kv.kernels import TILE_TOKENS, Kernel, Piece, cpu, merge, reference
+from ullage.kv.kernels import Kernel, Piece, cpu, merge, reference
+from ullage.specs.tiles import TILE_TOKENS, tile_scores
 
 KERNELS = {"reference": reference.attend, "cpu": cpu.attend}
 kernels = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS.keys())
@@ -105,6 +108,33 @@ def test_a_band(kernel: Kernel, dtype: torch.dtype, softcap: float | None) -> No
 def test_a_past_of_another_format_than_the_query_around_tiles(kernel: Kernel, tokens: int) -> None:
     pieces = [piece(2, tokens, dtype=torch.bfloat16), piece(4, 3, causal=True)]
     check(kernel, entries(1, 2, 3, 8), pieces, None)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_scores_are_tiled_where_they_are_many(
+    softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Causal pieces and bands too, of which some queries see nothing of a whole tile."""
+    monkeypatch.setattr(reference, "tile_tokens", lambda rows: 4)
+    key, query = torch.arange(30)[None, :], torch.arange(19, 30)[:, None]
+    band = piece(2, 30, mask=(key <= query) & (key > query - 5))
+    check(reference.attend, entries(1, 4, 11, 8), [band], softcap)
+    pieces = [piece(2, 9, dtype=torch.bfloat16), piece(4, 11, causal=True)]
+    check(reference.attend, entries(1, 4, 11, 8), pieces, softcap)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@kernels
+def test_scratch_does_not_grow_with_the_past(
+    kernel: Kernel, softcap: float | None, peak_of: Callable[[Callable[[], object]], int]
+) -> None:
+    query, new = entries(1, 4, 200, 8), piece(2, 200, causal=True)
+
+    def scratch_bytes(past_tokens: int) -> int:
+        past = piece(4, past_tokens, dtype=torch.bfloat16)
+        return peak_of(lambda: kernel(query, [past, new], SCALE, softcap))
+
+    assert scratch_bytes(6000) == scratch_bytes(24_000) <= 4 * tile_scores(800, 24_000) + 2**20
 
 
 @kernels

@@ -147,3 +147,13 @@ def test_nbytes_is_what_the_tensors_hold(dtype: torch.dtype, number_bytes: int) 
 def test_an_empty_pool_refuses() -> None:
     with pytest.raises(BudgetExceeded):
         pool_of(0).take(1)
+
+
+def test_blocks_that_were_not_given_back_are_found() -> None:
+    pool = KVPool(8, 4, torch.float32)
+    runs = pool.take(3)
+    pool.check_integrity()
+    with pytest.raises(RuntimeError, match="3 blocks"):
+        pool.check_integrity(all_free=True)
+    pool.give_back(runs)
+    pool.check_integrity(all_free=True)

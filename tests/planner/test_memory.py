@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from ullage import ModelSpec, resolve
 from ullage.kv import attention
-from ullage.kv.cache import PagedCache
+from ullage.kv.cache import PagedCache, cache_argument
 from ullage.kv.pool import KVPool
-from ullage.planner.memory import kv_bytes_per_token, peak_bytes, phase_footprints
+from ullage.planner.memory import explain, kv_bytes_per_token, peak_bytes, phase_footprints
 from ullage.specs.blocks import sequence_blocks
 from ullage.specs.calibration import Calibration
 from ullage.specs.device import Device
@@ -161,7 +161,7 @@ def test_the_cache_writes_no_more_than_the_pool_that_was_planned(
     cache.activate([cache.open(32)])
     ids = torch.arange(6, 26)[None]
     for _ in range(12):
-        logits = model(ids, past_key_values=cache).logits
+        logits = model(ids, **cache_argument(model, cache)).logits
         ids = logits[:, -1:].argmax(-1)
     assert cache.nbytes() <= planned
 
@@ -247,3 +247,13 @@ def test_layers_of_other_widths_and_none(tiny_spec: TinySpec) -> None:
     made = recipe(mixed, 20, 5, engine="transformers")
     assert kv_bytes_per_token(made) == 40
     assert phase_footprints(made)["decode"].kv_bytes == 4 * (10 * 24 + 6 * 7) + 100
+
+
+@pytest.mark.parametrize(("kind", "margin_bytes"), [("cpu", 0), ("cuda", 64 << 20)])
+def test_every_phase_leaves_the_allocator_its_margin(
+    tiny_spec: TinySpec, kind: Any, margin_bytes: int
+) -> None:
+    made = replace(recipe(tiny_spec("llama")), device=Device("one", kind, 64 * GIB))
+    for phase in PHASES:
+        margins = [term.nbytes for term in explain(made, phase) if "margin" in term.what]
+        assert sum(margins) == margin_bytes

@@ -4,8 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ullage.errors import BudgetExceeded
-from ullage.runtime.budget import Budget
+from ullage import Device, Execution, Plan, Recipe, Workload, build_plan, resolve
+from ullage.errors import BudgetExceeded, DoesNotFit
+from ullage.runtime.budget import Budget, refuse_crowded, refuse_misfit
+from ullage.units import GIB
 
 claims = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 1000)), max_size=20)
 
@@ -44,3 +46,29 @@ def test_a_refusal_says_who_holds_what() -> None:
     for part in ("KV pool needs 20.0 MiB", "10.0 MiB", "100.0 MiB", "weights 90.0 MiB", "--memory"):
         assert part in message
     assert refused.value.exit_code == 1
+
+
+def plan_in(budget_bytes: int | None = None, dtype: str = "fp32") -> Plan:
+    """Of a model whose load peaks highest in bf16, its prefill in fp32."""
+    execution = Execution(dtype=dtype, kv_dtype=dtype)
+    device = Device("cpu", "cpu", 64 * GIB)
+    recipe = Recipe(resolve("smollm2-135m"), device, Workload(100, 10), execution)
+    return build_plan(recipe, budget_bytes)
+
+
+def test_a_plan_is_refused_by_its_own_figures() -> None:
+    peak_bytes = plan_in().peak_bytes
+    refuse_misfit(plan_in(peak_bytes))
+    with pytest.raises(DoesNotFit) as refused:
+        refuse_misfit(plan_in(peak_bytes - 1))
+    assert refused.value.needed_bytes == peak_bytes
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_plan_is_refused_where_the_runtime_holds_more_than_planned(dtype: str) -> None:
+    plan = plan_in(plan_in(dtype=dtype).peak_bytes, dtype)
+    runtime_bytes = plan.phases["load"].overhead_bytes
+    refuse_crowded(plan, runtime_bytes - 1)
+    refuse_crowded(plan, runtime_bytes)
+    with pytest.raises(BudgetExceeded, match=r"phase needs .*\(runtime"):
+        refuse_crowded(plan, runtime_bytes + 1)

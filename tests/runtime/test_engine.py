@@ -1,5 +1,7 @@
 """The engine: the tokens are transformers' own, and every block comes back, whatever happens."""
 
+import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from ullage import Device, Execution, Recipe, Workload, build_plan, resolve
 from ullage.errors import BudgetExceeded, DoesNotFit, PromptError, UllageError
 from ullage.runtime.engine import Engine, Request
 from ullage.runtime.load import LoadedModel, load_model, load_tokenizer
+from ullage.specs.families import RUNNING
 from ullage.units import GIB, MIB
 
 MakeEngine = Callable[..., Engine]
@@ -32,25 +35,26 @@ def recipe_for(
 
 
 @pytest.fixture(scope="module")
-def loaded(model_folder: Callable[[str], Path]) -> Callable[[str], LoadedModel]:
-    held: dict[str, LoadedModel] = {}
+def loaded(model_folder: Callable[..., Path]) -> Callable[..., LoadedModel]:
+    """`loaded(family, dtype, rope)`: as `model_folder` saves it, in fp32."""
 
-    def load(family: str) -> LoadedModel:
-        if family not in held:
-            folder = model_folder(family)
-            held[family] = load_model(recipe_for(folder), folder, load_tokenizer(folder))
-        return held[family]
+    @functools.cache
+    def load(*saved: str) -> LoadedModel:
+        folder = model_folder(*saved)
+        plan = build_plan(recipe_for(folder))
+        return load_model(plan, folder, load_tokenizer(folder))
 
     return load
 
 
 @pytest.fixture
-def engine(model_folder: Callable[[str], Path], loaded: Callable[[str], LoadedModel]) -> MakeEngine:
-    """`engine(family, chunk=, sequences=, kv_dtype=, work=)`"""
+def engine(model_folder: Callable[..., Path], loaded: Callable[..., LoadedModel]) -> MakeEngine:
+    """`engine(family, dtype, rope, chunk=, sequences=, kv_dtype=, work=)`"""
 
-    def make(family: str = "llama", **options: Any) -> Engine:
-        plan = build_plan(recipe_for(model_folder(family), **options))
-        return Engine(loaded(family).without_end(), plan)
+    def make(*saved: str, **options: Any) -> Engine:
+        saved = saved or ("llama",)
+        plan = build_plan(recipe_for(model_folder(*saved), **options))
+        return Engine(loaded(*saved).without_end(), plan)
 
     return make
 
@@ -76,24 +80,68 @@ def assert_all_free(engine: Engine) -> None:
     engine.cache.pool.check_integrity()
 
 
-def transformers_tokens(folder: Path, prompt: list[int], **arguments: Any) -> list[int]:
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-    ids = torch.tensor([prompt])
-    output = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0, **arguments)
+def transformers_tokens(folder: Path, prompt: list[int]) -> list[int]:
+    """Greedy, in fp32, to the full length."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    no_end = [1000]  # no token of the vocabulary
+    output = model.generate(
+        torch.tensor([prompt]),
+        max_new_tokens=12,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=no_end,
+    )
     return list(output[0, len(prompt) :].tolist())
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "phi", "gpt2"])
+def rope(kind: str, **parameters: Any) -> str:
+    """As `model_folder` takes it."""
+    return json.dumps({"rope_type": kind, "rope_theta": 10_000.0, **parameters})
+
+
+SHORT = {"original_max_position_embeddings": 16}  # half of the prompt and its answer
+SAVED = [
+    *((family, dtype) for family in RUNNING for dtype in ("float32", "bfloat16")),
+    ("llama", "float32", rope("linear", factor=4.0)),
+    ("llama", "float32", rope("dynamic", factor=4.0)),
+    ("llama", "float32", rope("yarn", factor=4.0, **SHORT)),
+    (
+        "llama",
+        "float32",
+        rope("llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, **SHORT),
+    ),
+    (
+        "phi3",
+        "float32",
+        rope("longrope", short_factor=[1.0] * 4, long_factor=[2.0, 3.0, 4.0, 5.0], **SHORT),
+    ),
+]
+
+
+@pytest.mark.parametrize("saved", SAVED, ids=lambda saved: "-".join(saved)[:40])
 def test_greedy_tokens_are_transformers_own_for_every_chunk_size(
-    family: str, model_folder: Callable[[str], Path], engine: MakeEngine
+    saved: tuple[str, ...], model_folder: Callable[..., Path], engine: MakeEngine
 ) -> None:
-    no_end = [1000]  # no token of the vocabulary
-    expected = transformers_tokens(model_folder(family), PROMPT, eos_token_id=no_end)
+    expected = transformers_tokens(model_folder(*saved), PROMPT)
     assert len(set(expected)) > 3, "a model that repeats itself shows nothing"
     for chunk in (1, 3, 16, 20, 0):
-        made = engine(family, chunk=chunk)
+        made = engine(*saved, chunk=chunk)
         assert list(made.generate(Request(PROMPT, 12))) == expected
         assert_all_free(made)
+
+
+def test_a_sequence_longer_than_its_rotary_frequencies_are_for_is_refused(
+    model_folder: Callable[..., Path],
+) -> None:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    folder = model_folder("phi3", "float32", rope("longrope", **factors, **SHORT))
+    plan = build_plan(recipe_for(folder, sequences=2, work=(10, 6)))
+    made = Engine(load_model(plan, folder, load_tokenizer(folder)), plan)
+    made.submit(Request(PROMPT[:10], 6))
+    with pytest.raises(PromptError, match="rotary"):
+        made.submit(Request(PROMPT[:10], 7))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

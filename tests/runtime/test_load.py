@@ -2,26 +2,43 @@
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ullage import Device, Execution, Recipe, TechniqueChoice, Workload, resolve
-from ullage.errors import CheckpointError
+from ullage import (
+    Device,
+    Execution,
+    ModelSpec,
+    Recipe,
+    TechniqueChoice,
+    Workload,
+    build_plan,
+    resolve,
+)
+from ullage.errors import BudgetExceeded, CheckpointError, DoesNotFit, TechniqueError
 from ullage.kv import attention
 from ullage.planner.memory import phase_footprints
 from ullage.runtime.load import TORCH_DTYPES, LoadedModel, load_model, load_tokenizer
+from ullage.runtime.reader import Reader
 from ullage.specs.families import RUNNING
+from ullage.specs.footprint import Footprint
 from ullage.specs.sources import read_config
-from ullage.units import GIB
+from ullage.specs.workload import Step
+from ullage.techniques import Technique
+from ullage.techniques.quantization.linear import Int8Linear
+from ullage.techniques.quantization.settings import Quantization
+from ullage.units import GIB, MIB
 
-ModelFolder = Callable[[str], Path]
+ModelFolder = Callable[..., Path]
 FILE = "model.safetensors"
 
 
@@ -33,7 +50,8 @@ def recipe_for(folder: Path, dtype: str = "fp32", scheme: str = "none") -> Recip
 
 
 def load(folder: Path, recipe: Recipe | None = None, **arguments: Any) -> LoadedModel:
-    return load_model(recipe or recipe_for(folder), folder, load_tokenizer(folder), **arguments)
+    plan = build_plan(recipe or recipe_for(folder))
+    return load_model(plan, folder, load_tokenizer(folder), **arguments)
 
 
 @pytest.fixture
@@ -69,13 +87,20 @@ def test_weights_are_those_of_from_pretrained(
     assert loaded.model.config._attn_implementation == attention.NAME
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", RUNNING)
-def test_buffers_are_those_of_from_pretrained(family: str, model_folder: ModelFolder) -> None:
-    """Rotary frequencies and embedding scales are computed, not stored."""
-    ours = dict(load(model_folder(family)).model.named_buffers())
-    theirs = dict(AutoModelForCausalLM.from_pretrained(model_folder(family)).named_buffers())
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(buffer, theirs[name]) for name, buffer in ours.items())
+def test_buffers_are_those_of_from_pretrained(
+    family: str, stored: str, dtype: str, model_folder: ModelFolder
+) -> None:
+    """Rotary frequencies and embedding scales are computed, not stored, and not rounded to what the
+    checkpoint is stored in."""
+    folder = model_folder(family, stored)
+    ours = dict(load(folder, recipe_for(folder, dtype)).model.named_buffers())
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=TORCH_DTYPES[dtype])
+    assert ours.keys() == dict(theirs.named_buffers()).keys()
+    for name, buffer in theirs.named_buffers():
+        assert torch.equal(ours[name], buffer), name
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -250,6 +275,155 @@ def test_a_folder_without_a_tokenizer_is_refused(copied: Callable[[str], Path]) 
         file.unlink()
     with pytest.raises(CheckpointError, match="tokenizer"):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("answer", ["y", "n"])
+def test_a_tokenizer_that_is_code_is_refused_and_never_run(
+    answer: str, copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is anybody asked whether to."""
+    folder = copied("llama")
+    ran = folder / "ran"
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: pass\n")
+    config = read_config(folder / "tokenizer_config.json")
+    config |= {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: answer)
+    with pytest.raises(CheckpointError, match="trust_remote_code"):
+        load_tokenizer(folder)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("answer", ["y", "n"])
+def test_a_models_own_code_is_never_run(
+    answer: str, copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied("llama")
+    ran, recipe = folder / "ran", recipe_for(folder)
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: pass\n")
+    for name in ("AutoConfig", "AutoModelForCausalLM"):
+        config = {**read_config(folder / "config.json"), "auto_map": {name: "evil.Evil"}}
+        (folder / "config.json").write_text(json.dumps(config))
+        monkeypatch.setattr("builtins.input", lambda *_: answer)
+        load(folder, recipe)  # as the class that transformers itself has
+        assert not ran.exists()
+
+
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(tensor: Any) -> None:
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr("ullage.runtime.reader._read", read)
+
+
+def test_a_plan_that_does_not_fit_is_refused_before_a_weight_is_read(
+    model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_weights(monkeypatch)
+    folder = model_folder("llama")
+    plan = build_plan(recipe_for(folder))
+    with pytest.raises(DoesNotFit):
+        load_model(replace(plan, budget_bytes=10 * MIB), folder, load_tokenizer(folder))
+
+
+def test_a_process_without_room_is_refused_before_a_weight_is_read(
+    model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_weights(monkeypatch)
+    monkeypatch.setattr("ullage.runtime.load.held_bytes", lambda _: 64 * GIB - 10)
+    with pytest.raises(BudgetExceeded, match="load phase"):
+        load(model_folder("llama"))
+
+
+@dataclass(frozen=True)
+class Halving(Technique):
+    """Halves what the embedding gives, by a hook."""
+
+    paper: ClassVar[str] = "https://example.org/halving"
+    acts_on: ClassVar[Literal["context"]] = "context"
+    broken: bool = False
+
+    @property
+    def name(self) -> str:
+        return "halving"
+
+    @classmethod
+    def neutral(cls) -> "Halving":
+        return cls()
+
+    def unsupported(self, model: ModelSpec) -> str | None:
+        return "it is no llama." if model.family != "llama" else None
+
+    def footprint(self, before: Footprint, model: ModelSpec, work: Step) -> Footprint:
+        return before
+
+    @contextmanager
+    def attach(self, model: Any) -> Iterator[None]:
+        table = model.get_input_embeddings()
+        hook = table.register_forward_hook(lambda module, args, output: output / 2)
+        try:
+            if self.broken:
+                raise MemoryError
+            yield
+        finally:
+            hook.remove()
+
+
+def halving(monkeypatch: pytest.MonkeyPatch, folder: Path, *chain: Technique) -> Recipe:
+    """A recipe with techniques that no folder holds."""
+    choices = tuple(TechniqueChoice(str(number), {}) for number, _ in enumerate(chain))
+    by_name = {choice.name: one for choice, one in zip(choices, chain, strict=True)}
+    monkeypatch.setattr("ullage.techniques.create", lambda choice: by_name[choice.name])
+    return replace(recipe_for(folder), techniques=choices)
+
+
+def test_techniques_are_attached_until_the_model_is_closed(
+    model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = model_folder("llama")
+    recipe = halving(monkeypatch, folder, Halving(), Quantization(scheme="int8"), Halving())
+    loaded = load(folder, recipe)
+    table, ids = loaded.model.get_input_embeddings(), torch.tensor([7])
+    assert torch.equal(table(ids), table.weight[ids] / 4)
+    assert isinstance(loaded.model.model.layers[0].mlp.up_proj, Int8Linear)
+    loaded.without_end().close()
+    assert torch.equal(table(ids), table.weight[ids])
+
+
+def test_what_was_attached_goes_when_the_next_cannot_be(
+    model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, seen = model_folder("llama"), []
+    recipe = halving(monkeypatch, folder, Halving(), Halving(broken=True))
+    monkeypatch.setattr(
+        "ullage.runtime.load.Reader", lambda model, *_: seen.append(model) or Reader(model, *_)
+    )
+    with pytest.raises(MemoryError):
+        load(folder, recipe)
+    assert not seen[0].get_input_embeddings()._forward_hooks
+
+
+@pytest.mark.parametrize(("family", "runs"), [("qwen2", True), ("llama", False)])
+def test_what_cannot_attach_is_refused_before_a_weight_is_read(
+    family: str, runs: bool, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_weights(monkeypatch)
+    folder = model_folder(family)
+    plan = build_plan(recipe_for(folder))
+    monkeypatch.setattr(Halving, "runs", runs)
+    recipe = halving(monkeypatch, folder, Halving())
+    with pytest.raises(TechniqueError, match="halving cannot act on"):
+        load_model(replace(plan, recipe=recipe), folder, load_tokenizer(folder))
+
+
+def test_a_library_that_is_not_installed_is_missed_before_a_weight_is_read(
+    model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_weights(monkeypatch)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)
+    folder = model_folder("llama")
+    with pytest.raises(TechniqueError, match=r"ullage\[quant\]"):
+        load(folder, recipe_for(folder, scheme="nf4"))
 
 
 def test_progress_ends_at_all_bytes(model_folder: ModelFolder) -> None:

@@ -3,12 +3,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from ullage.errors import InputError
 from ullage.runtime import process
-from ullage.runtime.process import reset_high_water, status_bytes
+from ullage.runtime.process import obtainable_bytes, reset_high_water, status_bytes
 from ullage.units import MIB
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
@@ -85,3 +87,15 @@ def test_where_the_mark_cannot_be_reset_it_says_so(
 ) -> None:
     monkeypatch.setattr(process, "_CLEAR_REFS", tmp_path / "absent" / "clear_refs")
     assert reset_high_water() is False
+
+
+def test_what_can_be_had_is_what_is_free_and_what_is_held() -> None:
+    obtainable = obtainable_bytes()
+    total_bytes = psutil.virtual_memory().total
+    assert status_bytes().rss_bytes < obtainable < total_bytes
+
+
+def test_memory_that_others_hold_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    held_bytes = status_bytes().rss_bytes
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=5))
+    assert obtainable_bytes() == pytest.approx(held_bytes + 5, rel=0.1)

@@ -1,6 +1,7 @@
 """ullage run: go on from a prompt, inside a budget."""
 
 import time
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -33,6 +34,7 @@ from ullage.errors import DoesNotFit, InputError, PromptError
 from ullage.planner import build_plan, fit_run
 from ullage.planner.search import Freedom, as_memory_option, describe
 from ullage.runtime import out_of_memory
+from ullage.runtime.process import obtainable_bytes
 from ullage.specs.model import ModelSpec
 from ullage.specs.plan import Plan, read_plan
 from ullage.specs.sources import resolve
@@ -98,7 +100,8 @@ def run(
     output_tokens = made.recipe.workload.output_tokens
     with out_of_memory.explained():
         engine = session.load(made)
-        _stream(engine, ids, output_tokens, temperature, seed, made)
+        with closing(engine.loaded):
+            _stream(engine, ids, output_tokens, temperature, seed, made)
 
 
 @dataclass
@@ -124,6 +127,8 @@ class _Session:
             if self.given is None or self.options.memory is not None
             else self.given.budget_bytes
         )
+        if self.given is None and self.options.memory is None and device.kind == "cpu":
+            self.budget_bytes = min(self.budget_bytes, obtainable_bytes())
         self.device = device
         self.calibration = self.options.read_calibration()
 
@@ -160,8 +165,10 @@ class _Session:
         return_freed_memory()
         self.folder = weights_folder(self.spec)
         from ullage.runtime.load import load_tokenizer
+        from ullage.runtime.prompt import refuse_long
 
         self.tokenizer = load_tokenizer(self.folder)
+        refuse_long(text, self.tokenizer, self.spec.max_context_tokens - 1)
         ids = _chat_ids(self.tokenizer, text) if chat else self.tokenizer(text)["input_ids"]
         return list(ids)
 
@@ -214,7 +221,7 @@ class _Session:
         with _progress("reading weights", DownloadColumn()) as progress:
             task = progress.add_task("", total=None)
             loaded = load_model(
-                plan.recipe,
+                plan,
                 self.folder,
                 self.tokenizer,
                 lambda done, total: progress.update(task, completed=done, total=total),

@@ -21,6 +21,7 @@ def tag(keys: torch.Tensor, layer: "PagedLayer") -> torch.Tensor:
     return keys
 
 
+@torch.no_grad()
 def attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -31,7 +32,7 @@ def attention_forward(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of new tokens over a PagedCache.
+    """Attention of new tokens over a PagedCache. Without gradients: it is for inference.
 
     Args:
         query: [B, Hq, N, D]; key and value: [B, Hkv, N, D], new tokens only.
@@ -39,10 +40,14 @@ def attention_forward(
 
     Returns:
         [B, N, Hq, D], and None for the attention weights, which are never built.
+
+    Raises:
+        RuntimeError: no PagedCache holds the past, or one of another number of sequences.
+        BudgetExceeded: a sequence for which no room was reserved finds none in the pool.
     """
     layer: PagedLayer | None = getattr(key, "ullage_layer", None)
     if layer is None:
-        raise RuntimeError("attention 'ullage' reads a PagedCache: pass one as past_key_values")
+        raise RuntimeError("attention 'ullage' reads a PagedCache: pass one with cache_argument")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = query.new_zeros((query.shape[0], query.shape[2], query.shape[1], query.shape[3]))
     kernel = kernel_for(query.device)

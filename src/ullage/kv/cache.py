@@ -1,8 +1,12 @@
 """PagedCache: a transformers Cache whose entries live in a KVPool."""
 
+import inspect
+from collections.abc import Callable
+from functools import cache as cached
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ullage.kv.attention import tag
@@ -97,8 +101,8 @@ class Sequence:
 class PagedCache(Cache):  # type: ignore[misc]
     """KV entries of any number of sequences in one pool.
 
-    Inside plain `model.generate(past_key_values=cache)` it grows by itself. The engine opens each
-    sequence with all the room it will need and chooses with `activate` whose turn it is.
+    Inside plain `model.generate(**cache_argument(model, cache))` it grows by itself. The engine
+    opens each sequence with all the room it will need and chooses with `activate` whose turn it is.
     """
 
     def __init__(self, model: ModelSpec, pool: KVPool) -> None:
@@ -131,3 +135,15 @@ class PagedCache(Cache):  # type: ignore[misc]
     def nbytes(self) -> int:
         """Bytes of the blocks that are taken."""
         return (self.pool.num_blocks - self.pool.free_blocks) * self.pool.block_bytes
+
+
+def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
+    """`cache` under the name by which the forward pass of `model` takes it: ``past_key_values``
+    until transformers 5.24, which calls it ``cache`` and warns of the old name."""
+    return {_cache_name(type(model).forward): cache}
+
+
+@cached
+def _cache_name(forward: Callable[..., Any]) -> str:
+    known = inspect.signature(forward).parameters
+    return "cache" if "cache" in known else "past_key_values"

@@ -73,14 +73,20 @@ class KVPool:
         for run in runs:
             self._insert(run)
 
-    def check_integrity(self) -> None:
-        """Raise when a block is free twice or runs are out of order: a bug, never a user's
-        doing."""
+    def check_integrity(self, all_free: bool = False) -> None:
+        """Look for a bug, never a user's doing; costs a look at each free run.
+
+        Raises:
+            RuntimeError: a block is free twice, runs are out of order, or, where `all_free`, a
+                block is taken.
+        """
         end = -1
         for run in self._free:
             if run.start <= end or run.count < 1 or run.start + run.count > self.num_blocks:
                 raise RuntimeError(f"the free runs of the pool are damaged: {self._free}")
             end = run.start + run.count
+        if all_free and self.free_blocks < self.num_blocks:
+            raise RuntimeError(f"{self.num_blocks - self.free_blocks} blocks were not given back")
 
     def _whole(self, count: int) -> list[Run]:
         """The smallest free run that holds `count`, so that long runs stay for long sequences."""

@@ -67,14 +67,14 @@ class Slots:
                 written += count
             first += segment.slots
 
-    def read(self, slots: int) -> list[Piece]:
-        """The first `slots` slots, as views."""
-        pieces, left = [], slots
+    def read(self, start: int, stop: int) -> list[Piece]:
+        """The slots from `start` up to `stop`, as views."""
+        pieces, first = [], 0  # the segment's first slot
         for segment in self.segments:
-            count = min(segment.slots, left)
-            if count > 0:
-                pieces.append(Piece(segment.keys[:, :count], segment.values[:, :count]))
-            left -= count
+            span = slice(max(0, start - first), max(0, min(segment.slots, stop - first)))
+            if span.start < span.stop:
+                pieces.append(Piece(segment.keys[:, span], segment.values[:, span]))
+            first += segment.slots
         return pieces
 
 
@@ -116,9 +116,11 @@ class FullRow(Row):
         self.length = length
         self.slots.write(past, keys, values)
         if keys.shape[1] == 1:
-            return self.slots.read(length)
-        new = Piece(*_as_stored(keys, values, self.slots.pool), causal=True)
-        return [*self.slots.read(past), new]
+            return self.slots.read(0, length)
+        # rounded as the pool rounds them, so that results do not hang on the chunk size
+        stored = self.slots.pool.keys.dtype
+        new = Piece(keys.to(stored), values.to(stored), causal=True)
+        return [*self.slots.read(0, past), new]
 
     def _grow(self, tokens: int) -> None:
         """Room for `tokens` and a quarter more, so that a sequence nobody sized in advance has few
@@ -142,11 +144,10 @@ class SlidingRow(Row):
     def extend(self, keys: torch.Tensor, values: torch.Tensor) -> list[Piece]:
         if keys.shape[1] == 1:
             self._write(keys, values)
-            return self.slots.read(min(self.length, self.window))
-        past = self._in_order()
-        new_keys, new_values = _as_stored(keys, values, self.slots.pool)
-        span_keys = torch.cat([*(piece.keys for piece in past), new_keys], dim=1)
-        span_values = torch.cat([*(piece.values for piece in past), new_values], dim=1)
+            return self.slots.read(0, min(self.length, self.window))
+        past, stored = self._in_order(), self.slots.pool.keys.dtype
+        span_keys = _side_by_side([piece.keys for piece in past], keys, stored)
+        span_values = _side_by_side([piece.values for piece in past], values, stored)
         self._write(keys, values)
         mask = _band(keys.shape[1], span_keys.shape[1], self.window, keys.device)
         return [Piece(span_keys, span_values, mask=mask)]  # [Hkv, past + N, D]
@@ -166,24 +167,22 @@ class SlidingRow(Row):
     def _in_order(self) -> list[Piece]:
         """The entries that new queries may see, oldest first: the slots up to where the next entry
         goes hold the newer ones."""
-        pieces = self.slots.read(min(self.length, self.window))
         if self.length <= self.window:
-            return pieces
-        keys = torch.cat([piece.keys for piece in pieces], dim=1)
-        values = torch.cat([piece.values for piece in pieces], dim=1)
+            return self.slots.read(0, self.length)
         turn = self.length % self.window
-        return [
-            Piece(keys[:, turn:], values[:, turn:]),
-            Piece(keys[:, :turn], values[:, :turn]),
-        ]
+        return [*self.slots.read(turn, self.window), *self.slots.read(0, turn)]
 
 
-def _as_stored(
-    keys: torch.Tensor, values: torch.Tensor, pool: KVPool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """New entries rounded as the pool rounds them, so that results do not hang on the chunk
-    size."""
-    return keys.to(pool.keys.dtype), values.to(pool.values.dtype)
+def _side_by_side(past: list[torch.Tensor], new: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
+    """Stored entries and new ones in one tensor, [Hkv, past + N, D] in the new ones' format, the
+    new ones rounded as the pool rounds them, so that results do not hang on the chunk size."""
+    parts = [*past, new.to(stored)]
+    span = new.new_empty((new.shape[0], sum(part.shape[1] for part in parts), new.shape[2]))
+    at = 0
+    for part in parts:
+        span[:, at : at + part.shape[1]] = part
+        at += part.shape[1]
+    return span
 
 
 def _band(queries: int, keys: int, window: int, device: torch.device) -> torch.Tensor:
@@ -191,4 +190,5 @@ def _band(queries: int, keys: int, window: int, device: torch.device) -> torch.T
     newest keys up to its own."""
     query = torch.arange(keys - queries, keys, device=device)[:, None]
     key = torch.arange(keys, device=device)[None, :]
-    return (key <= query) & (key > query - window)
+    band = key <= query
+    return band.logical_and_(key > query - window)

@@ -59,7 +59,7 @@ def run_and_measure(plan: Plan, folder: Path, steady_allocator: bool) -> PeakMea
     peaks: dict[PhaseName, int] = {}
     runtime_bytes = held_bytes(device)
     before_load_s = time.perf_counter()
-    loaded = load_model(plan.recipe, folder, tokenizer)
+    loaded = load_model(plan, folder, tokenizer)
     load_s = time.perf_counter() - before_load_s
     peaks["load"] = peak_bytes(device)
     reset_peak(device)

@@ -3,6 +3,7 @@
 from ullage import techniques
 from ullage.errors import TechniqueError
 from ullage.planner.cliff import find_cliff
+from ullage.planner.constants import Constants
 from ullage.planner.engines import ENGINES
 from ullage.planner.latency import estimate
 from ullage.planner.memory import kv_bytes_per_token, phase_footprints
@@ -31,7 +32,7 @@ def build_plan(
         recipe=recipe,
         budget_bytes=budget_bytes,
         phases=phases,
-        share=engine.share(recipe, phases, budget_bytes),
+        share=engine.share(recipe, phases, budget_bytes, Constants(recipe, calibration)),
         cliff=find_cliff(recipe, budget_bytes, calibration),
         kv_bytes_per_token=kv_bytes_per_token(recipe),
         latency=estimate(recipe, phases),

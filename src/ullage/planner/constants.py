@@ -39,17 +39,16 @@ class Constants:
         self._measured = {} if calibration is None else calibration.constants
         self._device = "" if calibration is None else calibration.device
 
+    def __contains__(self, key: str) -> bool:
+        """Whether the engine has a constant called `key`."""
+        return key in self._found
+
     def __getitem__(self, key: str) -> Constant:
         """The constant called `key`."""
         if key in self._measured:
             source = f"the calibration of {self._device}"
             return Constant(self._measured[key], "measured", source)
         return self._found[key]
-
-
-def latency_constants(kind: str) -> Mapping[str, Constant]:
-    """The constants of latency on a `kind` of device, the same for all engines."""
-    return _constants("latency", "", "cpu" if kind == "cpu" else "cuda")
 
 
 def _refuse_other(calibration: Calibration, recipe: Recipe) -> None:
@@ -60,6 +59,11 @@ def _refuse_other(calibration: Calibration, recipe: Recipe) -> None:
             f"The calibration is of {' on '.join(measured)}, and the plan of "
             f"{' on '.join(planned)}: measure that one, or leave --calibration out."
         )
+
+
+def latency_constants(kind: str) -> Mapping[str, Constant]:
+    """The constants of latency on a `kind` of device, the same for all engines."""
+    return _constants("latency", "", "cpu" if kind == "cpu" else "cuda")
 
 
 @cache

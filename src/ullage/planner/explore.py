@@ -173,12 +173,11 @@ def _candidate(
 ) -> Candidate | None:
     """What `settings` made `recipe`, None where the engine does not take it."""
     engine = ENGINES[recipe.execution.engine]
-    calibration = _of_device(calibration, recipe.device)
     try:
         recipe = engine.settle(recipe)
     except InputError:
         return None
-    phases = phase_footprints(recipe, calibration)
+    phases = phase_footprints(recipe, _measured(calibration, recipe))
     return Candidate(
         recipe=recipe,
         budget_bytes=budget_bytes or engine.limit_bytes(recipe),
@@ -192,9 +191,10 @@ def _candidate(
     )
 
 
-def _of_device(calibration: Calibration | None, device: Device) -> Calibration | None:
-    """The calibration where it is of `device`: what another takes was not measured."""
-    return calibration if calibration is not None and calibration.device == device.name else None
+def _measured(calibration: Calibration | None, recipe: Recipe) -> Calibration | None:
+    """The calibration where it is of the recipe's device: others were not measured."""
+    same = calibration is not None and calibration.device == recipe.device.name
+    return calibration if same else None
 
 
 def _reaching(found: Candidate, goal: Goal, calibration: Calibration | None) -> Candidate:
@@ -202,10 +202,9 @@ def _reaching(found: Candidate, goal: Goal, calibration: Calibration | None) -> 
     if goal == "latency":
         return found
     reach = longest_context if goal == "context" else most_sequences
-    calibration = _of_device(calibration, found.recipe.device)
 
     def peak(recipe: Recipe) -> int:
-        return serving_bytes(recipe, calibration)
+        return serving_bytes(recipe, _measured(calibration, recipe))
 
     return replace(found, reach=reach(found.recipe, found.peak_bytes, found.budget_bytes, peak))
 

@@ -1,11 +1,13 @@
-"""Make glibc's allocator return large tensors to the system when they are freed.
+"""Keep what allocators hold near what lives.
 
 By default glibc raises its mmap threshold to 32 MiB as it sees large blocks freed, and from then on
 activations leave holes in the heap: resident memory stands above live memory by an amount that
-hangs on history, which nobody can plan.
+hangs on history, which nobody can plan. And by default CUDA's caching allocator keeps freed blocks
+in the sizes that they had, which tensors of other sizes cannot use.
 """
 
 import ctypes
+import os
 import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
@@ -22,3 +24,11 @@ def return_freed_memory() -> bool:
         return False
     fixed = mallopt(_M_MMAP_THRESHOLD, _THRESHOLD_BYTES)
     return bool(fixed and mallopt(_M_TRIM_THRESHOLD, _THRESHOLD_BYTES))
+
+
+def expand_segments() -> None:
+    """Let CUDA's caching allocator grow and reuse one segment for tensors of all sizes, unless the
+    environment says how it is to work. Before torch is imported, which reads it then; of no effect
+    where there is no CUDA, or not Linux."""
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ and sys.platform.startswith("linux"):
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

@@ -1,7 +1,8 @@
 """Budget: a hard limit in bytes, and who holds how much of it. Asked before allocating."""
 
-from ullage.errors import BudgetExceeded
-from ullage.units import format_bytes
+from ullage.errors import BudgetExceeded, DoesNotFit
+from ullage.specs.plan import Plan
+from ullage.units import MIB, format_bytes
 
 
 class Budget:
@@ -32,3 +33,31 @@ class Budget:
 
     def _shares(self) -> str:
         return ", ".join(f"{name} {format_bytes(held)}" for name, held in self.held_bytes.items())
+
+
+def refuse_misfit(plan: Plan) -> None:
+    """Refuse a plan by its own figures.
+
+    Raises:
+        DoesNotFit: its peak is above its budget.
+    """
+    if not plan.fits:
+        smallest = f"--memory {-(-plan.peak_bytes // MIB)}MiB"
+        raise DoesNotFit(
+            f"The plan needs {format_bytes(plan.peak_bytes)}, more than its budget of "
+            f"{format_bytes(plan.budget_bytes)}: {smallest} is enough.",
+            needed_bytes=plan.peak_bytes,
+        )
+
+
+def refuse_crowded(plan: Plan, held_bytes: int) -> None:
+    """Refuse a plan for which a process that holds `held_bytes` before any weight is read, more
+    than was planned for the runtime, has no room.
+
+    Raises:
+        BudgetExceeded: a phase would pass the budget.
+    """
+    for name, phase in plan.phases.items():
+        budget = Budget(plan.budget_bytes)
+        budget.claim("runtime", held_bytes)
+        budget.claim(f"The {name} phase", phase.total_bytes - phase.overhead_bytes)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ullage.errors import DoesNotFit, PromptError, UllageError
-from ullage.kv.cache import PagedCache, Sequence
+from ullage.kv.cache import PagedCache, Sequence, cache_argument
 from ullage.kv.pool import KVPool
 from ullage.runtime.budget import Budget
 from ullage.runtime.load import TORCH_DTYPES, LoadedModel, device_of
@@ -98,7 +98,8 @@ class Engine:
         """Queue `request`.
 
         Raises:
-            PromptError: prompt and output are longer than the model's context.
+            PromptError: prompt and output are longer than the model's context, or than it was
+                loaded for.
             DoesNotFit: the pool could never hold it.
         """
         model = self.plan.recipe.model
@@ -106,6 +107,12 @@ class Engine:
             raise PromptError(
                 f"{len(request.prompt_ids):,} prompt tokens and {request.max_new_tokens:,} new "
                 f"ones are more than the {model.max_context_tokens:,} that {model.name} can read."
+            )
+        most_tokens = self.loaded.max_tokens
+        if most_tokens is not None and request.capacity_tokens > most_tokens:
+            raise PromptError(
+                f"The model was loaded with rotary frequencies for {most_tokens:,} tokens at most; "
+                f"this sequence would have {request.capacity_tokens:,}."
             )
         pool = self.cache.pool
         blocks = sequence_blocks(model, request.capacity_tokens)
@@ -125,13 +132,21 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> None:
         """One chunk of a prompt, if one is being read, and one token for each sequence that
-        writes."""
+        writes.
+
+        Raises:
+            Exception: whatever stops a forward pass, as torch.OutOfMemoryError or KeyboardInterrupt
+                do. The requests in that pass are `broken`, their blocks free; the others go on.
+            RuntimeError: blocks that are lost or free twice once nothing runs: a bug.
+        """
         self._admit()
         writing = list(self._writing)
         if self._reading is not None:
             self._prefill(self._reading)
         if writing:
             self._decode(writing)
+        if self.idle:
+            self.cache.pool.check_integrity(all_free=True)
 
     def generate(self, request: Request) -> Iterator[int]:
         """The new tokens of `request` as they come, its end token included. Blocks go back when the
@@ -205,7 +220,7 @@ class Engine:
             output = self.loaded.model(
                 input_ids=torch.tensor(ids, device=self.device),
                 position_ids=positions.to(self.device),
-                past_key_values=self.cache,
+                **cache_argument(self.loaded.model, self.cache),
                 use_cache=True,
                 logits_to_keep=1,
             )

@@ -32,3 +32,14 @@ def reset_peak(device: torch.device) -> None:
         reset_high_water()
     elif device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def wall(device: torch.device, budget_bytes: int) -> None:
+    """Let torch's allocator refuse what would pass `budget_bytes`: on CUDA, where it can. What is
+    held beside it (context, kernels, other processes) is taken off."""
+    if device.type != "cuda":
+        return
+    _, total_bytes = torch.cuda.mem_get_info(device)
+    beside_bytes = held_bytes(device) - torch.cuda.memory_reserved(device)
+    share = (budget_bytes - beside_bytes) / total_bytes
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)), device)

@@ -71,3 +71,9 @@ def _own_high_water() -> int:
         return 0
     unit_bytes = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
+
+
+def obtainable_bytes() -> int:
+    """What this process can hold without pushing others out: what is available now, and what it
+    holds itself."""
+    return int(psutil.virtual_memory().available) + status_bytes().rss_bytes

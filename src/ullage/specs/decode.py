@@ -13,8 +13,8 @@ _LARGEST = 1 << 63  # of any number: far above every count of bytes, far below a
 
 def decode(kind: Any, data: Any, name: str) -> Any:
     """`data`, as the json module gives it, as a value of the type `kind`: a dataclass (every field
-    given and no other), Literal, ``X | None``, ``tuple[X, ...]``, ``dict[str, X]``, or a plain
-    type. No number here counts below zero.
+    given and no other), Literal, ``X | None``, ``tuple[X, ...]``, ``tuple[X, Y]``,
+    ``dict[str, X]``, or a plain type. No number here counts below zero.
 
     Raises:
         InputError: a value of another type or beyond its range; `name` leads to it.
@@ -58,7 +58,12 @@ def _union(kinds: tuple[Any, ...], data: Any, name: str) -> Any:
 def _tuple(kinds: tuple[Any, ...], data: Any, name: str) -> Any:
     if not isinstance(data, list | tuple):
         raise InputError(f"{name} is a list, not {_shown(data)}.")
-    return tuple(decode(kinds[0], item, f"{name}[{n}]") for n, item in enumerate(data))
+    if kinds[-1] is Ellipsis:
+        kinds = kinds[:1] * len(data)
+    if len(kinds) != len(data):
+        raise InputError(f"{name} has {len(kinds)} values, not {len(data)}.")
+    pairs = enumerate(zip(kinds, data, strict=True))
+    return tuple(decode(kind, item, f"{name}[{n}]") for n, (kind, item) in pairs)
 
 
 def _dict(kinds: tuple[Any, ...], data: Any, name: str) -> Any:

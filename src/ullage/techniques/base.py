@@ -1,6 +1,7 @@
 """The contract of a technique (see CONTRIBUTING.md, "Add a technique")."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
@@ -13,6 +14,7 @@ from ullage.specs.model import ModelSpec
 from ullage.specs.workload import Engine, Step
 
 if TYPE_CHECKING:
+    from torch.nn import Module
     from transformers import PreTrainedModel
 
 
@@ -60,6 +62,17 @@ class Technique(ABC):
             TechniqueError: the model is one that `unsupported` names, or the technique is one that
                 is planned only.
         """
+
+    def while_loading(
+        self, model: "PreTrainedModel"
+    ) -> "Mapping[str, Callable[[Module], Module]] | None":
+        """What to make of modules, by their names, as soon as their ``weight`` has been read: so
+        the full weights are never all there. None: the loader calls `attach` once all is read.
+
+        Raises:
+            TechniqueError: a library that this takes is not installed.
+        """
+        return None
 
 
 def with_full_layers(

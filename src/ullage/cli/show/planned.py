@@ -126,7 +126,7 @@ def _attention_lines(plan: Plan, calibration: Calibration | None) -> list[str]:
         return []
     lines: list[str] = []
     if calibration is not None and calibration.engine != "transformers":
-        calibration = None  # nobody measured that engine
+        calibration = None  # what transformers takes was not measured
     chosen = tuple(
         choice
         for choice in plan.recipe.techniques

@@ -4,11 +4,10 @@ The operator is the one that scaled_dot_product_attention takes on CPU; called d
 the log-sum-exp too, and it takes grouped query heads without copies of K and V.
 """
 
-from collections.abc import Iterator
-
 import torch
 
-from ullage.kv.kernels import TILE_TOKENS, Piece, merge, reference
+from ullage.kv.kernels import Piece, merge, reference
+from ullage.specs.tiles import TILE_TOKENS
 
 
 def attend(
@@ -17,39 +16,35 @@ def attend(
     """See `ullage.kv.kernels.Kernel`."""
     if softcap is not None:  # the flash kernel has no cap
         return reference.attend(query, pieces, scale, softcap)
-    parts = (_flash(query, tile, scale) for piece in pieces for tile in _tiles(query, piece))
-    output, lse = next(parts)
-    for other, other_lse in parts:
-        output, lse = merge(output, lse, other, other_lse)
-    return output.to(query.dtype)
+    tiles = [tile for piece in pieces for tile in _tiles(query, piece)]
+    joined = _flash(query, tiles[0], scale)
+    for tile in tiles[1:]:
+        joined = merge(*joined, *_flash(query, tile, scale))
+    return joined[0].to(query.dtype)
 
 
-def _flash(query: torch.Tensor, piece: Piece, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output [Hq, N, D] in fp32 and log-sum-exp [Hq, N] over one piece."""
-    mask = piece.mask
-    if mask is not None:
-        zeros = torch.zeros(mask.shape, dtype=query.dtype)
-        mask = zeros.masked_fill_(~mask, float("-inf"))
+def _flash(query: torch.Tensor, tile: Piece, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output [Hq, N, D] in fp32 and log-sum-exp [Hq, N] over one tile, read in the query's
+    format."""
+    # what is added to a score: log 1 = 0 where it is seen, log 0 = -inf where it is not
+    bias = None if tile.mask is None else tile.mask.to(query.dtype).log_()
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query[None],
-        piece.keys[None],
-        piece.values[None],
-        is_causal=piece.causal,
-        attn_mask=mask,
+        tile.keys[None].to(query.dtype),
+        tile.values[None].to(query.dtype),
+        is_causal=tile.causal,
+        attn_mask=bias,
         scale=scale,
     )
     return output[0].float(), lse[0]
 
 
-def _tiles(query: torch.Tensor, piece: Piece) -> Iterator[Piece]:
-    """The piece in the query's format: as it is, or converted a tile at a time."""
-    if piece.keys.dtype == query.dtype:
-        yield piece
-    elif piece.causal or piece.mask is not None:  # no longer than a chunk and its window
-        yield Piece(
-            piece.keys.to(query.dtype), piece.values.to(query.dtype), piece.causal, piece.mask
-        )
-    else:
-        for start in range(0, piece.keys.shape[1], TILE_TOKENS):
-            span = slice(start, start + TILE_TOKENS)
-            yield Piece(piece.keys[:, span].to(query.dtype), piece.values[:, span].to(query.dtype))
+def _tiles(query: torch.Tensor, piece: Piece) -> list[Piece]:
+    """The piece as views: whole where it is in the query's format, else as much as may be converted
+    at once. What has a mask is no longer than a chunk and its window."""
+    if piece.keys.dtype == query.dtype or piece.causal or piece.mask is not None:
+        return [piece]
+    spans = [
+        slice(start, start + TILE_TOKENS) for start in range(0, piece.keys.shape[1], TILE_TOKENS)
+    ]
+    return [Piece(piece.keys[:, span], piece.values[:, span]) for span in spans]

@@ -1,31 +1,68 @@
-"""Attention as it is defined, in plain torch, on any device. Clear before fast."""
+"""Attention as it is defined, in plain torch and fp32, on any device. Clear before fast.
+
+Scores are built for a tile of entries at a time and overwritten in place: the whole matrix,
+[Hq, N, T], would grow with the context.
+"""
 
 import torch
 
-from ullage.kv.kernels import Piece
+from ullage.kv.kernels import Piece, merge
+from ullage.specs.tiles import tile_tokens
+
+_FP32 = torch.finfo(torch.float32)
 
 
 def attend(
     query: torch.Tensor, pieces: list[Piece], scale: float, softcap: float | None = None
 ) -> torch.Tensor:
-    """See `ullage.kv.kernels.Kernel`. Builds the whole score matrix, [Hq, N, T] in fp32."""
-    scores = torch.cat([_scores(query, piece, scale, softcap) for piece in pieces], dim=-1)
-    weights = scores.softmax(dim=-1)
-    values = torch.cat([_to_query_heads(piece.values, query) for piece in pieces], dim=1)
-    return (weights @ values).to(query.dtype)  # [Hq, N, D]
+    """See `ullage.kv.kernels.Kernel`."""
+    size = tile_tokens(query.shape[0] * query.shape[1])
+    tiles = [
+        (piece, slice(start, start + size))
+        for piece in pieces
+        for start in range(0, piece.keys.shape[1], size)
+    ]
+    joined = _attend_tile(query, *tiles[0], scale, softcap)
+    for tile in tiles[1:]:
+        joined = merge(*joined, *_attend_tile(query, *tile, scale, softcap))
+    return joined[0].to(query.dtype)
 
 
-def _scores(query: torch.Tensor, piece: Piece, scale: float, softcap: float | None) -> torch.Tensor:
-    keys = _to_query_heads(piece.keys, query)  # [Hq, T, D]
-    scores = (query.float() @ keys.transpose(1, 2)) * scale  # [Hq, N, T]
+def _attend_tile(
+    query: torch.Tensor, piece: Piece, span: slice, scale: float, softcap: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output [Hq, N, D] and log-sum-exp [Hq, N] over the entries in `span`; zeros and a number near
+    fp32's lowest for a query that sees none of them."""
+    scores = _scores(query, piece, span, scale, softcap)  # [Hkv, G N, T]
+    highest = scores.amax(dim=-1, keepdim=True).clamp_(min=_FP32.min)
+    weights = scores.sub_(highest).exp_()
+    total = weights.sum(dim=-1, keepdim=True).clamp_(min=_FP32.tiny)
+    output = (weights @ piece.values[:, span].float()).div_(total)
+    return output.view(query.shape), highest.add_(total.log_()).view(query.shape[:2])
+
+
+def _scores(
+    query: torch.Tensor, piece: Piece, span: slice, scale: float, softcap: float | None
+) -> torch.Tensor:
+    """Each KV head's scores with the group of query heads that it serves, [Hkv, G N, T]."""
+    heads, _, head_dim = piece.keys.shape
+    grouped = query.to(torch.float32, memory_format=torch.contiguous_format)
+    keys = piece.keys[:, span].float()
+    scores = grouped.reshape(heads, -1, head_dim) @ keys.transpose(1, 2)
+    scores.mul_(scale)
     if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    mask = piece.mask
-    if piece.causal:
-        mask = torch.ones(scores.shape[1:], dtype=torch.bool, device=query.device).tril()
-    return scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+        scores.div_(softcap).tanh_().mul_(softcap)
+    hidden = _hidden(piece, span)
+    if hidden is not None:
+        scores.view(*query.shape[:2], -1).masked_fill_(hidden, float("-inf"))
+    return scores
 
 
-def _to_query_heads(entries: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """Each KV head serves a group of consecutive query heads."""
-    return entries.float().repeat_interleave(query.shape[0] // entries.shape[0], dim=0)
+def _hidden(piece: Piece, span: slice) -> torch.Tensor | None:
+    """Bool [N, T], True where a query does not see an entry; None when all see all."""
+    if piece.mask is not None:
+        return ~piece.mask[:, span]
+    if not piece.causal:
+        return None
+    positions = torch.arange(piece.keys.shape[1], device=piece.keys.device)
+    return positions[span][None, :] > positions[:, None]

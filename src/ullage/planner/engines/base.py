@@ -56,7 +56,11 @@ class EngineArithmetic(ABC):
         return []
 
     def share(
-        self, recipe: Recipe, phases: Mapping[PhaseName, Footprint], budget_bytes: int
+        self,
+        recipe: Recipe,
+        phases: Mapping[PhaseName, Footprint],
+        budget_bytes: int,
+        constants: Constants,
     ) -> DeviceShare:
         """What one device holds inside `budget_bytes`, given the peak of each phase with all
         techniques: the KV pool gets what the highest phase leaves beside its KV entries."""

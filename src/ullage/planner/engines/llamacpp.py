@@ -85,7 +85,11 @@ class LlamaCpp(EngineArithmetic):
         return reserved + scratch
 
     def share(
-        self, recipe: Recipe, phases: Mapping[PhaseName, Footprint], budget_bytes: int
+        self,
+        recipe: Recipe,
+        phases: Mapping[PhaseName, Footprint],
+        budget_bytes: int,
+        constants: Constants,
     ) -> DeviceShare:
         """The pool is what is planned, not what is left: llama.cpp takes no more than ``-c``."""
         held, work = phases["decode"], recipe.workload

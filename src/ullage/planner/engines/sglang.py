@@ -72,11 +72,15 @@ class Sglang(Serving):
         return terms if step.phase == "load" else [*terms, _kv_term(recipe, step, stage)]
 
     def share(
-        self, recipe: Recipe, phases: Mapping[PhaseName, Footprint], budget_bytes: int
+        self,
+        recipe: Recipe,
+        phases: Mapping[PhaseName, Footprint],
+        budget_bytes: int,
+        constants: Constants,
     ) -> DeviceShare:
         """Activations have what the static share and the graphs leave of the device."""
-        usual = super().share(recipe, phases, budget_bytes)
-        graphs = int(_graph_mib(recipe, Constants(recipe)) * MIB)
+        usual = super().share(recipe, phases, budget_bytes, constants)
+        graphs = int(_graph_mib(recipe, constants) * MIB)
         rest_bytes = max(0, recipe.device.memory_bytes - budget_bytes - graphs)
         return replace(usual, activation_bytes=rest_bytes, graph_bytes=graphs)
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from ullage.planner.constants import Constants
-from ullage.planner.engines import forward
+from ullage.planner.engines import attention, forward
 from ullage.planner.engines.base import EngineArithmetic
 from ullage.specs.blocks import BLOCK_TOKENS
 from ullage.specs.device import Device
@@ -12,8 +12,6 @@ from ullage.specs.footprint import Term
 from ullage.specs.model import ModelSpec
 from ullage.specs.plan import Recipe, TechniqueChoice
 from ullage.specs.workload import Execution, PhaseName, Step
-
-KV_TILE_TOKENS = 1024  # stored entries that the kernels convert to the arithmetic's format at once
 
 
 class Ullage(EngineArithmetic):
@@ -58,6 +56,7 @@ class Ullage(EngineArithmetic):
                 "every tensor",
             ),
             Term("overhead", "runtime", int(runtime.value), runtime.label, runtime.source),
+            *_margin_terms(constants),
         ]
         if step.phase == "load":
             return [*always, forward.conversion_term(model, dtype)]
@@ -66,7 +65,7 @@ class Ullage(EngineArithmetic):
             *always,
             _kv_term(model, step),
             forward.layer_term(model, step),
-            forward.eager_term(model, step) if eager else _kernel_term(model, step),
+            forward.eager_term(model, step) if eager else attention.scratch_term(recipe, step),
             forward.logits_term(model, step),
         ]
 
@@ -83,20 +82,9 @@ def _kv_term(model: ModelSpec, step: Step) -> Term:
     return Term("kv", f"KV blocks in {step.execution.kv_dtype}", nbytes, "exact", source)
 
 
-def _kernel_term(model: ModelSpec, step: Step) -> Term:
-    """ullage's own kernels read the pool where it lies; what they copy is bounded."""
-    execution = step.execution
-    number_bytes = DTYPE_BYTES[execution.dtype]
-    scratch = 0
-    if execution.kv_dtype != execution.dtype:
-        tile_tokens = min(KV_TILE_TOKENS, step.held_tokens)
-        scratch = tile_tokens * model.kv_width * number_bytes
-    windows = [cache.window for cache, _ in model.cache_kinds if cache.window is not None]
-    if step.phase == "prefill" and windows:
-        # a sliding layer lays its window and the chunk side by side, under a band mask
-        span_tokens = min(max(windows), step.held_tokens) + step.new_tokens
-        band = span_tokens * (model.kv_width * number_bytes + step.new_tokens * (1 + number_bytes))
-        scratch = max(scratch, band)
-    return Term(
-        "activation", "scratch of attention", scratch, "exact", "tile or window of one layer"
-    )
+def _margin_terms(constants: Constants) -> list[Term]:
+    """What the allocator may hold beyond what lives, where it does."""
+    margin = constants["margin_bytes"]
+    what = "margin for the allocator"
+    term = Term("activation", what, int(margin.value), margin.label, margin.source)
+    return [term] if term.nbytes else []

@@ -64,12 +64,15 @@ class Vllm(Serving):
         return [*stage_terms(recipe, stage, constants), _kv_term(recipe, step, stage, constants)]
 
     def share(
-        self, recipe: Recipe, phases: Mapping[PhaseName, Footprint], budget_bytes: int
+        self,
+        recipe: Recipe,
+        phases: Mapping[PhaseName, Footprint],
+        budget_bytes: int,
+        constants: Constants,
     ) -> DeviceShare:
         """What the tightest rank holds; KV entries that a technique drops make room for others."""
-        constants = Constants(recipe)
         stage = tightest_stage(recipe, constants)
-        usual = super().share(recipe, phases, budget_bytes)
+        usual = super().share(recipe, phases, budget_bytes, constants)
         graphs = graph_bytes(recipe, stage, constants)
         inside = graphs if constants["graphs_in_budget"].value else 0
         pages = _paging(recipe, stage)

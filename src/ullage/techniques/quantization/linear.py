@@ -1,7 +1,8 @@
 """Linear layers in int8 (torchao) and NF4 (bitsandbytes)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,7 @@ def quantized(model: "PreTrainedModel", scheme: str) -> Iterator[None]:
         raise TechniqueError(f"{type(model).__name__} has no linear layers to quantize.")
     try:
         for name, linear in originals.items():
-            replace_module(model, name, quantize(linear, scheme))
+            replace_module(model, name, quantizer(scheme)(linear))
         yield
     finally:
         for name, linear in originals.items():
@@ -47,18 +48,23 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def quantize(linear: nn.Linear, scheme: str) -> nn.Module:
-    """A layer that computes `linear` from weights in `scheme`; `linear` itself stays as it is.
+def quantizer(scheme: str) -> Callable[[Any], nn.Module]:
+    """Makes of a linear layer one that computes it from weights in `scheme`; the layer itself stays
+    as it is. The library for it is imported here, before any weight is there.
 
     Raises:
-        TechniqueError: the library for the scheme is not installed.
+        TechniqueError: that library is not installed.
     """
+    quantize, library = {"int8": (_int8, "torchao.quantization"), "nf4": (_nf4, "bitsandbytes.nn")}[
+        scheme
+    ]
     try:
-        return _int8(linear) if scheme == "int8" else _nf4(linear)
+        import_module(library)
     except ImportError as error:
         raise TechniqueError(
             f"{scheme} weights need {error.name}: pip install 'ullage[quant]'."
         ) from error
+    return quantize
 
 
 def _int8(linear: nn.Linear) -> nn.Module:

@@ -5,7 +5,7 @@ nf4: QLoRA section 3: 4-bit NormalFloat in blocks of 64, the scales themselves q
 in blocks of 256 ("double quantization").
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -22,6 +22,7 @@ from ullage.techniques.base import Technique
 from ullage.units import MIB
 
 if TYPE_CHECKING:
+    from torch.nn import Module
     from transformers import PreTrainedModel
 
 Scheme = Literal["none", "int8", "nf4"]
@@ -104,6 +105,13 @@ class Quantization(Technique):
 
         with quantized(model, self.scheme):
             yield
+
+    def while_loading(self, model: "PreTrainedModel") -> "Mapping[str, Callable[[Module], Module]]":
+        from ullage.techniques.quantization.linear import projections, quantizer
+
+        if self.scheme == "none":
+            return {}
+        return dict.fromkeys((name for name, _ in projections(model)), quantizer(self.scheme))
 
 
 # A search asks for these sums thousands of times.

@@ -264,7 +264,7 @@ def test_fewer_kv_bytes_by_a_technique_make_room_for_more_sequences() -> None:
     halved = {
         name: replace(part, kv_bytes=part.kv_bytes // 2) for name, part in plan.phases.items()
     }
-    share = VLLM.share(recipe, halved, plan.budget_bytes)
+    share = VLLM.share(recipe, halved, plan.budget_bytes, Constants(recipe))
 
     assert share.kv_pool_bytes == plan.share.kv_pool_bytes
     assert share.max_concurrency == pytest.approx(2 * plan.share.max_concurrency, rel=1e-3)

@@ -1,0 +1,113 @@
+"""What the planner says of the run that a log describes. Nothing outside of the catalog is read:
+a log may name any path."""
+
+from dataclasses import replace
+from typing import get_args
+
+from ullage.doctor.diagnosis import Change, Diagnosis
+from ullage.errors import UllageError
+from ullage.planner import build_plan, default_execution
+from ullage.planner.engines import ENGINES
+from ullage.specs.device import Device
+from ullage.specs.dtypes import dtype_name, kv_dtype_name
+from ullage.specs.families import spec_from_config
+from ullage.specs.model import ModelSpec
+from ullage.specs.plan import Plan, Recipe
+from ullage.specs.sources import catalog
+from ullage.specs.workload import Engine, Execution, Workload
+from ullage.units import GIB, format_bytes
+
+_OUTPUT_TOKENS = 256
+_FLAGS = {"vllm": "--max-model-len", "sglang": "--context-length", "llama.cpp": "-c"}
+_LENGTH = tuple(f"{flag} " for flag in _FLAGS.values())
+_MOST = 1 << 30  # no engine counts more tokens or sequences: such a log is not to be believed
+
+
+def with_plan(diagnosis: Diagnosis) -> Diagnosis:
+    """The diagnosis with what the plan says, if the log names a known model, device and engine."""
+    plan = plan_of(diagnosis)
+    if plan is None:
+        return diagnosis
+    changes = diagnosis.changes
+    if diagnosis.failed and not any(change.flags.startswith(_LENGTH) for change in changes):
+        changes += _shorter(plan)
+    return replace(diagnosis, planned=_sentence(plan), changes=changes)
+
+
+def plan_of(diagnosis: Diagnosis) -> Plan | None:
+    """The plan of the run that the log describes, or None where it does not say enough."""
+    if diagnosis.engine not in get_args(Engine) or diagnosis.engine not in ENGINES:
+        return None
+    try:
+        recipe = _recipe(diagnosis)
+        return None if recipe is None else build_plan(recipe)
+    except UllageError:
+        return None
+
+
+def _recipe(diagnosis: Diagnosis) -> Recipe | None:
+    run, model = diagnosis.run, _known_model(diagnosis.run.model)
+    sizes = (run.max_model_len or 2, run.max_num_seqs or 1, run.prefill_chunk or 1,
+             run.tensor_parallel, run.pipeline_parallel)  # fmt: skip
+    if model is None or not diagnosis.total_bytes or max(sizes) > _MOST:
+        return None
+    total_bytes = diagnosis.total_bytes
+    device = Device(f"the log's {total_bytes / GIB:.2f} GiB device", "cuda", total_bytes)
+    length = max(2, run.max_model_len or model.max_context_tokens)
+    output = min(_OUTPUT_TOKENS, length // 2)
+    work = Workload(length - output, output)
+    execution = _execution(diagnosis, device)
+    if execution is None:
+        return None
+    recipe = Recipe(model, device, work, execution)
+    engine = ENGINES[execution.engine]
+    weights = dtype_name(run.quantization) or run.quantization
+    if weights in engine.weights:
+        return engine.with_weights(recipe, weights)
+    # A GGUF file has a type of its own: where the log does not tell it, there is nothing to plan.
+    return None if weights or diagnosis.engine == "llama.cpp" else recipe
+
+
+def _execution(diagnosis: Diagnosis, device: Device) -> Execution | None:
+    run, engine = diagnosis.run, diagnosis.engine
+    default = default_execution(device, engine)  # type: ignore[arg-type]
+    kv_dtype = kv_dtype_name(run.kv_dtype) if run.kv_dtype else default.kv_dtype
+    if kv_dtype not in ENGINES[default.engine].kv_dtypes:
+        return None
+    return replace(
+        default,
+        dtype=dtype_name(run.dtype) or default.dtype,
+        kv_dtype=kv_dtype,
+        prefill_chunk=run.prefill_chunk or default.prefill_chunk,
+        engine_version=diagnosis.engine_version,
+        max_num_seqs=run.max_num_seqs,
+        utilization=run.utilization,
+        tensor_parallel=run.tensor_parallel,
+        pipeline_parallel=run.pipeline_parallel,
+    )
+
+
+def _known_model(name: str) -> ModelSpec | None:
+    wanted = name.strip().lower().replace(" ", "-")  # GGUF's names have blanks
+    for known, entry in catalog().items():
+        if wanted and wanted in (known, entry.get("hub", "").lower()):
+            return spec_from_config(entry["config"], name=known, source="")
+    return None
+
+
+def _sentence(plan: Plan) -> str:
+    share, work, cliff = plan.share, plan.recipe.workload, plan.cliff
+    longest = "any" if cliff.max_model_len is None else f"{cliff.max_model_len:,}"
+    return (
+        f"By the plan, {plan.recipe.model.name} leaves {format_bytes(share.kv_pool_bytes)} for KV "
+        f"entries: {share.max_concurrency:,.2f} requests of {work.context_tokens:,} tokens at "
+        f"once; the longest that fits has {longest} tokens."
+    )
+
+
+def _shorter(plan: Plan) -> tuple[Change, ...]:
+    longest, asked = plan.cliff.max_model_len, plan.recipe.workload.context_tokens
+    if not longest or longest >= asked:
+        return ()
+    flag = _FLAGS.get(plan.recipe.execution.engine, "--max-model-len")
+    return (Change(f"{flag} {longest}", "the longest request that fits by the plan"),)

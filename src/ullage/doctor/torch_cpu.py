@@ -1,0 +1,40 @@
+"""PyTorch's allocator on a CPU: the kernel refused what was asked for.
+
+https://github.com/pytorch/pytorch/blob/main/c10/core/impl/alloc_cpu.cpp
+"""
+
+from ullage.doctor.diagnosis import Change, Diagnosis, evidence
+from ullage.doctor.frames import place_of
+from ullage.doctor.log import Log
+from ullage.units import format_bytes
+
+WORDS = ("DefaultCPUAllocator", "you tried to allocate")
+
+_REFUSED = (
+    r"DefaultCPUAllocator: (?:can't allocate memory|not enough memory): you tried to allocate "
+    r"(?P<wanted>\d{1,15} bytes)"
+)
+
+
+def recognise(log: Log) -> Diagnosis | None:
+    """The error of a program that runs PyTorch on a CPU."""
+    found = log.first(_REFUSED)
+    if found is None:
+        return None
+    place, wanted = place_of(log), found.size("wanted")
+    doing = f" while {place.doing}" if place else ""
+    return Diagnosis(
+        happened=f"The kernel refused {format_bytes(wanted)} of RAM at once{doing}.",
+        failed=True,
+        engine="pytorch",
+        phase=place.phase if place else None,
+        culprit=place.culprit if place else "host memory",
+        wanted_bytes=wanted,
+        causes=("A single tensor of this size: the scores, logits or weights of one step.",),
+        changes=(
+            Change("--prefill-chunk 128", "in `ullage run`: the prompt is read in pieces, so that "
+                   "scores and activations stop growing with it"),
+            Change("--weights int8", "in `ullage run`: about half of the weights' bytes"),
+        ),
+        evidence=evidence(found, place.found if place else None),
+    )  # fmt: skip

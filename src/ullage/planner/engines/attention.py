@@ -1,0 +1,112 @@
+"""What ullage's own attention holds at its fullest: `kv/rows.py` lays entries out, `kv/kernels`
+read them.
+
+Letters as in the field: N new tokens of one sequence, T stored ones. Rows of a batch go one after
+the other; prompts are read one at a time.
+"""
+
+from dataclasses import dataclass
+
+from ullage.planner.engines import forward
+from ullage.specs.dtypes import DTYPE_BYTES
+from ullage.specs.footprint import Term
+from ullage.specs.model import LayerCache, ModelSpec
+from ullage.specs.plan import Recipe
+from ullage.specs.tiles import TILE_TOKENS, tile_scores
+from ullage.specs.workload import Step
+
+
+def scratch_term(recipe: Recipe, step: Step) -> Term:
+    """By how much attention stands above the widest place of a layer, in the layer where it stands
+    highest."""
+    model = recipe.model
+    flash = recipe.device.kind == "cpu" and model.softcap is None
+    layers = [_Attention(model, cache, step) for cache, _ in model.cache_kinds]
+    held_bytes = max((layer.nbytes(flash) for layer in layers), default=0)
+    above_bytes = max(0, held_bytes - forward.layer_term(model, step).nbytes)
+    kernel = "flash" if flash else "tiled"
+    source = f"{kernel} kernel, tiles of {TILE_TOKENS:,} entries at most"
+    return Term("activation", "scratch of attention", above_bytes, "exact", source)
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """The attention of one layer in one step."""
+
+    model: ModelSpec
+    cache: LayerCache
+    step: Step
+
+    @property
+    def queries(self) -> int:
+        """N."""
+        return self.step.new_tokens if self.step.phase == "prefill" else 1
+
+    @property
+    def rows(self) -> int:
+        """Queries of all heads."""
+        return self.model.num_heads * self.queries
+
+    @property
+    def laid_out(self) -> bool:
+        """Whether a sliding layer lays its window and the chunk side by side, under a band mask: a
+        single query reads the window where it lies."""
+        return self.cache.window is not None and self.queries > 1
+
+    @property
+    def entries(self) -> int:
+        """T: of the whole context, or of the window, the chunk beside it."""
+        beside = self.queries if self.laid_out else 0
+        return self.cache.kept_tokens(self.step.held_tokens) + beside
+
+    @property
+    def number_bytes(self) -> int:
+        return DTYPE_BYTES[self.step.execution.dtype]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of one number, as the kernel finds it."""
+        return self.number_bytes if self.laid_out else DTYPE_BYTES[self.step.execution.kv_dtype]
+
+    def nbytes(self, flash: bool) -> int:
+        """All that is alive while the kernel runs."""
+        return self._layer_bytes() + self._row_bytes(self._flash() if flash else self._tiled())
+
+    def _layer_bytes(self) -> int:
+        """What lives through all layers, residual and normed input; q, k, v and the output."""
+        model = self.model
+        width = 2 * model.hidden_size + 2 * model.num_heads * model.head_dim + self.cache.width
+        return self.step.new_tokens * (forward.always_width(model) + width) * self.number_bytes
+
+    def _row_bytes(self, kernel_bytes: int) -> int:
+        """What the row lays out for the kernel, and the kernel's own scratch."""
+        new = self.queries * self.cache.width * DTYPE_BYTES[self.step.execution.kv_dtype]
+        rounded = new if self.step.execution.kv_dtype != self.step.execution.dtype else 0
+        if not self.laid_out:
+            return kernel_bytes + (rounded if self.queries > 1 else 0)
+        band = self.queries * self.entries
+        span = self.entries * self.cache.width * self.number_bytes
+        return span + band + max(kernel_bytes, band, rounded // 2)
+
+    def _flash(self) -> int:
+        """Of kernels/cpu.py: what is joined so far; K and V of a tile in the query's format and the
+        mask as what is added to the scores, then the tile's output in fp32."""
+        output = self.rows * self.model.head_dim
+        joined = 0 if self.laid_out else output * 4  # side by side there is one tile
+        widened = 0 if self.number_bytes == 4 else output * 4
+        bias = self.queries * self.entries * self.number_bytes if self.laid_out else 0
+        tile_tokens = max(min(TILE_TOKENS, self.entries), self.queries)
+        copied = self.stored_bytes != self.number_bytes
+        converted = tile_tokens * self.cache.width * self.number_bytes if copied else 0
+        part = output * self.number_bytes + bias + max(converted, widened)
+        return joined + part + 5 * self.rows * 4
+
+    def _tiled(self) -> int:
+        """Of kernels/reference.py, all in fp32: what is joined so far, a tile's scores and mask;
+        the grouped queries and K of the tile, then its output and V."""
+        outputs = self.rows * (self.model.head_dim * 2 + 5) * 4
+        scores = tile_scores(self.rows, self.entries) * 4
+        tile_tokens = min(TILE_TOKENS, self.entries)
+        mask = self.queries * tile_tokens if self.queries > 1 else 0
+        converted = 0 if self.stored_bytes == 4 else tile_tokens * self.cache.width // 2 * 4
+        return outputs + scores + mask + converted

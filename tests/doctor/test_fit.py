@@ -1,0 +1,69 @@
+"""What the planner adds to a diagnosis."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ullage.doctor.diagnosis import Change, Diagnosis, Run
+from ullage.doctor.fit import plan_of, with_plan
+from ullage.units import GIB
+
+# ullage's own engine is not among the logs, but its arithmetic is always there.
+RUN = Run(model="HuggingFaceTB/SmolLM2-360M", dtype="bfloat16", max_model_len=8192)
+NAMED = Diagnosis("", True, "ullage", total_bytes=24 * GIB, run=RUN)
+
+
+def test_a_known_model_on_a_known_device_is_planned() -> None:
+    plan = plan_of(NAMED)
+    assert plan is not None
+    assert plan.recipe.model.name == "smollm2-360m"
+    assert plan.recipe.workload.context_tokens == 8192
+    assert plan.budget_bytes == 24 * GIB
+    assert f"{plan.cliff.max_model_len:,} tokens" in with_plan(NAMED).planned
+
+
+@pytest.mark.parametrize(
+    "unknown",
+    [
+        {"engine": "ollama"},
+        {"engine": ""},
+        {"total_bytes": None},
+        {"run": Run()},
+        {"run": Run(model="no/such-model")},
+        {"run": replace(RUN, max_model_len=10**15)},
+        {"run": replace(RUN, tensor_parallel=2)},
+        {"run": replace(RUN, quantization="exl9")},
+        {"run": replace(RUN, kv_dtype="turboquant_3bit")},
+        {"engine_version": "x", "run": replace(RUN, model="")},
+    ],
+)
+def test_what_is_not_known_is_not_planned(unknown: dict[str, object]) -> None:
+    diagnosis = replace(NAMED, **unknown)  # type: ignore[arg-type]
+    assert with_plan(diagnosis) == diagnosis
+
+
+def test_a_path_in_a_log_is_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "smollm2-360m").mkdir()  # a folder that is called as a model is
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert plan_of(NAMED) is not None
+    for name in (str(tmp_path), str(tmp_path / "config.json"), "config.json", "."):
+        assert plan_of(replace(NAMED, run=replace(RUN, model=name))) is None
+
+
+def test_a_request_that_does_not_fit_gets_the_longest_that_does() -> None:
+    first = Change("--max-num-seqs 1", "less at once")
+    failed = replace(NAMED, total_bytes=int(1.35 * GIB), changes=(first,))
+    plan = plan_of(failed)
+    assert plan is not None
+    assert plan.cliff.max_model_len in range(1, 8192)
+    longest = f"--max-model-len {plan.cliff.max_model_len}"
+    assert [change.flags for change in with_plan(failed).changes] == [first.flags, longest]
+
+
+def test_a_length_that_the_log_itself_gives_is_not_contradicted() -> None:
+    said = Change("--max-model-len 4096", "the engine's estimate")
+    failed = replace(NAMED, total_bytes=int(1.35 * GIB), changes=(said,))
+    assert with_plan(failed).changes == (said,)
+    assert with_plan(failed).planned

@@ -1,0 +1,121 @@
+"""What attention is planned to hold, against the live bytes of the tensors that it makes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from ullage import Device, Execution, ModelSpec, Recipe, Workload
+from ullage.kv import attention
+from ullage.kv.cache import PagedCache, cache_argument
+from ullage.kv.kernels import reference
+from ullage.kv.pool import KVPool
+from ullage.planner.memory import phase_footprints
+from ullage.runtime.load import TORCH_DTYPES
+from ullage.specs.blocks import sequence_blocks
+from ullage.specs.families import RUNNING
+from ullage.units import GIB, MIB
+
+TinyModel = Callable[..., tuple[Any, ModelSpec]]
+PeakOf = Callable[[Callable[[], Any]], int]
+
+# Narrow MLPs and vocabularies: attention is where these models stand highest.
+WIDE = {
+    "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32,
+    "hidden_size": 64, "intermediate_size": 8, "vocab_size": 64, "max_position_embeddings": 8192,
+}  # fmt: skip
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "full": ("qwen3", {}),
+    "windowed": ("mistral", {"sliding_window": 700}),
+    "softcap": ("gemma2", {"layer_types": ["full_attention"] * 2}),
+    "softcap, windowed": (
+        "gemma2", {"layer_types": ["sliding_attention"] * 2, "sliding_window": 700},
+    ),
+}  # fmt: skip
+SIZED = {
+    "num_hidden_layers": 2, "num_attention_heads": 8, "hidden_size": 256, "intermediate_size": 700,
+    "vocab_size": 5000, "max_position_embeddings": 8192,
+}  # fmt: skip
+MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 256}
+OWN_SIZES: dict[str, dict[str, Any]] = {
+    "gemma2": MIXED,
+    "gemma3_text": MIXED,
+    "gpt2": {"n_embd": 256, "n_layer": 2, "n_head": 8, "n_inner": 700, "n_positions": 8192},
+    "phi": {"num_key_value_heads": 8},
+}
+FORMATS = [("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16"), ("bf16", "fp32")]
+
+
+def recipe_for(spec: ModelSpec, kind: str, dtype: str, kv_dtype: str, chunk: int) -> Recipe:
+    execution = Execution(dtype=dtype, kv_dtype=kv_dtype, prefill_chunk=chunk)
+    return Recipe(spec, Device("one", kind, 64 * GIB), Workload(2990, 10), execution)  # type: ignore[arg-type]
+
+
+def measured_bytes(model: Any, recipe: Recipe, peak_of: PeakOf) -> dict[str, int]:
+    """The peak of the last chunk of a prompt, and of a token after it."""
+    spec, execution, work = recipe.model, recipe.execution, recipe.workload
+    attention.register()
+    model.to(TORCH_DTYPES[execution.dtype]).set_attn_implementation(attention.NAME)
+    blocks = sequence_blocks(spec, work.context_tokens)
+    pool = KVPool(blocks, spec.head_dim, TORCH_DTYPES[execution.kv_dtype])
+    cache = PagedCache(spec, pool)
+    cache.activate([cache.open(work.context_tokens)])
+    ids = torch.arange(work.prompt_tokens)[None] % spec.vocab_size
+
+    def read(start: int, stop: int) -> None:
+        positions = torch.arange(start, stop)[None]
+        model(
+            ids[:, start:stop],
+            position_ids=positions,
+            **cache_argument(model, cache),
+            logits_to_keep=1,
+        )
+
+    last = work.prompt_tokens - execution.prefill_chunk
+    with torch.inference_mode():
+        for start in range(0, last, 512):
+            read(start, min(start + 512, last))
+        prefill = peak_of(lambda: read(last, work.prompt_tokens))
+        return {"prefill": prefill, "decode": peak_of(lambda: read(0, 1))}
+
+
+@pytest.mark.parametrize(("dtype", "kv_dtype"), FORMATS)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_step_holds_what_was_planned(
+    kind: str,
+    device: str,
+    dtype: str,
+    kv_dtype: str,
+    tiny_model: TinyModel,
+    peak_of: PeakOf,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if device == "cuda":  # its kernel runs anywhere
+        monkeypatch.setattr(attention, "kernel_for", lambda _: reference.attend)
+    family, changes = MODELS[kind]
+    model, spec = tiny_model(family, **WIDE | changes)
+    recipe = recipe_for(spec, device, dtype, kv_dtype, chunk=300)
+    measured = measured_bytes(model, recipe, peak_of)
+    for phase, footprint in phase_footprints(recipe).items():
+        if phase != "load":
+            margin_bytes = 0 if device == "cpu" else 64 * MIB
+            planned_bytes = footprint.activation_bytes + footprint.logits_bytes - margin_bytes
+            assert measured[phase] <= planned_bytes
+            # a few rows of sums are counted as if they lived together
+            assert planned_bytes == pytest.approx(measured[phase], rel=0.06, abs=2000)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", RUNNING)
+def test_a_familys_chunk_holds_what_was_planned(
+    family: str, dtype: str, tiny_model: TinyModel, peak_of: PeakOf
+) -> None:
+    """In the proportions of real models, whose MLP or attention may be the widest."""
+    model, spec = tiny_model(family, **SIZED, **OWN_SIZES.get(family, {}))
+    recipe = recipe_for(spec, "cpu", dtype, dtype, chunk=300)
+    planned = phase_footprints(recipe)["prefill"]
+    measured = measured_bytes(model, recipe, peak_of)["prefill"]
+    # token numbers and positions are not counted
+    assert 0.9 < measured / (planned.activation_bytes + planned.logits_bytes) < 1.005
