@@ -118,7 +118,8 @@ def test_json_says_the_figures_that_people_read(tiny_spec: TinySpec) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        "budget_bytes", "kv_bytes_per_token", "techniques", "phases", "phases.decode", "cliff",
+        "budget_bytes", "latency", "kv_bytes_per_token", "techniques", "phases",
+        "phases.decode", "cliff",
         "cliff.max_num_seqs", "device.kind", "device.memory_bytes", "workload.prompt_tokens",
         "execution", "model.caches", "model.tensors", "model.tensors.0.shape", "model.num_layers",
     ],

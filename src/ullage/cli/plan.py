@@ -31,7 +31,7 @@ from ullage.cli.options import (
 )
 from ullage.cli.show import catalogs
 from ullage.cli.show.explored import (
-    as_json,
+    candidate_json,
     change_line,
     exploration_json,
     show_exploration,
@@ -196,7 +196,7 @@ class _Asked:
             data["explain"] = sums(made, self.calibration)
         if not made.fits:
             try:
-                data["cheapest_change"] = as_json(self._change())
+                data["cheapest_change"] = candidate_json(self._change())
             except DoesNotFit as error:
                 data["cheapest_change"], data["needed_bytes"] = None, error.needed_bytes
         return data

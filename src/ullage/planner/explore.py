@@ -1,8 +1,7 @@
 """Every combination of the levers: what fits, ranked, and the front of memory, quality, latency."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from math import inf
 from typing import Literal
 
@@ -10,7 +9,7 @@ from ullage.errors import DoesNotFit, InputError
 from ullage.planner.engines import ENGINES
 from ullage.planner.latency import estimate
 from ullage.planner.levers import Cost, Lever, Setting, levers_of
-from ullage.planner.memory import peak_bytes, phase_footprints
+from ullage.planner.memory import phase_footprints, serving_bytes
 from ullage.planner.reach import longest_context, most_sequences
 from ullage.planner.search import Freedom, as_memory_option
 from ullage.specs.calibration import Calibration
@@ -103,7 +102,7 @@ def explore(
         TechniqueError, InputError: `recipe` itself is none that can be planned.
     """
     levers = levers_of(recipe, freedom, devices)
-    every = _candidates(recipe, _all(levers), budget_bytes, calibration)
+    every = _candidates(_all(recipe, levers), budget_bytes, calibration)
     fitting = [_reaching(found, goal, calibration) for found in every if found.fits]
     here = [found for found in every if not found.hardware]
     front = _front(here if any(found.fits for found in here) else every)
@@ -125,8 +124,8 @@ def cheapest_change(
         DoesNotFit: no combination fits; carries the smallest budget that would.
     """
     levers = levers_of(recipe, freedom, devices)
-    for moves in (_one_moved(levers), _all(levers)):
-        found = _candidates(recipe, moves, budget_bytes, calibration)
+    for moves in (_one_moved(recipe, levers), _all(recipe, levers)):
+        found = _candidates(moves, budget_bytes, calibration)
         if fitting := [candidate for candidate in found if candidate.fits]:
             return min(fitting, key=_expense)
     needed_bytes = min(candidate.peak_bytes for candidate in found)
@@ -137,24 +136,33 @@ def cheapest_change(
 
 
 def _candidates(
-    recipe: Recipe,
-    moves: Iterator[tuple[Setting, ...]],
+    moves: Iterable[tuple[Recipe, tuple[Setting, ...]]],
     budget_bytes: int | None,
     calibration: Calibration | None,
 ) -> list[Candidate]:
-    found = (_candidate(recipe, settings, budget_bytes, calibration) for settings in moves)
+    found = (_candidate(made, settings, budget_bytes, calibration) for made, settings in moves)
     return [candidate for candidate in found if candidate is not None]
 
 
-def _all(levers: list[Lever]) -> Iterator[tuple[Setting, ...]]:
-    return product(*(lever.settings for lever in levers))
+def _all(recipe: Recipe, levers: list[Lever]) -> Iterator[tuple[Recipe, tuple[Setting, ...]]]:
+    """Every combination; those that begin alike share the recipe so far."""
+    if not levers:
+        yield recipe, ()
+        return
+    for setting in levers[0].settings:
+        for made, others in _all(setting.apply(recipe), levers[1:]):
+            yield made, (setting, *others)
 
 
-def _one_moved(levers: list[Lever]) -> Iterator[tuple[Setting, ...]]:
-    asked = tuple(lever.settings[0] for lever in levers)
-    for place, lever in enumerate(levers):
-        for setting in lever.settings[1:]:
-            yield (*asked[:place], setting, *asked[place + 1 :])
+def _one_moved(recipe: Recipe, levers: list[Lever]) -> Iterator[tuple[Recipe, tuple[Setting, ...]]]:
+    for moved in levers:
+        yield from _all(
+            recipe,
+            [
+                Lever(lever.name, lever.settings[1:] if lever is moved else lever.settings[:1])
+                for lever in levers
+            ],
+        )
 
 
 def _candidate(
@@ -163,9 +171,7 @@ def _candidate(
     budget_bytes: int | None,
     calibration: Calibration | None,
 ) -> Candidate | None:
-    """The combination of `settings`, None where the engine does not take it."""
-    for setting in settings:
-        recipe = setting.apply(recipe)
+    """What `settings` made `recipe`, None where the engine does not take it."""
     engine = ENGINES[recipe.execution.engine]
     try:
         recipe = engine.settle(recipe)
@@ -198,15 +204,17 @@ def _reaching(found: Candidate, goal: Goal, calibration: Calibration | None) -> 
     reach = longest_context if goal == "context" else most_sequences
 
     def peak(recipe: Recipe) -> int:
-        return peak_bytes(recipe, _measured(calibration, recipe))
+        return serving_bytes(recipe, _measured(calibration, recipe))
 
     return replace(found, reach=reach(found.recipe, found.peak_bytes, found.budget_bytes, peak))
 
 
 def _rank(found: Candidate) -> tuple[float, ...]:
-    """The asked hardware, then the farthest, the least known loss, the fastest, the simplest."""
-    reach = -(found.reach or 0)
-    return (found.hardware, reach, _loss(found), _step_s(found), len(found.changes))
+    """The asked hardware, then the farthest, or without a reach the fastest, then the least known
+    loss, the fastest, the simplest."""
+    step_s = _step_s(found)
+    goal = step_s if found.reach is None else -found.reach
+    return (found.hardware, goal, _loss(found), step_s, len(found.changes))
 
 
 def _expense(found: Candidate) -> tuple[float, ...]:

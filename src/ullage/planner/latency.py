@@ -13,7 +13,7 @@ from ullage import techniques
 from ullage.planner.constants import latency_constants
 from ullage.planner.engines import ENGINES
 from ullage.specs.footprint import Footprint
-from ullage.specs.latency import Latency
+from ullage.specs.latency import Band, Latency
 from ullage.specs.model import ModelSpec
 from ullage.specs.plan import Recipe
 from ullage.specs.workload import PhaseName
@@ -45,8 +45,8 @@ def estimate(recipe: Recipe, phases: Mapping[PhaseName, Footprint]) -> Latency |
         ttft_s=ttft_s,
         sequence_tokens_per_s=1 / step_s,
         tokens_per_s=sequences / step_s,
-        ttft_band_s=(low_s, high_s),
-        tokens_per_s_band=(sequences / slow_s, sequences / fast_s),
+        ttft_band_s=Band(low_s, high_s),
+        tokens_per_s_band=Band(sequences / slow_s, sequences / fast_s),
     )
 
 

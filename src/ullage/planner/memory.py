@@ -13,13 +13,15 @@ _PARTS: tuple[Part, ...] = ("weights", "kv", "activation", "logits", "overhead")
 
 
 def phase_footprints(
-    recipe: Recipe, calibration: Calibration | None = None
+    recipe: Recipe,
+    calibration: Calibration | None = None,
+    phases: tuple[PhaseName, ...] = PHASES,
 ) -> dict[PhaseName, Footprint]:
-    """The peak of each phase on the fullest device, all techniques applied."""
+    """The peak of each of `phases` on the fullest device, all techniques applied."""
     engine, constants = ENGINES[recipe.execution.engine], Constants(recipe, calibration)
     chain = [techniques.create(choice) for choice in recipe.techniques]
     footprints: dict[PhaseName, Footprint] = {}
-    for phase in PHASES:
+    for phase in phases:
         step = engine.step(recipe, phase)
         footprint = Footprint.of(engine.terms(recipe, step, constants))
         for technique in chain:
@@ -31,6 +33,12 @@ def phase_footprints(
 def peak_bytes(recipe: Recipe, calibration: Calibration | None = None) -> int:
     """The largest phase's total."""
     return max(part.total_bytes for part in phase_footprints(recipe, calibration).values())
+
+
+def serving_bytes(recipe: Recipe, calibration: Calibration | None = None) -> int:
+    """The larger total of prefill and decode: loading takes the same whatever the work."""
+    phases = phase_footprints(recipe, calibration, ("prefill", "decode"))
+    return max(part.total_bytes for part in phases.values())
 
 
 def explain(recipe: Recipe, phase: PhaseName, calibration: Calibration | None = None) -> list[Term]:

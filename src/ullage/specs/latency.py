@@ -2,14 +2,20 @@
 
 from dataclasses import dataclass
 
-Band = tuple[float, float]  # low, high
+
+@dataclass(frozen=True)
+class Band:
+    """The lowest and the highest that is likely."""
+
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
 class Latency:
     """`ttft_s` is the time to the first token of one prompt on an idle engine, in seconds. At the
     planned number of sequences and their full length each then gets `sequence_tokens_per_s`, all
-    together `tokens_per_s`. A band holds the lowest and the highest that is likely."""
+    together `tokens_per_s`."""
 
     ttft_s: float
     sequence_tokens_per_s: float

@@ -27,7 +27,7 @@ _SHORT = {
 _REACH = {"context": "context", "concurrency": "sequences", "latency": ""}
 
 
-def as_json(found: Candidate) -> dict[str, Any]:
+def candidate_json(found: Candidate) -> dict[str, Any]:
     """One combination as JSON types."""
     return {
         "changes": list(found.changes),
@@ -50,9 +50,9 @@ def exploration_json(explored: Exploration) -> dict[str, Any]:
         "goal": explored.goal,
         "tried": len(explored.every),
         "fitting": len(explored.ranked),
-        "asked": as_json(explored.every[0]),
-        "ranked": [as_json(found) for found in explored.best(TOP)],
-        "front": [as_json(found) for found in explored.front],
+        "asked": candidate_json(explored.every[0]),
+        "ranked": [candidate_json(found) for found in explored.best(TOP)],
+        "front": [candidate_json(found) for found in explored.front],
     }
 
 

@@ -67,14 +67,14 @@ def _latency_lines(plan: Plan) -> list[str]:
     latency, work = plan.latency, plan.recipe.workload
     if latency is None:
         return []
-    low_s, high_s = latency.ttft_band_s
-    low, high = latency.tokens_per_s_band
+    first, rate = latency.ttft_band_s, latency.tokens_per_s_band
     each = ""
     if work.sequences > 1:
         each = f", {latency.sequence_tokens_per_s:,.0f} for each of {work.sequences:,} sequences"
     return [
-        f"Latency: first token in about {latency.ttft_s:,.2f} s ({low_s:,.2f} to {high_s:,.2f}), "
-        f"then about {latency.tokens_per_s:,.0f} tokens/s ({low:,.0f} to {high:,.0f}){each}."
+        f"Latency: first token in about {latency.ttft_s:,.2f} s ({first.low:,.2f} to "
+        f"{first.high:,.2f}), then about {latency.tokens_per_s:,.0f} tokens/s ({rate.low:,.0f} to "
+        f"{rate.high:,.0f}){each}."
     ]
 
 
