@@ -53,7 +53,7 @@ def test_the_workload_and_its_times_are_kept(measured: tuple[Plan, PeakMeasureme
 
 def test_a_process_that_fails_says_why(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
     folder = model_folder("llama")
-    with pytest.raises(UllageError, match="what is loaded"):
+    with pytest.raises(UllageError, match="more than its budget"):
         measure_peak(plan_of(folder, Workload(20, 8), 10 * MIB), folder)
     with pytest.raises(UllageError, match="tokenizer"):
         measure_peak(plan_of(folder, Workload(20, 8)), tmp_path)
