@@ -3,6 +3,8 @@
 Letters as in the field: N new tokens in a forward pass, T held tokens.
 """
 
+from functools import lru_cache
+
 from ullage.specs.dtypes import DTYPE_BYTES
 from ullage.specs.footprint import Term
 from ullage.specs.loading import load_spike_bytes
@@ -36,10 +38,12 @@ def always_width(model: ModelSpec) -> int:
     return model.hidden_size + 2 * model.head_dim * max(1, tables)
 
 
+@lru_cache  # the names of all tensors, which a search would go through each time
 def _learns_positions(model: ModelSpec) -> bool:
     return any(tensor.name.endswith("wpe.weight") for tensor in model.tensors)
 
 
+@lru_cache
 def _mlp_copies(model: ModelSpec) -> int:
     """How many of the MLP's widths live together: gated, act(gate), up and their product, and the
     gate itself where one projection makes gate and up; plain, the terms of gelu_new's
