@@ -4,7 +4,8 @@ python benchmarks/planner_accuracy.py --data DIR    # DIR holds ground_truth.csv
 
 Each case is a start of vLLM or SGLang whose log was published, or a dry run of llama.cpp. Only the
 model's name, its formats, the device and the flags go into a plan; every figure of a case is
-compared with the plan's. A case that cannot be planned is listed with the reason.
+compared with the plan's. A case that cannot be planned is listed with the reason; of one
+whose flags are not stated only the tokens in its pool are compared.
 """
 
 import argparse
@@ -53,6 +54,11 @@ class Case:
     row: Mapping[str, str]
     notes: str = ""
     measured: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def states_flags(self) -> bool:
+        """Whether it is known what share of the device the engine was told to take."""
+        return "util" in self.notes or "mem-fraction" in self.notes
 
     @property
     def title(self) -> str:
@@ -237,11 +243,24 @@ def planned_figures(plan: Plan) -> dict[str, float]:
     return figures
 
 
+def figures_for(case: Case, plan: Plan) -> dict[str, float]:
+    """What of a plan can be compared: of a start whose flags nobody stated, its tokens alone, as
+    the plan puts them into the pool that was measured."""
+    planned = planned_figures(plan)
+    if case.states_flags or case.row["engine"].startswith("llama.cpp"):
+        return planned
+    pool_gib = case.measured.get("kv_cache_gib", case.measured.get("kv_cache_gb"))
+    if pool_gib is None or not planned["kv_cache_gib"]:
+        return {"weights_gib": planned["weights_gib"], "weights_gb": planned["weights_gb"]}
+    tokens = planned["kv_cache_tokens"] * pool_gib / planned["kv_cache_gib"]
+    return {"kv_cache_tokens": tokens}
+
+
 def compare(cases: list[Case]) -> Iterator[Line]:
     """Plan each case and print its line, or the reason why there is none."""
     for case in cases:
         try:
-            line = Line(case, planned_figures(build_plan(recipe_of(case))))
+            line = Line(case, figures_for(case, build_plan(recipe_of(case))))
         except (Unplanned, UllageError) as error:
             print(f"NOT PLANNED  {case.title}: {error}")
             continue

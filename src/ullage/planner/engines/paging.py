@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 
-from ullage.planner.engines.shards import Stage, kept_heads
+from ullage.planner.engines.shards import Stage
 from ullage.specs.dtypes import KV_BITS
 from ullage.specs.model import LayerCache, ModelSpec
 
@@ -143,8 +143,7 @@ def _kinds(caches: Sequence[LayerCache], kv_dtype: str, split: int, latent: bool
 
 def _token_bytes(cache: LayerCache, kv_dtype: str, split: int) -> float:
     """Bytes of one token in one layer of one device: its KV heads', or a whole latent."""
-    heads = kept_heads(cache.heads, split)
-    return cache.width / cache.heads * heads * KV_BITS[kv_dtype] / 8
+    return cache.split_width(split) * KV_BITS[kv_dtype] / 8
 
 
 def is_latent(model: ModelSpec) -> bool:

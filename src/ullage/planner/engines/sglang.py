@@ -6,7 +6,7 @@ from dataclasses import replace
 from ullage.errors import InputError
 from ullage.planner.constants import Constants
 from ullage.planner.engines.serving import Serving, weights_terms
-from ullage.planner.engines.shards import Stage, check_split, kept_heads, stages
+from ullage.planner.engines.shards import Stage, check_split, stages
 from ullage.specs.device import Device
 from ullage.specs.dtypes import DTYPE_BYTES, KV_BITS
 from ullage.specs.footprint import Footprint, Term
@@ -160,7 +160,6 @@ def _kv_term(recipe: Recipe, step: Step, stage: Stage) -> Term:
 
 
 def _token_bytes(cache: LayerCache, step: Step, hybrid: bool) -> float:
-    heads = kept_heads(cache.heads, step.execution.tensor_parallel)
-    numbers = cache.width / cache.heads * heads
+    numbers = cache.split_width(step.execution.tensor_parallel)
     part = SLIDING_PART if hybrid and cache.window is not None else 1.0
     return part * numbers * KV_BITS[step.execution.kv_dtype] / 8
