@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,10 @@ def quantized(model: "PreTrainedModel", scheme: str) -> Iterator[None]:
     if scheme != "none" and not originals:
         raise TechniqueError(f"{type(model).__name__} has no linear layers to quantize.")
     try:
-        for name, linear in originals.items():
-            replace_module(model, name, quantizer(scheme)(linear))
+        if originals:
+            quantize = quantizer(scheme)
+            for name, linear in originals.items():
+                replace_module(model, name, quantize(linear))
         yield
     finally:
         for name, linear in originals.items():
@@ -55,19 +58,38 @@ def quantizer(scheme: str) -> Callable[[Any], nn.Module]:
     Raises:
         TechniqueError: that library is not installed.
     """
-    quantize, library = {"int8": (_int8, "torchao.quantization"), "nf4": (_nf4, "bitsandbytes.nn")}[
-        scheme
-    ]
+    library = {"int8": "torchao.quantization", "nf4": "bitsandbytes.nn"}[scheme]
     try:
         import_module(library)
     except ImportError as error:
         raise TechniqueError(
             f"{scheme} weights need {error.name}: pip install 'ullage[quant]'."
         ) from error
-    return quantize
+    return _nf4 if scheme == "nf4" else partial(_int8, scratch=Scratch())
 
 
-def _int8(linear: nn.Linear) -> nn.Module:
+class Scratch:
+    """One buffer that layers widen their weights into, one after the other. A fresh one each time
+    would cost more in page faults than the product itself, for a single token eight times as
+    much."""
+
+    def __init__(self) -> None:
+        self._buffer: torch.Tensor | None = None
+
+    def widened(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """`weight` in `dtype`, good until the next call."""
+        buffer, size = self._buffer, weight.numel()
+        if (
+            buffer is None
+            or buffer.numel() < size
+            or (buffer.dtype, buffer.device) != (dtype, weight.device)
+        ):
+            self._buffer = None  # never both at once
+            self._buffer = buffer = torch.empty(size, dtype=dtype, device=weight.device)
+        return buffer[:size].view(weight.shape).copy_(weight)
+
+
+def _int8(linear: nn.Linear, scratch: Scratch) -> nn.Module:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     copy = _shell(linear)
@@ -75,7 +97,7 @@ def _int8(linear: nn.Linear) -> nn.Module:
     quantize_(copy, Int8WeightOnlyConfig())
     packed: Any = copy.weight  # torchao's tensor class
     scale = packed.scale[:, 0].to(linear.weight.dtype)  # torchao keeps fp32 whatever the weight is
-    return Int8Linear(packed.qdata, scale, linear.bias)
+    return Int8Linear(packed.qdata, scale, linear.bias, scratch)
 
 
 class Int8Linear(nn.Module):
@@ -86,16 +108,22 @@ class Int8Linear(nn.Module):
     """
 
     def __init__(
-        self, weight: torch.Tensor, scale: torch.Tensor, bias: nn.Parameter | None
+        self,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        bias: nn.Parameter | None,
+        scratch: Scratch,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.scale = nn.Parameter(scale.contiguous(), requires_grad=False)
         self.bias = bias
+        self._scratch = scratch
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] to [..., out]."""
-        product = F.linear(x, self.weight.to(x.dtype)).mul_(self.scale)
+        weight = self._scratch.widened(self.weight, x.dtype)
+        product = F.linear(x, weight).mul_(self.scale)
         return product if self.bias is None else product.add_(self.bias)
 
 
