@@ -95,6 +95,9 @@ def conversion_term(model: ModelSpec, dtype: str) -> Term:
     return Term("activation", "staging copy while loading", nbytes, "exact", source)
 
 
-def state_bytes(model: ModelSpec, step: Step) -> int:
-    """Convolution and recurrent states, which do not grow."""
-    return step.sequences * model.state_bytes
+def kv_term(model: ModelSpec, step: Step, what: str, numbers: int, source: str) -> Term:
+    """`numbers` KV numbers a sequence, and its convolution and recurrent states, which do not
+    grow."""
+    kv_dtype = step.execution.kv_dtype
+    nbytes = step.sequences * (numbers * DTYPE_BYTES[kv_dtype] + model.state_bytes)
+    return Term("kv", f"{what} in {kv_dtype}", nbytes, "exact", source)

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-from ullage.planner.constants import Constants
 from ullage.planner.engines import forward
 from ullage.planner.engines.ullage import Ullage
 from ullage.specs.device import Device
@@ -29,55 +28,30 @@ class Transformers(Ullage):
         new = {"load": 0, "prefill": chunk_tokens * work.sequences, "decode": work.sequences}
         return Step(phase, work.sequences, held[phase], new[phase], recipe.execution)
 
-    def terms(self, recipe: Recipe, step: Step, constants: Constants) -> list[Term]:
-        """What transformers maps from the checkpoint counts nothing while loading: the kernel drops
-        those pages when it must."""
-        model, dtype = recipe.model, step.execution.dtype
-        runtime = constants["runtime_bytes"]
-        always = [
-            Term(
-                "weights",
-                f"weights in {dtype}",
-                model.weights_bytes(dtype),
-                "exact",
-                "every tensor",
-            ),
-            Term("overhead", "runtime", int(runtime.value), runtime.label, runtime.source),
-        ]
-        if step.phase == "load":
-            return always
-        eager = step.execution.attention == "eager"
-        return [
-            *always,
-            _kv_term(model, step),
-            forward.layer_term(model, step),
-            forward.eager_term(model, step) if eager else _sdpa_term(model, step),
-            forward.logits_term(model, step),
-        ]
+    def load_terms(self, recipe: Recipe) -> list[Term]:
+        """Nothing: what transformers maps from the checkpoint the kernel drops when it must."""
+        return []
 
+    def kv_term(self, model: ModelSpec, step: Step) -> Term:
+        """Exact tensors of every layer."""
+        numbers = sum(
+            count * cache.width * _kept_tokens(cache, step.held_tokens)
+            for cache, count in model.cache_kinds
+        )
+        source = f"{step.sequences:,} x {step.held_tokens:,} tokens, window - 1 of a sliding layer"
+        return forward.kv_term(model, step, "DynamicCache", numbers, source)
 
-def _kv_term(model: ModelSpec, step: Step) -> Term:
-    number_bytes = DTYPE_BYTES[step.execution.kv_dtype]
-    numbers = sum(
-        count * cache.width * _kept_tokens(cache, step.held_tokens)
-        for cache, count in model.cache_kinds
-    )
-    nbytes = step.sequences * numbers * number_bytes + forward.state_bytes(model, step)
-    source = f"{step.sequences:,} x {step.held_tokens:,} tokens, window - 1 of a sliding layer"
-    return Term("kv", f"DynamicCache in {step.execution.kv_dtype}", nbytes, "exact", source)
+    def attention_term(self, recipe: Recipe, step: Step) -> Term:
+        """DynamicCache appends by copying a layer's K, then its V; later chunks need a mask, and
+        with a mask K and V are repeated to all query heads."""
+        model, number_bytes = recipe.model, DTYPE_BYTES[step.execution.dtype]
+        copied = step.sequences * step.held_tokens * model.kv_width // 2 * number_bytes
+        if step.phase == "prefill" and step.new_tokens < step.sequences * step.held_tokens:
+            mask = step.new_tokens * step.held_tokens * (1 + number_bytes)
+            copied = max(copied, mask + forward.repeated_kv_bytes(model, step))
+        return Term("activation", "one layer's K copied to append", copied, "exact", "DynamicCache")
 
 
 def _kept_tokens(cache: LayerCache, held_tokens: int) -> int:
     """DynamicCache keeps window - 1 entries of a sliding layer: the newest is the query's own."""
     return held_tokens if cache.window is None else min(held_tokens, cache.window - 1)
-
-
-def _sdpa_term(model: ModelSpec, step: Step) -> Term:
-    """DynamicCache appends by copying a layer's K, then its V; later chunks need a mask, and with a
-    mask K and V are repeated to all query heads."""
-    number_bytes = DTYPE_BYTES[step.execution.dtype]
-    copied = step.sequences * step.held_tokens * model.kv_width // 2 * number_bytes
-    if step.phase == "prefill" and step.new_tokens < step.sequences * step.held_tokens:
-        mask = step.new_tokens * step.held_tokens * (1 + number_bytes)
-        copied = max(copied, mask + forward.repeated_kv_bytes(model, step))
-    return Term("activation", "one layer's K copied to append", copied, "exact", "DynamicCache")

@@ -44,42 +44,45 @@ class Ullage(EngineArithmetic):
         return Step(phase, work.sequences, held[phase], new[phase], recipe.execution)
 
     def terms(self, recipe: Recipe, step: Step, constants: Constants) -> list[Term]:
-        """Weights, blocks of the pool, one chunk's activations, one row of logits a sequence."""
+        """Weights, KV entries, the activations of one pass, one row of logits a sequence."""
         model, dtype = recipe.model, step.execution.dtype
-        runtime = constants["runtime_bytes"]
+        runtime, weights_bytes = constants["runtime_bytes"], model.weights_bytes(dtype)
         always = [
-            Term(
-                "weights",
-                f"weights in {dtype}",
-                model.weights_bytes(dtype),
-                "exact",
-                "every tensor",
-            ),
+            Term("weights", f"weights in {dtype}", weights_bytes, "exact", "every tensor"),
             Term("overhead", "runtime", int(runtime.value), runtime.label, runtime.source),
             *_margin_terms(constants),
         ]
         if step.phase == "load":
-            return [*always, forward.conversion_term(model, dtype)]
+            return [*always, *self.load_terms(recipe)]
         eager = step.execution.attention == "eager"
         return [
             *always,
-            _kv_term(model, step),
+            self.kv_term(model, step),
             forward.layer_term(model, step),
-            forward.eager_term(model, step) if eager else attention.scratch_term(recipe, step),
+            forward.eager_term(model, step) if eager else self.attention_term(recipe, step),
             forward.logits_term(model, step),
         ]
 
+    def load_terms(self, recipe: Recipe) -> list[Term]:
+        """What reading the weights takes beside them."""
+        return [forward.conversion_term(recipe.model, recipe.execution.dtype)]
 
-def _kv_term(model: ModelSpec, step: Step) -> Term:
-    """Whole blocks of every KV head; a sliding layer keeps its window and no more."""
-    number_bytes = DTYPE_BYTES[step.execution.kv_dtype]
-    numbers = sum(
-        count * cache.width * BLOCK_TOKENS * -(-cache.kept_tokens(step.held_tokens) // BLOCK_TOKENS)
-        for cache, count in model.cache_kinds
-    )
-    nbytes = step.sequences * numbers * number_bytes + forward.state_bytes(model, step)
-    source = f"{step.sequences:,} x {step.held_tokens:,} tokens in blocks of {BLOCK_TOKENS}"
-    return Term("kv", f"KV blocks in {step.execution.kv_dtype}", nbytes, "exact", source)
+    def kv_term(self, model: ModelSpec, step: Step) -> Term:
+        """Whole blocks of every KV head; a sliding layer keeps its window and no more."""
+        numbers = sum(
+            count * cache.width * BLOCK_TOKENS * _blocks(cache.kept_tokens(step.held_tokens))
+            for cache, count in model.cache_kinds
+        )
+        source = f"{step.sequences:,} x {step.held_tokens:,} tokens in blocks of {BLOCK_TOKENS}"
+        return forward.kv_term(model, step, "KV blocks", numbers, source)
+
+    def attention_term(self, recipe: Recipe, step: Step) -> Term:
+        """Scratch of attention where no score matrix is built."""
+        return attention.scratch_term(recipe, step)
+
+
+def _blocks(tokens: int) -> int:
+    return -(-tokens // BLOCK_TOKENS)
 
 
 def _margin_terms(constants: Constants) -> list[Term]:
