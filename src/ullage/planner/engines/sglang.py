@@ -46,7 +46,7 @@ class Sglang(Serving):
         execution = recipe.execution
         check_split(recipe.model, execution)
         if execution.prefill_chunk < 1:
-            raise InputError("SGLang's plan wants prompts in chunks: --chunk is 1 or more.")
+            raise InputError("SGLang's plan wants prompts in chunks: --prefill-chunk is 1 or more.")
         if execution.kv_dtype not in self.kv_dtypes:
             known = ", ".join(self.kv_dtypes)
             raise InputError(f"SGLang has no {execution.kv_dtype} KV cache. It has {known}.")
@@ -111,7 +111,7 @@ def _static_fraction(recipe: Recipe) -> float:
     if fraction <= 0:
         raise InputError(
             f"SGLang keeps {reserved_mib:,.0f} MiB for activations, more than the device has: "
-            "--chunk makes it less."
+            "a smaller --prefill-chunk or --max-num-seqs makes it less."
         )
     return fraction
 
