@@ -215,8 +215,6 @@ def _capacity(
 def _check(recipe: Recipe) -> None:
     execution, version = recipe.execution, version_key(recipe.execution.engine_version or NEWEST)
     check_split(recipe.model, execution)
-    if not version:
-        raise InputError(f"{execution.engine_version!r} is no version of vLLM, as 0.19.0 is.")
     if execution.prefill_chunk < 1:
         raise InputError("vLLM reads prompts in chunks: --prefill-chunk is 1 or more.")
     if (execution.max_num_seqs or 1) > execution.prefill_chunk:
