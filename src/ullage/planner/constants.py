@@ -87,9 +87,10 @@ def _constants(engine: str, version: str, kind: str) -> Mapping[str, Constant]:
 
 
 def version_key(version: str) -> tuple[int, ...]:
-    """What orders versions such as ``0.19.0``: their leading numbers, none where it has none."""
+    """What orders versions such as ``0.19.0`` or llama.cpp's ``b6000``: their leading numbers,
+    none where it has none."""
     parts = []
-    for part in version.removeprefix("v").split("."):
+    for part in version.lstrip("vb").split("."):
         digits = part[: len(part) - len(part.lstrip("0123456789"))]
         if not digits or len(digits) > _MOST_DIGITS:
             break
