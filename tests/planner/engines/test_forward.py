@@ -1,5 +1,5 @@
-"""A forward pass of transformers' modules, worked by hand on tiny models: hidden 32, MLP 48, 4 heads
-of 8 with 2 KV heads, 2 layers, 64 words."""
+"""A forward pass of transformers' modules, worked by hand on tiny models: hidden 32, MLP 48,
+4 heads of 8 with 2 KV heads, 2 layers, 64 words."""
 
 from collections.abc import Callable
 from dataclasses import replace

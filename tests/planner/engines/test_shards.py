@@ -1,4 +1,5 @@
-"""What one of several devices holds: worked by hand on a tiny llama, and never less than its share."""
+"""What one of several devices holds: worked by hand on a tiny llama, and never less than its
+part."""
 
 from collections.abc import Callable
 
