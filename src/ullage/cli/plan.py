@@ -173,7 +173,7 @@ class _Asked:
 
     def search(self, goal: Goal, plot: Path | None, as_json: bool) -> bool:
         """Print what the search for `goal` found."""
-        build_plan(self.recipe, self.budget_bytes, self.calibration)  # refuses what cannot be asked
+        made = build_plan(self.recipe, self.budget_bytes, self.calibration)  # or refuses it
         explored = explore(
             self.recipe, self.budget_bytes, goal, self.options.freedom(), self.devices,
             self.calibration,
@@ -186,7 +186,7 @@ class _Asked:
             console = Console(highlight=False, soft_wrap=True)
             show_exploration(console, explored)
             if not explored.every[0].fits:
-                for line in self._advice(build_plan(self.recipe, self.budget_bytes)):
+                for line in self._advice(made):
                     console.print(line)
         return bool(explored.ranked)
 

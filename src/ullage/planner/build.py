@@ -40,13 +40,13 @@ def build_plan(
 
 
 def _refuse_unsupported(technique: techniques.Technique, recipe: Recipe) -> None:
-    reason = technique.unsupported(recipe.model)
-    if reason is not None:
-        raise TechniqueError(f"{technique.name} cannot act on {recipe.model.name}: {reason}")
     engine = recipe.execution.engine
     if engine not in technique.engines:
         known = " and ".join(technique.engines)
         raise TechniqueError(f"{technique.name} is a technique of {known}, not of {engine}.")
+    reason = technique.unsupported(recipe.model)
+    if reason is not None:
+        raise TechniqueError(f"{technique.name} cannot act on {recipe.model.name}: {reason}")
 
 
 def default_execution(device: Device, engine: Engine = "ullage") -> Execution:

@@ -12,6 +12,8 @@ from ullage.specs.calibration import Calibration
 from ullage.specs.footprint import Label
 from ullage.specs.plan import Recipe
 
+_MOST_DIGITS = 9  # of a number in a version; dates have eight
+
 
 @dataclass(frozen=True)
 class Constant:
@@ -27,7 +29,8 @@ class Constants:
     before the built-in ones.
 
     Raises:
-        InputError: the calibration is of another device or engine than the recipe.
+        InputError: the calibration is of another device or engine than the recipe, or its version
+            is none.
     """
 
     def __init__(self, recipe: Recipe, calibration: Calibration | None = None) -> None:
@@ -73,6 +76,8 @@ def _table() -> Mapping[str, Any]:
 
 @cache
 def _constants(engine: str, version: str, kind: str) -> Mapping[str, Constant]:
+    if version and not version_key(version):
+        raise InputError(f"{version[:40]!r} is no version of {engine}, as 0.19.0 is.")
     section = _table()[engine]
     merged = {**section.get("any", {}), **section.get(kind, {})}
     for since in sorted(section.get("since", {}), key=version_key):
@@ -82,11 +87,12 @@ def _constants(engine: str, version: str, kind: str) -> Mapping[str, Constant]:
 
 
 def version_key(version: str) -> tuple[int, ...]:
-    """What orders versions such as ``0.19.0``: their leading numbers."""
+    """What orders versions such as ``0.19.0`` or llama.cpp's ``b6000``: their leading numbers,
+    none where it has none."""
     parts = []
-    for part in version.removeprefix("v").split("."):
+    for part in version.lstrip("vb").split("."):
         digits = part[: len(part) - len(part.lstrip("0123456789"))]
-        if not digits:
+        if not digits or len(digits) > _MOST_DIGITS:
             break
         parts.append(int(digits))
     return tuple(parts)

@@ -93,7 +93,7 @@ def test_the_share_names_what_lies_outside() -> None:
     ("told", "message"),
     [
         ({"tensor_parallel": 5}, "--tp 5 does not divide"),
-        ({"prefill_chunk": 0}, "--chunk is 1 or more"),
+        ({"prefill_chunk": 0}, "--prefill-chunk is 1 or more"),
         ({"prefill_chunk": 1 << 20}, "more than the device has"),
         ({"kv_dtype": "int8"}, "no int8 KV cache"),
         ({"utilization": 0.0}, "above 0"),

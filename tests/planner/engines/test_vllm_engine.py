@@ -221,9 +221,9 @@ def test_every_format_of_weights_can_be_planned() -> None:
     [
         ({"tensor_parallel": 3}, "--tp 3 does not divide"),
         ({"tensor_parallel": 0}, "1 or more"),
-        ({"engine_version": "newest"}, "no version of vLLM"),
+        ({"engine_version": "newest"}, "no version of vllm"),
         ({"pipeline_parallel": 33}, "too few for --pp 33"),
-        ({"prefill_chunk": 0}, "--chunk is 1 or more"),
+        ({"prefill_chunk": 0}, "--prefill-chunk is 1 or more"),
         ({"prefill_chunk": 100, "max_num_seqs": 101}, "as many tokens in a step"),
         ({"kv_dtype": "q8_0"}, "no q8_0 KV cache"),
         ({"kv_dtype": "int8"}, "no int8 KV cache"),

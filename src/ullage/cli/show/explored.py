@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ullage.planner.explore import Candidate, Exploration
@@ -61,7 +62,7 @@ def show_exploration(console: Console, explored: Exploration) -> None:
     asked = explored.every[0].recipe
     work = asked.workload
     console.print(
-        f"{asked.model.name}, {work.sequences} x {work.context_tokens:,} tokens, for "
+        f"{escape(asked.model.name)}, {work.sequences} x {work.context_tokens:,} tokens, for "
         f"{explored.goal}: {len(explored.ranked):,} of {len(explored.every):,} combinations fit."
     )
     top = explored.best(TOP)

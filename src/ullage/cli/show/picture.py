@@ -8,6 +8,8 @@ from ullage.errors import InputError
 from ullage.planner.explore import Candidate, Exploration
 from ullage.units import GIB
 
+_ENDINGS = (".svg", ".png")
+
 
 def draw_exploration(explored: Exploration, path: Path) -> None:
     """Draw all combinations into `path`, the sweet spot as a star and the cliff as the budget's
@@ -17,6 +19,8 @@ def draw_exploration(explored: Exploration, path: Path) -> None:
         InputError: matplotlib is not installed, the file cannot be written, or its ending is no
             picture's.
     """
+    if path.suffix.lower() not in _ENDINGS:
+        raise InputError(f"--plot draws {' or '.join(_ENDINGS)}: {str(path)!r} ends in neither.")
     try:
         from matplotlib.figure import Figure  # the figure alone: no window system is asked for
     except ImportError as error:

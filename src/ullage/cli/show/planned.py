@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ullage import techniques
@@ -18,7 +19,7 @@ def show_plan(console: Console, plan: Plan, calibration: Calibration | None) -> 
     """Print `plan`: its phases, the verdict, the cliff, and what it would take otherwise."""
     recipe, work = plan.recipe, plan.recipe.workload
     console.print(
-        f"{recipe.model.name} ({recipe.model.parameters / 1e6:,.1f}M parameters) on "
+        f"{escape(recipe.model.name)} ({recipe.model.parameters / 1e6:,.1f}M parameters) on "
         f"{recipe.device.name}, budget {format_bytes(plan.budget_bytes)}"
     )
     console.print(

@@ -93,7 +93,8 @@ def paging(model: ModelSpec, kv_dtype: str, split: int, stage: Stage) -> Paging:
     if len({(kind.window, kind.state) for kind in kinds}) == 1:
         page_bytes = sum(kind.page_bytes * count for kind, count in here.items())
         kind = next(iter(kinds))
-        return Paging((Group(sum(here.values()), kind.block_tokens, kind.window),), page_bytes)
+        group = Group(sum(here.values()), kind.block_tokens, kind.window, kind.state)
+        return Paging((group,), page_bytes)
     return _grouped(kinds, len(stage.layers) / model.num_layers)
 
 

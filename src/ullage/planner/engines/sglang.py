@@ -46,7 +46,7 @@ class Sglang(Serving):
         execution = recipe.execution
         check_split(recipe.model, execution)
         if execution.prefill_chunk < 1:
-            raise InputError("SGLang's plan wants prompts in chunks: --chunk is 1 or more.")
+            raise InputError("SGLang's plan wants prompts in chunks: --prefill-chunk is 1 or more.")
         if execution.kv_dtype not in self.kv_dtypes:
             known = ", ".join(self.kv_dtypes)
             raise InputError(f"SGLang has no {execution.kv_dtype} KV cache. It has {known}.")
@@ -66,10 +66,11 @@ class Sglang(Serving):
         return int(recipe.device.memory_bytes * utilization)
 
     def terms(self, recipe: Recipe, step: Step, constants: Constants) -> list[Term]:
-        """What lies in the static share. Activations and graphs do not: see `share`."""
-        stage = _heaviest(recipe)
-        terms = [*weights_terms(recipe, stage), _context_term(recipe, constants)]
-        return terms if step.phase == "load" else [*terms, _kv_term(recipe, step, stage)]
+        """What lies in the static share of the fullest rank. Activations and graphs do not: see
+        `share`."""
+        ranks = stages(recipe.model.num_layers, recipe.execution.pipeline_parallel)
+        found = [_stage_terms(recipe, step, stage, constants) for stage in ranks]
+        return max(found, key=lambda terms: sum(term.nbytes for term in terms))
 
     def share(
         self,
@@ -111,7 +112,7 @@ def _static_fraction(recipe: Recipe) -> float:
     if fraction <= 0:
         raise InputError(
             f"SGLang keeps {reserved_mib:,.0f} MiB for activations, more than the device has: "
-            "--chunk makes it less."
+            "a smaller --prefill-chunk or --max-num-seqs makes it less."
         )
     return fraction
 
@@ -133,9 +134,9 @@ def _graph_sizes(chunk_tokens: int) -> int:
     return count
 
 
-def _heaviest(recipe: Recipe) -> Stage:
-    found = stages(recipe.model.num_layers, recipe.execution.pipeline_parallel)
-    return max(found, key=lambda stage: sum(term.nbytes for term in weights_terms(recipe, stage)))
+def _stage_terms(recipe: Recipe, step: Step, stage: Stage, constants: Constants) -> list[Term]:
+    terms = [*weights_terms(recipe, stage), _context_term(recipe, constants)]
+    return terms if step.phase == "load" else [*terms, _kv_term(recipe, step, stage)]
 
 
 def _context_term(recipe: Recipe, constants: Constants) -> Term:

@@ -215,13 +215,11 @@ def _capacity(
 def _check(recipe: Recipe) -> None:
     execution, version = recipe.execution, version_key(recipe.execution.engine_version or NEWEST)
     check_split(recipe.model, execution)
-    if not version:
-        raise InputError(f"{execution.engine_version!r} is no version of vLLM, as 0.19.0 is.")
     if execution.prefill_chunk < 1:
-        raise InputError("vLLM reads prompts in chunks: --chunk is 1 or more.")
+        raise InputError("vLLM reads prompts in chunks: --prefill-chunk is 1 or more.")
     if (execution.max_num_seqs or 1) > execution.prefill_chunk:
         raise InputError(
-            f"vLLM wants at least as many tokens in a step as sequences: --chunk "
+            "vLLM wants at least as many tokens in a step as sequences: --prefill-chunk "
             f"{execution.prefill_chunk} is less than {execution.max_num_seqs}."
         )
     if execution.kv_dtype not in Vllm.kv_dtypes:
