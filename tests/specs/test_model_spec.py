@@ -115,7 +115,9 @@ def test_every_entry_says_where_its_figures_are_from(name: str) -> None:
     assert "base" not in entry or "model_type" not in entry["config"]
 
 
-@pytest.mark.parametrize("text", ["", " ", "nobody/nothing", "../qwen3-8b", "/qwen3-8b", "qwen3-8b/"])
+@pytest.mark.parametrize(
+    "text", ["", " ", "nobody/nothing", "../qwen3-8b", "/qwen3-8b", "qwen3-8b/"]
+)
 def test_what_the_catalog_does_not_hold_is_none(text: str) -> None:
     assert from_catalog(text) is None
 
@@ -137,8 +139,6 @@ def test_a_format_changes_bytes_and_nothing_else(name: str, form: str) -> None:
     if numbers:
         with pytest.raises(ModelError, match="quantized already"):
             as_checkpoint(after, form)
-
-
 
 
 @given(st.sampled_from(PLAIN), st.sampled_from(sorted(MIXTURES)))
