@@ -67,3 +67,17 @@ def test_a_length_that_the_log_itself_gives_is_not_contradicted() -> None:
     failed = replace(NAMED, total_bytes=int(1.35 * GIB), changes=(said,))
     assert with_plan(failed).changes == (said,)
     assert with_plan(failed).planned
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("Qwen/Qwen2.5-7B-Instruct", "qwen2.5-7b-instruct"),  # lies over the base model's config
+        ("meta-llama/Meta-Llama-3.1-8B", "meta-llama-3.1-8b"),  # an alias
+        ("Qwen3 1.7B", "qwen3-1.7b"),  # as GGUF files call it
+    ],
+)
+def test_a_log_may_call_a_model_by_any_name_of_the_catalog(name: str, known: str) -> None:
+    plan = plan_of(replace(NAMED, run=Run(model=name, dtype="bfloat16", max_model_len=2048)))
+    assert plan is not None
+    assert plan.recipe.model.name == known

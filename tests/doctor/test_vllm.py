@@ -1,5 +1,6 @@
 """vLLM's starts, of 0.6 to 0.33, and its failures."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -323,3 +324,13 @@ def test_of_several_workers_the_fullest_counts(diagnosed: Diagnosed) -> None:
     )
     assert sizes(found)["weights"] == 21.61
     assert sizes(found)["KV pool"] == 1.17
+
+
+def test_a_line_that_says_the_same_over_and_over_is_read_at_once(diagnosed: Diagnosed) -> None:
+    """100 lines took a minute each as long as every place looked to the line's end."""
+    for words in ("LLM engine ", "non-default args: "):
+        noise = (words * (16_000 // len(words)) + "\n") * 40
+        begun = time.process_time()
+        found = diagnosed(V19 + noise)
+        assert time.process_time() - begun < 10
+        assert not found.failed

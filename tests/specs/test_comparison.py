@@ -139,6 +139,18 @@ def test_a_quantized_module_that_is_missing(tmp_path: Path, name: str) -> None:
         resolve(write(tmp_path, config, left))
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_module_without_its_scales(tmp_path: Path, name: str) -> None:
+    base, quantization, make = FORMATS[name]
+    config = {**base, "quantization_config": quantization}
+    weights = files(spec_from_config(config), make)
+    scales = [key for key in weights if "layers.1." in key and "down_proj.weight_scale" in key]
+    scales += [key for key in weights if "layers.1." in key and "down_proj.scales" in key]
+    del weights[scales[0]]
+    with pytest.raises(ModelError, match="lacks a part of .*down_proj"):
+        resolve(write(tmp_path, config, weights))
+
+
 def test_an_eight_bit_weight_of_another_shape(tmp_path: Path) -> None:
     config = {**LLAMA, "quantization_config": BLOCK}
     weights = files(spec_from_config(config), fp8)

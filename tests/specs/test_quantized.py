@@ -1,5 +1,6 @@
 """Bytes of quantized checkpoints, scales and zeros included."""
 
+import time
 from contextlib import suppress
 from math import ceil
 from typing import Any
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from ullage.errors import ModelError, UllageError
 from ullage.specs.families import spec_from_config
 from ullage.specs.model import ModelSpec, Storage, TensorSpec
+from ullage.specs.patterns import Patterns
 from ullage.specs.quantized import apply, read_quantization
 
 CONFIG = {
@@ -261,3 +263,17 @@ def test_stacked_experts_are_quantized() -> None:
 def test_a_garbled_pattern(pattern: str) -> None:
     with pytest.raises(ModelError, match="pattern"):
         spec_with({"quant_method": "fp8", "ignored_layers": [pattern]})
+
+
+@pytest.mark.parametrize("pattern", ["re:.*.*.*.*.*.*Z", "re:" + ".?" * 30 + "Z"])
+def test_a_pattern_that_would_take_for_ever_is_refused(pattern: str) -> None:
+    with pytest.raises(ModelError, match="odd pattern"):
+        spec_with({"quant_method": "fp8", "ignored_layers": [pattern]})
+
+
+@pytest.mark.parametrize("pattern", ["re:.*.*.*.*Z", r"re:.*(?:up|down)?_proj.*?x", "*a*b*c*d"])
+def test_the_slowest_that_is_not_refused_is_quick(pattern: str) -> None:
+    matches = Patterns([pattern]).matches
+    begun = time.process_time()
+    assert not matches("model.layers.10.block_sparse_moe.experts.117.down_proj")
+    assert time.process_time() - begun < 0.5

@@ -10,10 +10,8 @@ from ullage.planner import build_plan, default_execution
 from ullage.planner.engines import ENGINES
 from ullage.specs.device import Device
 from ullage.specs.dtypes import dtype_name, kv_dtype_name
-from ullage.specs.families import spec_from_config
-from ullage.specs.model import ModelSpec
 from ullage.specs.plan import Plan, Recipe
-from ullage.specs.sources import catalog
+from ullage.specs.sources import from_catalog
 from ullage.specs.workload import Engine, Execution, Workload
 from ullage.units import GIB, format_bytes
 
@@ -46,7 +44,8 @@ def plan_of(diagnosis: Diagnosis) -> Plan | None:
 
 
 def _recipe(diagnosis: Diagnosis) -> Recipe | None:
-    run, model = diagnosis.run, _known_model(diagnosis.run.model)
+    # GGUF's names have blanks
+    run, model = diagnosis.run, from_catalog(diagnosis.run.model.strip().replace(" ", "-"))
     sizes = (run.max_model_len or 2, run.max_num_seqs or 1, run.prefill_chunk or 1,
              run.tensor_parallel, run.pipeline_parallel)  # fmt: skip
     if model is None or not diagnosis.total_bytes or max(sizes) > _MOST:
@@ -85,14 +84,6 @@ def _execution(diagnosis: Diagnosis, device: Device) -> Execution | None:
         tensor_parallel=run.tensor_parallel,
         pipeline_parallel=run.pipeline_parallel,
     )
-
-
-def _known_model(name: str) -> ModelSpec | None:
-    wanted = name.strip().lower().replace(" ", "-")  # GGUF's names have blanks
-    for known, entry in catalog().items():
-        if wanted and wanted in (known, entry.get("hub", "").lower()):
-            return spec_from_config(entry["config"], name=known, source="")
-    return None
 
 
 def _sentence(plan: Plan) -> str:

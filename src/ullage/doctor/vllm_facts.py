@@ -191,8 +191,9 @@ def _pool_tokens(log: Log) -> int | None:
 
 def _run(log: Log) -> Run:
     return Run(
-        model=log.word(r"LLM engine .*?config: model='(?P<word>[^']{1,200})'",
-                    r"non-default args: .*?'model': '(?P<word>[^']{1,200})'"),
+        # each place looks no further than the next: a line of nothing else would take for ever
+        model=log.word(r"LLM engine (?:(?!LLM engine).)*?config: model='(?P<word>[^']{1,200})'",
+                    r"non-default args: (?:(?!args:).)*?'model': '(?P<word>[^']{1,200})'"),
         dtype=log.word(r"dtype=torch\.(?P<word>\w+)"),
         kv_dtype=log.word(r"kv_cache_dtype=(?P<word>\w+)"),
         quantization=log.word(r" quantization='?(?P<word>[\w-]+)"),

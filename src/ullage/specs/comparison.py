@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -89,6 +90,8 @@ class Comparison:
             whole = tensor.storage is not None and tensor.storage.bits == 8
             if whole and weight.shape != tensor.stored_shape:
                 raise _misshapen(name, weight.shape, tensor.stored_shape)
+            if not whole and weight.dtype.startswith("F8"):
+                raise ModelError(f"{name} is {weight.dtype}, which its config does not say.")
         module = name.removesuffix(".weight")
         names = [
             *self._inside.get(module, ()),
@@ -98,9 +101,12 @@ class Comparison:
                 if other.startswith((f"{module}_", module)) and not other.endswith("_bias")
             ),
         ]
+        before_bytes = self.nbytes
         taken = [other for other in names if not other.endswith(".bias") and self._take(other)]
         if not taken and not self._stack_of(name):
             raise ModelError(f"The checkpoint lacks {name}, which its config asks for.")
+        if taken and self.nbytes - before_bytes < _least_bytes(tensor):
+            raise ModelError(f"The checkpoint lacks a part of {name}: its scales, or its numbers.")
 
     def _stack_of(self, name: str) -> bool:
         """Experts quantized together where the spec has modules, or the other way round."""
@@ -159,6 +165,15 @@ def layers_ahead(config: Mapping[str, Any]) -> int:
         if type(count) is int and 0 < count < 64:
             return count
     return 0
+
+
+def _least_bytes(tensor: TensorSpec) -> int:
+    """Bytes of a quantized weight's numbers, and of scales a quarter as wide as is usual."""
+    storage = tensor.storage
+    if storage is None:
+        return 0
+    narrow = replace(storage, group_bytes=storage.group_bytes / 4)
+    return narrow.nbytes(tensor.stored_shape)
 
 
 def _misshapen(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> ModelError:

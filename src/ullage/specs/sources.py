@@ -37,7 +37,7 @@ def resolve(model: str) -> ModelSpec:
     path = _existing(model)
     if path is not None:
         return _from_path(path)
-    known = _from_catalog(model)
+    known = from_catalog(model)
     if known is not None:
         return known
     hub_id = _HUB_ID.fullmatch(model)
@@ -146,9 +146,9 @@ def _stored_dtype(stored: list[StoredTensor]) -> str:
     return dtype
 
 
-def _from_catalog(model: str) -> ModelSpec | None:
+def from_catalog(model: str) -> ModelSpec | None:
     """The spec of the entry whose name, hub id or alias is `model`, whatever its case and with or
-    without its organization; None if there is none."""
+    without its organization; None if there is none. Nothing outside of the catalog is read."""
     found = _index().get(model.strip().lower())
     if found is None:
         return None

@@ -95,5 +95,7 @@ def _width(config: Config, head_dim: int) -> int:
     """Numbers of a head that turn with the position."""
     settings = Config(_settings(config), {}, {})
     key = "partial_rotary_factor"
-    part = settings.optional_number(key) or config.optional_number(key) or 1.0
+    part = settings.optional_number(key) or config.optional_number(key)
+    if part is None:  # MiniMax M2 counts them itself
+        return min(config.optional_size("rotary_dim") or head_dim, head_dim)
     return int(head_dim * min(part, 1.0))
