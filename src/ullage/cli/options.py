@@ -75,7 +75,7 @@ WeightsOption = Annotated[
     typer.Option(
         "--weights",
         metavar="FORMAT",
-        help="Format of the weights: fp32, bf16, int8, nf4; fp8, w4a16 and others in vllm, GGUF "
+        help="Format of the weights: fp32, bf16, int8, nf4; fp8, int4 and others in vllm, GGUF "
         "types in llama.cpp. Default: bf16 on accelerators, fp32 on CPU.",
     ),
 ]

@@ -6,6 +6,7 @@ from dataclasses import replace
 from ullage.planner.memory import peak_bytes
 from ullage.specs.calibration import Calibration
 from ullage.specs.plan import Cliff, Recipe
+from ullage.specs.workload import Execution
 
 # What fits at 2^40 tokens or sequences does not grow with them.
 _NO_LIMIT = 1 << 40
@@ -18,13 +19,20 @@ def find_cliff(recipe: Recipe, budget_bytes: int, calibration: Calibration | Non
 
     def fits(prompt_tokens: int, sequences: int) -> bool:
         sized = replace(work, prompt_tokens=prompt_tokens, sequences=sequences)
-        return peak_bytes(replace(recipe, workload=sized), calibration) <= budget_bytes
+        larger = replace(recipe, workload=sized, execution=_allowing(recipe.execution, sequences))
+        return peak_bytes(larger, calibration) <= budget_bytes
 
     longest_prompt = _largest(lambda tokens: fits(tokens, work.sequences))
     return Cliff(
         max_model_len=longest_prompt and longest_prompt + work.output_tokens,
         max_num_seqs=_largest(lambda sequences: fits(work.prompt_tokens, sequences)),
     )
+
+
+def _allowing(execution: Execution, sequences: int) -> Execution:
+    """With a server's limit of sequences, for which it keeps room, raised where it is too low."""
+    limit = execution.max_num_seqs
+    return execution if limit is None else replace(execution, max_num_seqs=max(limit, sequences))
 
 
 def _largest(fits: Callable[[int], bool]) -> int | None:

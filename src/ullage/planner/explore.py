@@ -218,7 +218,10 @@ def _rank(found: Candidate) -> tuple[float, ...]:
 
 
 def _expense(found: Candidate) -> tuple[float, ...]:
-    return (found.hardware, not found.runs, _loss(found), _step_s(found), len(found.changes))
+    execution = found.recipe.execution
+    devices = execution.tensor_parallel * execution.pipeline_parallel
+    price = (found.hardware, devices, not found.runs, _loss(found))
+    return (*price, _step_s(found), len(found.changes))
 
 
 def _loss(found: Candidate) -> float:
@@ -231,7 +234,8 @@ def _step_s(found: Candidate) -> float:
     latency, work = found.latency, found.recipe.workload
     if latency is None:
         return 0.0
-    return latency.ttft_s / work.output_tokens + 1 / latency.sequence_tokens_per_s
+    prompts_s = latency.ttft_s * work.sequences
+    return prompts_s / work.output_tokens + 1 / latency.sequence_tokens_per_s
 
 
 def _front(every: list[Candidate]) -> tuple[Candidate, ...]:

@@ -124,9 +124,10 @@ def _scheme(recipe: Recipe) -> str | None:
 
 def _weights(recipe: Recipe) -> Iterator[Setting]:
     """The engine's other formats; of plain ones bf16 alone, beside fp32."""
-    if recipe.model.prequantized or _scheme(recipe) not in (None, "none"):
-        return
     engine = ENGINES[recipe.execution.engine]
+    fixed = recipe.model.prequantized and not engine.converts
+    if fixed or _scheme(recipe) not in (None, "none"):
+        return
     bare = replace(recipe, techniques=_without(recipe.techniques, ("quantization",)))
     for weights in engine.weights:
         if weights not in DTYPE_BYTES:

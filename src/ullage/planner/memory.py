@@ -1,5 +1,7 @@
 """The bytes of each phase: an engine's terms, then the techniques in their order."""
 
+from dataclasses import replace
+
 from ullage import techniques
 from ullage.planner.constants import Constants
 from ullage.planner.engines import ENGINES
@@ -7,8 +9,9 @@ from ullage.specs.calibration import Calibration
 from ullage.specs.dtypes import KV_BITS
 from ullage.specs.footprint import Footprint, Part, Term
 from ullage.specs.plan import Recipe
-from ullage.specs.workload import PHASES, PhaseName
+from ullage.specs.workload import PHASES, PhaseName, Workload
 
+_FAR_TOKENS = 1 << 20
 _PARTS: tuple[Part, ...] = ("weights", "kv", "activation", "logits", "overhead")
 
 
@@ -67,7 +70,18 @@ def _differences(before: Footprint, after: Footprint, name: str, paper: str) -> 
 def kv_bytes_per_token(recipe: Recipe) -> int:
     """Bytes that each further token of one sequence adds: the layers without a window, or all where
     every layer slides."""
+    if any(choice.name != "quantization" for choice in recipe.techniques):
+        return _slope(recipe)
     model = recipe.model
     growing = [kind for kind in model.cache_kinds if kind[0].window is None and kind[0].width]
     numbers = sum(cache.width * count for cache, count in growing or model.cache_kinds)
     return int(numbers * KV_BITS[recipe.execution.kv_dtype] / 8)
+
+
+def _slope(recipe: Recipe) -> int:
+    """How the KV entries of one sequence grow, far from where windows and banks fill."""
+    short, long = (
+        phase_footprints(replace(recipe, workload=Workload(tokens, 1)))["decode"].kv_bytes
+        for tokens in (_FAR_TOKENS, 2 * _FAR_TOKENS)
+    )
+    return round((long - short) / _FAR_TOKENS)

@@ -121,7 +121,10 @@ class Plan:
             InputError: the data is not a plan, or one of another schema version.
         """
         if not isinstance(data, dict) or data.get("schema_version") != SCHEMA_VERSION:
-            raise InputError("This is not a plan that this version of ullage wrote.")
+            raise InputError(
+                "This is not a plan that this version of ullage wrote: `ullage plan MODEL --json` "
+                "writes one, without --goal."
+            )
         try:
             plan = decode(cls, _nested(data), "plan")
             _refuse_impossible(plan)

@@ -35,9 +35,11 @@ def show_plan(console: Console, plan: Plan, calibration: Calibration | None) -> 
     )
     for line in (
         *_latency_lines(plan),
+        *_pool_lines(plan),
         *_cliff_lines(plan),
         *_attention_lines(plan, calibration),
         *_request_lines(plan),
+        *_encoder_lines(plan),
         *_planned_only_lines(plan),
     ):
         console.print(line)
@@ -47,7 +49,7 @@ def _phase_table(plan: Plan, wide: bool) -> Table:
     table = Table("phase", box=None, pad_edge=False)
     for column in ("weights", "KV", "scratch", "logits", "runtime", "total"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("of budget" if wide else "", justify="right", no_wrap=True)
+    table.add_column("of budget" if wide else "share", justify="right", no_wrap=True)
     for name, part in plan.phases.items():
         sizes = (
             part.weights_bytes, part.kv_bytes, part.activation_bytes, part.logits_bytes,
@@ -73,10 +75,30 @@ def _latency_lines(plan: Plan) -> list[str]:
     if work.sequences > 1:
         each = f", {latency.sequence_tokens_per_s:,.0f} for each of {work.sequences:,} sequences"
     return [
-        f"Latency: first token in about {latency.ttft_s:,.2f} s ({first.low:,.2f} to "
+        f"Latency: first token of a prompt in about {latency.ttft_s:,.2f} s ({first.low:,.2f} to "
         f"{first.high:,.2f}), then about {latency.tokens_per_s:,.0f} tokens/s ({rate.low:,.0f} to "
         f"{rate.high:,.0f}){each}."
     ]
+
+
+def _pool_lines(plan: Plan) -> list[str]:
+    """What a server's pool holds: requests beyond it wait."""
+    share = plan.share
+    if not ENGINES[plan.recipe.execution.engine].takes_share:
+        return []
+    return [
+        f"Pool: {format_bytes(share.kv_pool_bytes)} of KV entries on each device, "
+        f"{share.kv_pool_tokens:,} tokens, {share.max_concurrency:,.2f} sequences of this length; "
+        "further ones wait."
+    ]
+
+
+def _encoder_lines(plan: Plan) -> list[str]:
+    model, execution = plan.recipe.model, plan.recipe.execution
+    if not model.encoder or ENGINES[execution.engine].takes_share:
+        return []
+    size = format_bytes(model.encoder_bytes(execution.dtype))
+    return [f"Its encoder of pictures, {size}, is not counted: only text is read here."]
 
 
 def _request_lines(plan: Plan) -> list[str]:

@@ -17,6 +17,8 @@ class EngineArithmetic(ABC):
 
     kv_dtypes: ClassVar[tuple[str, ...]]
     weights: ClassVar[tuple[str, ...]]
+    converts: ClassVar[bool] = False  # makes a file of its own of any checkpoint, quantized or not
+    takes_share: ClassVar[bool] = False  # is told what share of a device to take
 
     @abstractmethod
     def defaults(self, device: Device) -> Execution:
@@ -36,6 +38,10 @@ class EngineArithmetic(ABC):
         if execution.tensor_parallel * execution.pipeline_parallel > 1:
             raise InputError(
                 f"{execution.engine} runs on one device here: leave --tp and --pp out."
+            )
+        if execution.utilization is not None and not self.takes_share:
+            raise InputError(
+                f"{execution.engine} takes no share of a device: give a budget with --memory."
             )
         return recipe
 

@@ -5,10 +5,12 @@ Letters as in the field: N new tokens in a forward pass, T held tokens.
 
 from functools import lru_cache
 
+from ullage.planner.constants import Constants
 from ullage.specs.dtypes import DTYPE_BYTES
 from ullage.specs.footprint import Term
 from ullage.specs.loading import load_spike_bytes
 from ullage.specs.model import ModelSpec, TensorSpec
+from ullage.specs.plan import Recipe
 from ullage.specs.workload import Step
 
 
@@ -93,6 +95,22 @@ def conversion_term(model: ModelSpec, dtype: str) -> Term:
         nbytes = load_spike_bytes(model, resident, lambda tensor: tensor.elements * stored_bytes)
     source = f"{model.dtype} read, {dtype} kept, one tensor at a time"
     return Term("activation", "staging copy while loading", nbytes, "exact", source)
+
+
+def repacked_terms(recipe: Recipe, step: Step, constants: Constants) -> list[Term]:
+    """On a CPU oneDNN lays a narrow weight out anew for products of several rows: a copy, of one at
+    a time, and buffers of its own."""
+    dtype = step.execution.dtype
+    if recipe.device.kind != "cpu" or dtype == "fp32":
+        return []
+    largest = max(tensor.elements for tensor in recipe.model.tensors if len(tensor.shape) > 1)
+    source = f"{largest:,} numbers, the output head among them"
+    nbytes = largest * DTYPE_BYTES[dtype]
+    own = constants["onednn_bytes"]
+    return [
+        Term("activation", f"a weight laid out anew in {dtype}", nbytes, "exact", source),
+        Term("activation", "buffers of oneDNN", int(own.value), own.label, own.source),
+    ]
 
 
 def kv_term(model: ModelSpec, step: Step, what: str, numbers: int, source: str) -> Term:

@@ -33,6 +33,7 @@ class LlamaCpp(EngineArithmetic):
     """llama-server and llama-cli: ``-ub`` is the prefill chunk, ``-np`` the sequences, and ``-c``
     the tokens of all sequences together."""
 
+    converts = True
     kv_dtypes = ("fp32", "fp16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
     weights = tuple(MIXTURES)
 

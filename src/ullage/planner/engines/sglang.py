@@ -34,6 +34,7 @@ class Sglang(Serving):
     """`python -m sglang.launch_server`. `utilization` is its ``--mem-fraction-static``,
     `prefill_chunk` its ``--chunked-prefill-size``."""
 
+    takes_share = True
     kv_dtypes = (*DTYPE_BYTES, "fp8")
 
     def defaults(self, device: Device) -> Execution:

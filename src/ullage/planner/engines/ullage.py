@@ -61,6 +61,7 @@ class Ullage(EngineArithmetic):
             forward.layer_term(model, step),
             forward.eager_term(model, step) if eager else self.attention_term(recipe, step),
             forward.logits_term(model, step),
+            *forward.repacked_terms(recipe, step, constants),
         ]
 
     def load_terms(self, recipe: Recipe) -> list[Term]:

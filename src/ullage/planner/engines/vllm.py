@@ -26,6 +26,7 @@ _SINCE_INT8_KV = (0, 20)
 class Vllm(Serving):
     """`vllm serve`. `prefill_chunk` is its ``--max-num-batched-tokens``."""
 
+    takes_share = True
     kv_dtypes = (*DTYPE_BYTES, "fp8", "int8")
 
     def defaults(self, device: Device) -> Execution:
