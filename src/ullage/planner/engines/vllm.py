@@ -26,6 +26,8 @@ _SINCE_INT8_KV = (0, 20)
 class Vllm(Serving):
     """`vllm serve`. `prefill_chunk` is its ``--max-num-batched-tokens``."""
 
+    # bitsandbytes is gone from the newest version
+    weights = tuple(name for name in Serving.weights if name != "nf4")
     kv_dtypes = (*DTYPE_BYTES, "fp8", "int8")
 
     def defaults(self, device: Device) -> Execution:
