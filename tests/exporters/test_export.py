@@ -2,6 +2,7 @@
 said."""
 
 import ast
+import json
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,10 +17,13 @@ from hypothesis import strategies as st
 from ullage import exporters
 from ullage.errors import InputError
 from ullage.exporters.shared.options import known
+from ullage.planner.engines import ENGINES
 from ullage.specs.device import Device
 from ullage.specs.dtypes import DTYPE_BYTES, KV_BITS
+from ullage.specs.gguf_quant import as_gguf
 from ullage.specs.model import ModelSpec, Storage
 from ullage.specs.plan import Plan
+from ullage.specs.quantized import as_checkpoint
 from ullage.specs.workload import Attention, Engine, Workload
 from ullage.units import GIB
 
@@ -213,13 +217,10 @@ def test_what_the_converter_writes_is_only_converted(
 
 
 def test_llama_cpp_says_how_to_make_the_file(make_plan: MakePlan) -> None:
-    plan = stored(make_plan(), Storage("q4_k", 4.5))
-    text = exporters.export(plan, "llama.cpp")
+    text = exporters.export(mixed(make_plan(), "q4_k_m"), "llama.cpp")
     assert "# It reads GGUF: convert_hf_to_gguf.py org/tiny --outtype bf16" in text
-    assert (
-        "# then llama-quantize tiny-llama-bf16.gguf tiny-llama-q4_k.gguf Q4_K_M, or _S if" in text
-    )
-    assert argv(text)["--model"] == "tiny-llama-q4_k.gguf"
+    assert "# then llama-quantize tiny-llama-bf16.gguf tiny-llama-q4_k_m.gguf Q4_K_M\n" in text
+    assert argv(text)["--model"] == "tiny-llama-q4_k_m.gguf"
 
 
 def test_transformers_gets_what_was_planned(make_plan: MakePlan) -> None:
@@ -327,6 +328,94 @@ def test_a_quantized_checkpoint_is_said_to_be_one(make_plan: MakePlan, target: s
     assert "--quantization" not in argv(text)
 
 
+@pytest.mark.parametrize(
+    ("target", "weights", "method"),
+    [
+        *((target, "fp8", "fp8_per_channel") for target in VLLM_BASED),
+        ("vllm", "mxfp4", "mxfp4"),
+    ],
+)
+def test_vllm_makes_the_format_that_was_asked_for(
+    make_plan: MakePlan, target: str, weights: str, method: str
+) -> None:
+    text = exporters.export(converted(make_plan(), weights), target)
+    assert options(text, target)["quantization"] == method
+    assert method in known("vllm").choices["--quantization"]
+    assert "from the checkpoint's config" not in text
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ("fp8", {"--quantization": "fp8"}),
+        ("nf4", {"--quantization": "bitsandbytes", "--load-format": "bitsandbytes"}),
+    ],
+)
+def test_sglang_makes_the_format_that_was_asked_for(
+    make_plan: MakePlan, weights: str, expected: dict[str, str]
+) -> None:
+    text = exporters.export(converted(make_plan(), weights), "sglang")
+    found = argv(text)
+    assert {name: found[name] for name in found if name[2:] in ("quantization", "load-format")} == (
+        expected
+    )
+    assert "from the checkpoint's config" not in text
+
+
+@pytest.mark.parametrize(
+    ("target", "weights", "changes"),
+    [
+        *((target, "int4", {}) for target in [*VLLM_BASED, "sglang", "transformers"]),
+        ("vllm", "int8", {}),
+        ("sglang", "nf4", {"device": CPU}),
+        ("sglang", "fp8", {"source": "/m/tiny.gguf"}),
+        ("transformers", "fp8", {}),
+        ("transformers", "fp8", {"source": "/m/tiny.gguf"}),
+    ],
+)
+def test_plain_weights_are_never_served_for_others(
+    make_plan: MakePlan, target: str, weights: str, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(InputError, match=f"makes no {weights} weights of a plain checkpoint: name"):
+        exporters.export(converted(make_plan(**changes), weights), target)
+
+
+def test_a_converted_plan_is_one_after_json(make_plan: MakePlan) -> None:
+    plan = converted(make_plan(), "fp8")
+    again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
+    assert again.recipe.model.converted == "fp8"
+    assert exporters.export(again, "vllm") == exporters.export(plan, "vllm")
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_what_bitsandbytes_makes_is_planned_where_it_still_is(engine: str) -> None:
+    has_it = "bitsandbytes" in known(engine).choices["--quantization"]
+    assert ("nf4" in ENGINES[engine].weights) == has_it
+
+
+@pytest.mark.parametrize(
+    ("weights", "file_type"), [("iq3_m", "IQ3_M"), ("q3_k_l", "Q3_K_L"), ("mxfp4", "MXFP4_MOE")]
+)
+def test_llama_cpp_gets_the_mixture_that_was_planned(
+    make_plan: MakePlan, weights: str, file_type: str
+) -> None:
+    text = exporters.export(mixed(make_plan(), weights), "llama.cpp")
+    assert f"llama-quantize tiny-llama-bf16.gguf tiny-llama-{weights}.gguf {file_type}" in text
+    assert argv(text)["--model"] == f"tiny-llama-{weights}.gguf"
+
+
+def test_llama_cpp_makes_another_file_of_one(make_plan: MakePlan) -> None:
+    text = exporters.export(mixed(make_plan("/m/tiny.gguf"), "q4_0"), "llama.cpp")
+    assert "llama-quantize --allow-requantize /m/tiny.gguf tiny-llama-q4_0.gguf Q4_0" in text
+    assert argv(text)["--model"] == "tiny-llama-q4_0.gguf"
+
+
+@pytest.mark.parametrize("weights", ["int4", "mxfp4"])
+def test_llama_cpp_refuses_what_another_engine_planned(make_plan: MakePlan, weights: str) -> None:
+    with pytest.raises(InputError, match=f"reads no {weights} checkpoint"):
+        exporters.export(converted(make_plan(), weights), "llama.cpp")
+
+
 def test_llama_cpp_refuses_another_quantized_checkpoint(make_plan: MakePlan) -> None:
     with pytest.raises(InputError, match=r"llama\.cpp reads no int4 checkpoint"):
         exporters.export(stored(make_plan(), Storage("int4", 4)), "llama.cpp")
@@ -340,6 +429,20 @@ def test_the_reader_is_told_what_to_doubt(make_plan: MakePlan) -> None:
     assert "# The figures" not in exporters.export(make_plan(engine="vllm"), "vllm")
 
 
+def converted(plan: Plan, weights: str) -> Plan:
+    """`plan` with its weights given a checkpoint's format, as --weights does."""
+    return with_model(plan, as_checkpoint(plan.recipe.model, weights))
+
+
+def mixed(plan: Plan, weights: str) -> Plan:
+    """`plan` with its weights as llama.cpp's mixture, as --weights does."""
+    return with_model(plan, as_gguf(plan.recipe.model, weights))
+
+
+def with_model(plan: Plan, model: ModelSpec) -> Plan:
+    return replace(plan, recipe=replace(plan.recipe, model=model))
+
+
 def stored(plan: Plan, storage: Storage) -> Plan:
     """`plan` with its linear weights in `storage`."""
     model: ModelSpec = plan.recipe.model
@@ -347,7 +450,7 @@ def stored(plan: Plan, storage: Storage) -> Plan:
         replace(tensor, storage=storage) if tensor.role == "linear" else tensor
         for tensor in model.tensors
     )
-    return replace(plan, recipe=replace(plan.recipe, model=replace(model, tensors=tensors)))
+    return with_model(plan, replace(model, tensors=tensors))
 
 
 SOURCES = ["org/tiny", "org/tiny@v1", "-rf", "/m/x y", "", "/m/$(x)'\"\n#"]

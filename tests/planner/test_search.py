@@ -13,8 +13,10 @@ from ullage import DoesNotFit, ModelSpec, fit_run, resolve
 from ullage.planner.memory import peak_bytes
 from ullage.planner.search import CHUNKS, SCHEMES, Choice, Freedom, describe
 from ullage.specs.device import Device
+from ullage.specs.gguf_quant import as_gguf
 from ullage.specs.model import Storage
 from ullage.specs.plan import Recipe, TechniqueChoice
+from ullage.specs.quantized import as_checkpoint
 from ullage.specs.workload import Execution, Workload
 from ullage.units import GIB, MIB, parse_bytes
 
@@ -148,6 +150,16 @@ def test_description_says_what_was_chosen() -> None:
     assert text == "nf4 weights, bf16 KV, sdpa attention, prompt in chunks of 64"
     assert "fp32 weights" in describe(RECIPE)
     assert "in one pass" in describe(variant("none", "fp32", 0))
+
+
+@pytest.mark.parametrize(
+    ("model", "weights"),
+    [(as_gguf(MODEL, "q4_k_m"), "q4_k_m"), (as_checkpoint(MODEL, "fp8"), "fp8")],
+)
+def test_description_says_the_format_that_the_model_was_given(
+    model: ModelSpec, weights: str
+) -> None:
+    assert describe(replace(RECIPE, model=model)).startswith(f"{weights} weights, ")
 
 
 @pytest.mark.parametrize(("asked", "tried"), [(512, 512), (200, 200), (2048, 2048), (0, 0)])

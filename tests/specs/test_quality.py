@@ -1,6 +1,7 @@
 """Figures of quality: sourced, and the nearest one first."""
 
 from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -14,11 +15,20 @@ OWN, LLAMA, LARGE = resolve("smollm2-135m"), resolve("llama-3.1-8b"), resolve("l
 def test_every_figure_says_where_it_is_from() -> None:
     for row in figures():
         assert len(row.source) > 10, row
-        assert row.label in ("measured", "published")
+        assert row.label in get_args(get_type_hints(Quality)["label"])
         assert row.setting == row.setting.lower()
         assert (row.parameters is None) == (row.model == "")
         if row.label == "measured":
             assert row.n, row
+
+
+def test_the_middle_of_a_band_is_not_what_was_published() -> None:
+    for row in figures():
+        assert (row.label == "derived") == ("middle of" in row.source), row
+
+
+def test_a_source_that_was_not_read_is_called_second_hand() -> None:
+    assert not [row for row in figures() if "notes on" in row.source]
 
 
 def test_no_figure_is_there_twice() -> None:

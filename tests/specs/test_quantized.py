@@ -13,7 +13,7 @@ from ullage.errors import ModelError, UllageError
 from ullage.specs.families import spec_from_config
 from ullage.specs.model import ModelSpec, Storage, TensorSpec
 from ullage.specs.patterns import Patterns
-from ullage.specs.quantized import apply, read_quantization
+from ullage.specs.quantized import CHECKPOINT_FORMATS, apply, as_checkpoint, read_quantization
 
 CONFIG = {
     "model_type": "llama", "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512,
@@ -137,6 +137,15 @@ def test_only_experts_of_gpt_oss_are_quantized() -> None:
     stored = list(apply(quantized, [expert, linear]))
     assert [tensor.storage is None for tensor in stored] == [False, True]
     assert stored[0].stored_bytes("bf16") == 64 * 32 // 2 + 64
+
+
+@pytest.mark.parametrize("name", CHECKPOINT_FORMATS)
+def test_a_format_that_was_given_is_told_from_the_checkpoints_own(name: str) -> None:
+    given = as_checkpoint(spec_from_config(CONFIG), name)
+    assert ModelSpec.from_json(given.to_json()).converted == name
+    assert spec_with({"quant_method": "fp8"}).converted == ""
+    with pytest.raises(ModelError, match="quantized already"):
+        as_checkpoint(given, name)
 
 
 @given(

@@ -6,11 +6,11 @@ import shlex
 from ullage.errors import InputError
 from ullage.exporters.shared import plans, text
 from ullage.exporters.shared.options import Option, known
+from ullage.specs.gguf_quant import is_gguf
 from ullage.specs.plan import Plan
 
 _PLAIN_TYPES = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 _CONVERTED = ("f32", "f16", "bf16", "mxfp4")  # what the converter writes, or leaves as it is
-_MIXED = ("q3_k", "q4_k", "q5_k")  # names of types and of several mixtures of them
 _LOGICAL_BATCH_TOKENS = 2048  # llama.cpp's own; a larger physical batch needs a larger one
 
 
@@ -24,7 +24,8 @@ def export(plan: Plan) -> str:
     plans.refuse_scheme(plan, known("llama.cpp"))
     weights = plans.weights_of(plan.recipe.model)
     notes = plans.notes_of(plan, known("llama.cpp"))
-    file, conversion = (weights.name, []) if weights.gguf else _converted(plan)
+    ready = weights.gguf and not plan.recipe.model.converted
+    file, conversion = (weights.name, []) if ready else _converted(plan)
     options = [
         Option("--model", file, "the weights"),
         *_sizes(plan),
@@ -44,28 +45,37 @@ def _converted(plan: Plan) -> tuple[str, list[str]]:
     folder, kind = shlex.quote(plans.weights_of(model).name), _file_type(plan)
     stem = re.sub(r"[^\w.-]+", "-", model.name, flags=re.ASCII).strip("-.") or "model"
     file = f"{stem}-{kind}.gguf"
-    whole = file if kind in _CONVERTED else f"{stem}-bf16.gguf"
+    if plans.weights_of(model).gguf:
+        return file, [f"llama-quantize --allow-requantize {folder} {file} {_mixture(kind)}"]
+    made = kind == "mxfp4" and model.converted
+    whole = file if kind in _CONVERTED and not made else f"{stem}-bf16.gguf"
     outtype = kind if kind in _PLAIN_TYPES.values() else "bf16"
     lines = [
         f"It reads GGUF: convert_hf_to_gguf.py {folder} --outtype {outtype} --outfile {whole} "
         "(a hub id: with --remote)"
     ]
-    if kind not in _CONVERTED:
-        mixture = f"{kind.upper()}_M, or _S if that was planned" if kind in _MIXED else kind.upper()
-        lines.append(f"then llama-quantize {whole} {file} {mixture}")
+    if whole != file:
+        lines.append(f"then llama-quantize {whole} {file} {_mixture(kind)}")
     return file, lines
 
 
+def _mixture(kind: str) -> str:
+    """As llama-quantize spells it."""
+    return "MXFP4_MOE" if kind == "mxfp4" else kind.upper()
+
+
 def _file_type(plan: Plan) -> str:
-    """The type of most weights in the file."""
-    stored, dtype = plans.storages_of(plan.recipe.model), plan.recipe.execution.dtype
-    if not plans.gguf_types(plan.recipe.model):
+    """The file's type: the mixture that was planned, or else that of most weights."""
+    model, dtype = plan.recipe.model, plan.recipe.execution.dtype
+    stored = plans.storages_of(model)
+    if not plans.gguf_types(model) or (model.converted and not is_gguf(model)):
         raise InputError(
             f"llama.cpp reads no {stored[0]} checkpoint: plan with --engine llama.cpp "
             "--weights q4_k_m, or a .gguf file."
         )
     plans.torch_dtype(dtype)  # an error of ours, if it is none
-    return stored[0] if stored else _PLAIN_TYPES[dtype]
+    kind = model.converted or (stored[0] if stored else dtype)
+    return _PLAIN_TYPES.get(kind, kind)
 
 
 def _sizes(plan: Plan) -> list[Option]:

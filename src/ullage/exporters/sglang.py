@@ -6,6 +6,8 @@ from ullage.specs.plan import Plan
 from ullage.units import format_bytes
 
 _KV_DTYPES = {"bf16": "bfloat16", "fp8": "fp8_e4m3"}
+_ONLINE = {"fp8": "fp8"}  # what it makes of a plain checkpoint while loading
+_ONLINE_CUDA = {**_ONLINE, "nf4": "bitsandbytes"}
 
 
 def export(plan: Plan) -> str:
@@ -25,12 +27,11 @@ def export(plan: Plan) -> str:
 def _notes(plan: Plan) -> list[str]:
     lines = plans.notes_of(plan, known("sglang"))
     stored = plans.storages_of(plan.recipe.model)
-    if stored and not plans.weights_of(plan.recipe.model).gguf:
+    model = plan.recipe.model
+    if stored and not model.converted and not plans.weights_of(model).gguf:
         lines.append(
             f"{', '.join(stored)} weights: SGLang reads that from the checkpoint's config."
         )
-    if "fp8" in stored:
-        lines.append("If it is not quantized, --quantization fp8 does that while loading.")
     if plan.recipe.execution.attention == "eager":
         lines.append("SGLang has no eager attention: its kernels build no score matrix.")
     if not _memory(plan):
@@ -50,21 +51,27 @@ def _weights(plan: Plan) -> list[Option]:
     options = [Option("--model-path", weights.name, "hub id, folder or file")]
     if weights.revision:
         options.append(Option("--revision", weights.revision, "the revision that was planned"))
-    if weights.gguf:
+    return [*options, *_quantization(plan, weights.gguf)]
+
+
+def _quantization(plan: Plan, gguf: bool) -> list[Option]:
+    """What is not in the checkpoint's config: that it is GGUF, or made while loading."""
+    online = _ONLINE_CUDA if plan.recipe.device.kind == "cuda" else _ONLINE
+    if not gguf:
+        plans.refuse_gguf_types(plan, "sglang")
+    plans.refuse_converted(plan, known("sglang"), online)
+    made = plan.recipe.model.converted or plans.scheme_of(plan)
+    if gguf or made not in online:
         plans.refuse_scheme(plan, known("sglang"))
-        return [*options, *_loader("gguf", "weights as the GGUF file has them")]
-    plans.refuse_gguf_types(plan, "sglang")
-    if plans.scheme_of(plan) == "nf4" and plan.recipe.device.kind == "cuda":
-        return [*options, *_loader("bitsandbytes", "nf4, quantized while loading")]
-    plans.refuse_scheme(plan, known("sglang"))
-    return options
+        return _loader("gguf", "weights as the GGUF file has them") if gguf else []
+    return _loader(online[made], f"{made}, quantized while loading")
 
 
 def _loader(name: str, why: str) -> list[Option]:
-    return [
-        Option("--quantization", known("sglang").choice("--quantization", name), why),
-        Option("--load-format", known("sglang").choice("--load-format", name), why),
-    ]
+    options = [Option("--quantization", known("sglang").choice("--quantization", name), why)]
+    if name in known("sglang").choices["--load-format"]:
+        options.append(Option("--load-format", name, why))
+    return options
 
 
 def _formats(plan: Plan) -> list[Option]:

@@ -110,8 +110,10 @@ def _quantization(plan: Plan, dtype: str) -> Iterator[Option]:
         why = "projections in int8, a scale a row; embeddings and head stay"
         config = "TorchAoConfig(quant_type=Int8WeightOnlyConfig())"
         yield Option("quantization_config", config, why)
-    elif not plans.weights_of(plan.recipe.model).gguf:
-        plans.refuse_gguf_types(plan, "transformers")
+    else:
+        plans.refuse_converted(plan, known("transformers"))
+        if not plans.weights_of(plan.recipe.model).gguf:
+            plans.refuse_gguf_types(plan, "transformers")
 
 
 def _generate(plan: Plan) -> Iterator[Option]:

@@ -9,7 +9,9 @@ from ullage.units import format_bytes
 _KV_DTYPES = {
     "bf16": "bfloat16", "fp16": "float16", "fp8": "fp8", "int8": "int8_per_token_head",
 }  # fmt: skip
-_ONLINE_FP8 = "fp8_per_channel"  # for a checkpoint that is not quantized
+# What it makes of a plain checkpoint while loading; its int8_per_channel_weight_only leaves all but
+# experts as they are.
+_ONLINE = {"fp8": "fp8_per_channel", "mxfp4": "mxfp4"}
 
 
 def export(plan: Plan) -> str:
@@ -26,12 +28,8 @@ def notes(plan: Plan) -> list[str]:
     """What no option says."""
     lines = plans.notes_of(plan, known("vllm"))
     stored = plans.storages_of(plan.recipe.model)
-    if stored:
+    if stored and not plan.recipe.model.converted:
         lines.append(f"{', '.join(stored)} weights: vLLM reads that from the checkpoint's config.")
-    if "fp8" in stored:
-        lines.append(
-            f"If it is not quantized, --quantization {_ONLINE_FP8} does that while loading."
-        )
     if plan.recipe.execution.attention == "eager":
         lines.append("vLLM has no eager attention: its kernels build no score matrix.")
     if plans.fraction_of(plan, plan.budget_bytes) is None:
@@ -57,17 +55,27 @@ def options(plan: Plan) -> list[Option]:
     plans.refuse_scheme(plan, known("vllm"))
     plans.refuse_bitsandbytes(plan, known("vllm"))
     plans.refuse_gguf_types(plan, "vllm")
+    plans.refuse_converted(plan, known("vllm"), _ONLINE)
     weights = plans.weights_of(plan.recipe.model)
     if weights.gguf:
         raise InputError(f"vllm {known('vllm').version} reads no GGUF: plan the original model.")
     pinned = [Option("--revision", weights.revision, "the revision that was planned")]
     return [
         *(pinned if weights.revision else []),
+        *_quantization(plan),
         *_formats(plan),
         *_sizes(plan),
         *_memory(plan),
         *_devices(plan),
     ]
+
+
+def _quantization(plan: Plan) -> list[Option]:
+    converted = plan.recipe.model.converted
+    if not converted:
+        return []
+    method = known("vllm").choice("--quantization", _ONLINE[converted])
+    return [Option("--quantization", method, f"{converted} weights, made while loading")]
 
 
 def _formats(plan: Plan) -> list[Option]:

@@ -122,7 +122,7 @@ def describe(recipe: Recipe) -> str:
     others = [as_typed(choice) for choice in recipe.techniques if choice.name != "quantization"]
     chunk = f"in chunks of {execution.prefill_chunk}" if execution.prefill_chunk else "in one pass"
     parts = [
-        f"{(schemes or [execution.dtype])[0]} weights",
+        f"{(schemes or [recipe.model.converted or execution.dtype])[0]} weights",
         *others,
         f"{execution.kv_dtype} KV",
         f"{execution.attention} attention",

@@ -154,7 +154,7 @@ def as_gguf(model: ModelSpec, name: str) -> ModelSpec:
     `MIXTURES`. Experts that are in MXFP4 already stay so: llama-quantize does not touch them."""
     quantizer = _Quantizer(model, name)
     typed = (part for tensor in quantizer.tensors for part in quantizer.typed(tensor))
-    return replace(model, tensors=tuple(typed))
+    return replace(model, tensors=tuple(typed), converted=name)
 
 
 def is_gguf(model: ModelSpec) -> bool:

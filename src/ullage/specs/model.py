@@ -133,6 +133,9 @@ class ModelSpec:
     `encoder_gap` says what is not known of it. `checkpoint_bytes` is what the text model's tensors
     take in the weights' files with all their scales, where the headers of these were read: exact,
     in the format that is stored.
+
+    `converted` is the format that the weights were given here, by the name people use, and that
+    what lies at `source` does not have; "" where the tensors are as they lie there.
     """
 
     name: str
@@ -157,6 +160,7 @@ class ModelSpec:
     encoder_gap: str = ""
     rope_tables: tuple[RopeTable, ...] = ()
     checkpoint_bytes: int | None = None
+    converted: str = ""
 
     def __hash__(self) -> int:
         # Sums over all tensors are cached by model: hashing those each time would cost as much.

@@ -30,7 +30,8 @@ class Quality:
     `technique` is "weights" or "kv", whose `setting` is a format, or a technique's folder, whose
     `setting` is as typed (``kept=0.125``). `parameters` is the size of `model`; both are empty
     where the source does not say. `n` counts what was measured over, as `source` explains.
-    `label` is "measured" where the figure is our own.
+    `label` is "measured" where the figure is our own, "derived" where it is the middle of a
+    published band.
     """
 
     technique: str
@@ -40,7 +41,7 @@ class Quality:
     metric: Metric
     change: float
     n: int | None
-    label: Literal["measured", "published"]
+    label: Literal["measured", "published", "derived"]
     source: str
 
     @property

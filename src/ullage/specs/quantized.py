@@ -268,4 +268,4 @@ def as_checkpoint(model: ModelSpec, name: str) -> ModelSpec:
     if model.prequantized:
         raise ModelError(f"{model.name} is quantized already: leave --weights out.")
     tensors = apply(Quantized((Rule(CHECKPOINT_FORMATS[name]),)), model.tensors)
-    return replace(model, tensors=tuple(tensors))
+    return replace(model, tensors=tuple(tensors), converted=name)

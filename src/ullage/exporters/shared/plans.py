@@ -1,6 +1,7 @@
 """A plan as an exporter reads it: where the weights are, their format, and the share of memory."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ullage.errors import InputError
@@ -120,6 +121,23 @@ def refuse_bitsandbytes(plan: Plan, known: Known) -> None:
     for name in storages_of(plan.recipe.model):
         if name in _BITSANDBYTES:
             raise _no_weights(known, name)
+
+
+def refuse_converted(plan: Plan, known: Known, makes: Iterable[str] = ()) -> None:
+    """Refuse a format that the plan gave to plain weights, but for those that the engine `makes`
+    itself: what lies at the model's source would be served as it is.
+
+    Raises:
+        InputError: it is such a format.
+    """
+    model = plan.recipe.model
+    if not model.converted or (model.converted in makes and not weights_of(model).gguf):
+        return
+    own = f", or choose what it makes itself: --weights {' or '.join(makes)}" if makes else ""
+    raise InputError(
+        f"{known.engine} {known.version} makes no {model.converted} weights of a plain checkpoint: "
+        f"name one that has them, as in `ullage plan ORG/NAME-{model.converted}`{own}."
+    )
 
 
 def _no_weights(known: Known, name: str) -> InputError:

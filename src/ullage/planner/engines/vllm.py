@@ -27,6 +27,8 @@ class Vllm(Serving):
     """`vllm serve`. `prefill_chunk` is its ``--max-num-batched-tokens``."""
 
     takes_share = True
+    # bitsandbytes is gone from the newest version
+    weights = tuple(name for name in Serving.weights if name != "nf4")
     kv_dtypes = (*DTYPE_BYTES, "fp8", "int8")
 
     def defaults(self, device: Device) -> Execution:
