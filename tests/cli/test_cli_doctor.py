@@ -72,9 +72,60 @@ def test_standard_input_is_read(healthy: str) -> None:
 
 def test_a_healthy_log_becomes_a_calibration(ullage: Ullage, healthy: str, tmp_path: Path) -> None:
     into = tmp_path / "calibration.json"
-    done = ullage("doctor", healthy, "--learn", str(into))
+    done = ullage("doctor", healthy, "--learn", str(into), "--device", "h100")
     assert done.returncode == 0, done.stderr
     assert json.loads(into.read_text())["constants"]["non_torch_bytes"] == 2**28
+
+
+INFO = """\
+INFO 04-22 15:12:00 [utils.py:233] non-default args: {'model': 'codellama/CodeLlama-7b-hf', \
+'max_model_len': 8192, 'gpu_memory_utilization': 0.95}
+""" + "".join(line for line in HEALTHY.splitlines(True) if not line.startswith("DEBUG"))
+RTX = """\
+ggml_cuda_init: found 1 CUDA devices:
+  Device 0: NVIDIA GeForce RTX 4090, compute capability 8.9, VMM: yes
+load_tensors:        CUDA0 model buffer size = 13169.00 MiB
+main: server is listening on http://127.0.0.1:8080
+common_memory_breakdown_print: | memory breakdown [MiB] | total free self model context compute \
+unaccounted |
+common_memory_breakdown_print: |   - CUDA0 (RTX 4090) | 24080 = 9436 + (14193 = 13169 +      38 + \
+    985) +         451 |
+"""
+
+
+@pytest.mark.parametrize(
+    ("log", "learn", "plan"),
+    [
+        (HEALTHY, ["--device", "h100"], ["--engine", "vllm", "--device", "h100-80gb"]),
+        (INFO, ["--device", "h100"], ["--engine", "vllm", "--device", "h100"]),
+        (HEALTHY, ["--device", "79.19GiB"], ["--engine", "vllm", "--device", "79.19GiB"]),
+        (RTX, [], ["--engine", "llama.cpp", "--device", "4090"]),
+    ],
+)
+def test_what_is_learned_is_what_plan_takes(
+    ullage: Ullage, tmp_path: Path, log: str, learn: list[str], plan: list[str]
+) -> None:
+    path, into = tmp_path / "engine.log", tmp_path / "calibration.json"
+    path.write_text(log)
+    done = ullage("doctor", str(path), "--learn", str(into), *learn)
+    assert done.returncode == 0, done.stderr
+    constants = json.loads(into.read_text())["constants"]
+    size = constants.get("non_torch_bytes") or constants["runtime_bytes"]
+    done = ullage("plan", "codellama-7b", *plan, "--calibration", str(into), "--json",
+                  "--max-model-len", "2048")  # fmt: skip
+    assert done.returncode in (0, 1), done.stderr
+    assert json.loads(done.stdout)["non_torch_bytes"] == size
+
+
+def test_a_log_that_names_no_device_asks_for_one(
+    ullage: Ullage, healthy: str, tmp_path: Path
+) -> None:
+    into = tmp_path / "calibration.json"
+    done = ullage("doctor", healthy, "--learn", str(into))
+    assert done.returncode == 2
+    assert "--device" in done.stderr
+    assert not into.exists()
+    assert ullage("doctor", healthy, "--device", "h100").returncode == 2
 
 
 def test_nothing_is_learned_of_a_failure(ullage: Ullage, failed: str, tmp_path: Path) -> None:

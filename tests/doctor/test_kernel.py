@@ -100,3 +100,37 @@ def test_a_kill_after_a_healthy_start_names_the_engine(diagnosed: Diagnosed) -> 
     found = diagnosed(start + DMESG)
     assert (found.engine, found.phase, found.culprit) == ("vllm", "serve", "host memory")
     assert not found.planned  # RAM is not the device that a plan would be of
+
+
+LLAMA = "load_tensors:        CUDA0 model buffer size = 18508.35 MiB\n"
+
+
+@pytest.mark.parametrize("text", [DMESG, CGROUP, POD, "Killed\n"])
+def test_no_setting_of_an_engine_that_the_log_does_not_show(
+    diagnosed: Diagnosed, text: str
+) -> None:
+    flags = [change.flags for change in diagnosed(text).changes]
+    assert "--memory 80%" in flags
+    assert not {"--cache-ram 0", "--cpu-offload-gb 0"} & set(flags)
+
+
+@pytest.mark.parametrize(
+    ("text", "flag"),
+    [
+        (LLAMA + CGROUP, "--cache-ram 0"),
+        (DMESG.replace("(perl)", "(llama-server)"), "--cache-ram 0"),
+        ("vllm non-default args: {'model': 'x', 'cpu_offload_gb': 10.0}\n" + POD,
+         "--cpu-offload-gb 0"),
+        ("vllm args: Namespace(cpu_offload_gb=0.5)\n" + POD, "--cpu-offload-gb 0"),
+    ],
+)  # fmt: skip
+def test_the_engine_in_the_log_gets_its_own_setting(
+    diagnosed: Diagnosed, text: str, flag: str
+) -> None:
+    (change,) = [one for one in diagnosed(text).changes if one.flags == flag]
+    assert change.frees_bytes is None  # nobody knows how much of it was in use
+
+
+def test_vllms_default_is_no_change(diagnosed: Diagnosed) -> None:
+    found = diagnosed("vllm args: Namespace(cpu_offload_gb=0.0)\n" + POD)
+    assert "--cpu-offload-gb 0" not in [change.flags for change in found.changes]

@@ -70,3 +70,31 @@ def test_the_runners_failure_gets_ollamas_settings(diagnosed: Diagnosed) -> None
     assert found.wanted_bytes == 5120 * MIB
     assert all("OLLAMA_" in change.flags for change in found.changes)
     assert "OLLAMA_CONTEXT_LENGTH=4096" in found.changes[-1].flags
+
+
+# github.com/ollama/ollama issue 9782: the server's lines without the runner's own
+ENDED = """\
+time=2025-03-15T10:00:09Z level=ERROR source=sched.go:456 msg="error loading llama server" \
+error="llama runner process has terminated: REASON"
+"""
+
+
+def test_a_runner_that_ended_is_a_failure_by_that_line_alone(diagnosed: Diagnosed) -> None:
+    found = diagnosed(OFFLOAD + ENDED.replace("REASON", "cudaMalloc failed: out of memory"))
+    assert (found.failed, found.engine, found.phase) == (True, "ollama", "load")
+    assert "cudaMalloc failed: out of memory" in found.happened
+    assert found.free_bytes == 24 * GIB
+    assert "OLLAMA_NUM_PARALLEL=1" in found.changes[0].flags
+    assert [line.line for line in found.evidence] == [1, 2]
+
+
+def test_a_runner_that_ended_for_another_reason_is_no_lack_of_memory(diagnosed: Diagnosed) -> None:
+    found = diagnosed(OFFLOAD + ENDED.replace("REASON", "exit status 2"))
+    assert found.failed
+    assert "no out-of-memory error" in found.happened
+    assert not found.changes
+
+
+def test_a_killed_runner_is_left_to_the_kernels_reader(diagnosed: Diagnosed) -> None:
+    found = diagnosed(OFFLOAD + ENDED.replace("REASON", "signal: killed"))
+    assert (found.failed, found.engine, found.culprit) == (True, "ollama", "host memory")

@@ -65,6 +65,18 @@ def test_fragmentation_is_more_reserved_than_was_asked_for(diagnosed: Diagnosed)
     assert found.changes[0].frees_bytes == round(2.30 * GIB)
 
 
+def test_a_card_that_is_full_is_not_called_fragmented(diagnosed: Diagnosed) -> None:
+    found = diagnosed(
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a "
+        "total capacity of 23.65 GiB of which 8.00 MiB is free. Including non-PyTorch memory, this "
+        "process has 23.64 GiB memory in use. Of the allocated memory 22.19 GiB is allocated by "
+        "PyTorch, and 420.00 MiB is reserved by PyTorch but unallocated."
+    )
+    assert found.fragmentation is False
+    assert found.culprit == "activation"
+    assert not any("Fragmentation" in cause for cause in found.causes)
+
+
 def test_the_older_message_counts_reserved_in_total(diagnosed: Diagnosed) -> None:
     found = diagnosed(OLD)
     spare = round(1.24 * GIB) - round(781.59 * MIB)

@@ -118,7 +118,7 @@ def test_sampler_rows_are_as_many_as_fit(diagnosed: Diagnosed) -> None:
     found = diagnosed(CONFIG % {"model": "openai/gpt-oss-20b"} + SAMPLER)
     assert (found.phase, found.culprit) == ("profile", "logits")
     assert (found.wanted_bytes, found.free_bytes) == (786 * MIB, round(552.5 * MIB))
-    assert found.fragmentation is True
+    assert found.fragmentation is False  # 2.3 % of what was reserved: the card was full
     flags = [change.flags for change in found.changes]
     # 1,024 rows wanted 786 MiB: 719 fit into 552.5, and 512 is the power of two below
     assert flags == [

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ullage.doctor import Diagnosis, diagnose, learn
 from ullage.doctor.diagnosis import Change
+from ullage.errors import InputError
 from ullage.units import format_bytes
 
 LogArgument = Annotated[
@@ -29,6 +30,15 @@ def doctor(
             help="Take a healthy start into a calibration file for `plan --calibration`.",
         ),
     ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device",
+            metavar="NAME|SIZE",
+            help="With --learn: what the log ran on, as `plan` gets it. Default: the card that the "
+            "log names.",
+        ),
+    ] = None,
     as_json: bool = typer.Option(False, "--json", help="The diagnosis as JSON."),
 ) -> None:
     """Read an engine's log: what ate the memory, at which phase, and the cheapest change.
@@ -36,9 +46,11 @@ def doctor(
     Reads logs of vLLM, SGLang, llama.cpp, Ollama, PyTorch and the kernel. Exit code 0: a healthy
     start, 1: a failure is explained, 2: wrong usage, or the log is not understood.
     """
+    if device is not None and learn_into is None:
+        raise InputError("--device goes with --learn: without it the log's own figures count.")
     diagnosis = diagnose(None if log == "-" else Path(log))
     if learn_into is not None:
-        learn(diagnosis).write(learn_into)
+        learn(diagnosis, device).write(learn_into)
     if as_json:
         typer.echo(json.dumps(diagnosis.to_json(), indent=2))
     else:

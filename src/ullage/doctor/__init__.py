@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ullage.doctor import kernel, llamacpp, ollama, sglang, torch_cpu, torch_cuda, vllm
+from ullage.doctor.cards import WORDS as CARD_WORDS
+from ullage.doctor.cards import card_of
 from ullage.doctor.diagnosis import Diagnosis
 from ullage.doctor.fit import with_plan
 from ullage.doctor.frames import WORDS as FRAME_WORDS
@@ -18,7 +20,7 @@ __all__ = ["Diagnosis", "diagnose", "learn"]
 
 # An engine says more than what runs underneath it, so that engines come first.
 _RECOGNISERS = (vllm, sglang, ollama, llamacpp, kernel, torch_cuda, torch_cpu)
-_WORDS = (*FRAME_WORDS, *(word for one in _RECOGNISERS for word in one.WORDS))
+_WORDS = (*FRAME_WORDS, *CARD_WORDS, *(word for one in _RECOGNISERS for word in one.WORDS))
 _KNOWN = (
     "start-up and crash logs of vLLM, SGLang, llama.cpp and Ollama, PyTorch's out-of-memory errors "
     "on GPU and CPU, and the kernel's OOM killer (dmesg, exit code 137, OOMKilled)"
@@ -31,14 +33,15 @@ def diagnose(path: Path | None) -> Diagnosis:
     Raises:
         InputError: the log cannot be read, is larger than 200 MB, or is not understood.
     """
-    diagnosis = _recognise(read_log(path, _WORDS))
+    log = read_log(path, _WORDS)
+    diagnosis = _recognise(log)
     if diagnosis is None:
         name = "standard input" if path is None else str(path)[:200]
         raise InputError(
             f"{name} shows neither a start nor a memory failure that is understood. "
             f"What can be read: {_KNOWN}."
         )
-    return with_plan(diagnosis)
+    return with_plan(replace(diagnosis, device=card_of(log)))
 
 
 def _recognise(log: Log) -> Diagnosis | None:

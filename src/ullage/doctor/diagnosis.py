@@ -54,7 +54,8 @@ class Diagnosis:
 
     `parts` are what the log measured, labelled so, with the line as their source. `wanted_bytes` is
     the request that failed and `free_bytes` what there was. `fragmentation` and `cold_start_spike`
-    are None where the log does not tell. `changes` stand in the order of what they cost.
+    are None where the log does not tell. `device` is the catalog's name of the
+    card, "" where the log names none. `changes` stand in the order of what they cost.
     """
 
     happened: str
@@ -67,6 +68,7 @@ class Diagnosis:
     wanted_bytes: int | None = None
     free_bytes: int | None = None
     total_bytes: int | None = None
+    device: str = ""
     fragmentation: bool | None = None
     cold_start_spike: bool | None = None
     causes: tuple[str, ...] = ()

@@ -8,7 +8,7 @@ from ullage.doctor.diagnosis import Change, Diagnosis
 from ullage.errors import UllageError
 from ullage.planner import build_plan, default_execution
 from ullage.planner.engines import ENGINES
-from ullage.specs.device import Device
+from ullage.specs.device import Device, find_device
 from ullage.specs.dtypes import dtype_name, kv_dtype_name
 from ullage.specs.plan import Plan, Recipe
 from ullage.specs.sources import from_catalog
@@ -48,10 +48,9 @@ def _recipe(diagnosis: Diagnosis) -> Recipe | None:
     run, model = diagnosis.run, from_catalog(diagnosis.run.model.strip().replace(" ", "-"))
     sizes = (run.max_model_len or 2, run.max_num_seqs or 1, run.prefill_chunk or 1,
              run.tensor_parallel, run.pipeline_parallel)  # fmt: skip
-    if model is None or not diagnosis.total_bytes or max(sizes) > _MOST:
+    device = _device(diagnosis)
+    if model is None or device is None or max(sizes) > _MOST:
         return None
-    total_bytes = diagnosis.total_bytes
-    device = Device(f"the log's {total_bytes / GIB:.2f} GiB device", "cuda", total_bytes)
     length = max(2, run.max_model_len or model.max_context_tokens)
     output = min(_OUTPUT_TOKENS, length // 2)
     work = Workload(length - output, output)
@@ -65,6 +64,17 @@ def _recipe(diagnosis: Diagnosis) -> Recipe | None:
         return engine.with_weights(recipe, weights)
     # A GGUF file has a type of its own: where the log does not tell it, there is nothing to plan.
     return None if weights or diagnosis.engine == "llama.cpp" else recipe
+
+
+def _device(diagnosis: Diagnosis) -> Device | None:
+    """The device that is named, or one of the log's size; the log's own size goes first."""
+    total_bytes = diagnosis.total_bytes
+    if diagnosis.device:
+        named = find_device(diagnosis.device)
+        return replace(named, memory_bytes=total_bytes or named.memory_bytes)
+    if not total_bytes:
+        return None
+    return Device(f"the log's {total_bytes / GIB:.2f} GiB device", "cuda", total_bytes)
 
 
 def _execution(diagnosis: Diagnosis, device: Device) -> Execution | None:

@@ -5,6 +5,7 @@ https://github.com/torvalds/linux/blob/master/mm/oom_kill.c
 
 from dataclasses import dataclass
 
+from ullage.doctor import llamacpp
 from ullage.doctor.diagnosis import Change, Diagnosis, evidence, measured
 from ullage.doctor.log import Found, Log
 from ullage.specs.footprint import Term
@@ -13,7 +14,7 @@ from ullage.units import MIB, format_bytes
 WORDS = (
     "Kill process", "Killed", "oom-kill", "OOMKilled", "anon-rss", "kB, limit", "Memory cgroup",
     "killed as a result", "signal: killed", "SIGKILL", "exitcode: -9", "exit code", "exited with",
-    "Exit Code", "ExitCode", "exitCode", "exit status",
+    "Exit Code", "ExitCode", "exitCode", "exit status", "cpu_offload_gb",
 )  # fmt: skip
 
 _KILLED = r"Killed process \d+ \((?P<name>[^)]{1,64})\)"
@@ -29,6 +30,8 @@ _EXIT = (
     r"|non-zero exit status 137|SIGKILL|exitcode: -9\b|signal: killed"
 )
 _SHELL = r"^(?:.{0,200}: line \d+: \d+ )?Killed\b(?! process)"
+_VLLM_OFFLOADS = r"cpu_offload_gb'?[:=] (?:0?\.0*)?[1-9]"
+_LLAMA_CPP = (*llamacpp.SIGNS, r"Killed process \d+ \(llama-")
 _ROUND_MIB = 512
 
 
@@ -68,7 +71,7 @@ def recognise(log: Log) -> Diagnosis | None:
     if found is not None:
         return _by_limit(log, found)
     found = log.first(_EXIT, _SHELL)
-    return None if found is None else _by_signal(found)
+    return None if found is None else _by_signal(log, found)
 
 
 def _largest_kill(log: Log) -> Kill | None:
@@ -101,7 +104,7 @@ def _by_kernel(log: Log, kill: Kill) -> Diagnosis:
         wanted_bytes=kill.resident_bytes or None,
         total_bytes=limit_bytes,
         causes=_causes(kill),
-        changes=(*_more_room(kill, group is not None), *_less_memory()),
+        changes=(*_more_room(kill, group is not None), *_less_memory(log)),
         evidence=evidence(kill.found, group, limit),
     )
 
@@ -125,14 +128,21 @@ def _more_room(kill: Kill, in_group: bool) -> tuple[Change, ...]:
     )
 
 
-def _less_memory() -> tuple[Change, ...]:
-    return (
-        Change("--memory 80%", "in `ullage run`: a budget of this machine's RAM that nothing "
-               "exceeds, instead of a kill"),
-        Change("--cpu-offload-gb 0", "in vLLM: keeps no weights in RAM"),
-        Change("--cache-ram 0", "in llama.cpp: no host prompt cache, 8 GiB by default",
-               8192 * MIB),
-    )  # fmt: skip
+def _less_memory(log: Log) -> tuple[Change, ...]:
+    """Settings that take RAM, of the engines that the log shows."""
+    changes = [
+        Change(
+            "--memory 80%",
+            "in `ullage run`: a budget of this machine's RAM that nothing exceeds, instead of a "
+            "kill",
+        )
+    ]
+    if log.first(_VLLM_OFFLOADS) is not None:
+        changes.append(Change("--cpu-offload-gb 0", "in vLLM: keeps no weights in RAM"))
+    if log.first(*_LLAMA_CPP) is not None:
+        why = "in llama.cpp: no host prompt cache, which grows to 8 GiB by default"
+        changes.append(Change("--cache-ram 0", why))
+    return tuple(changes)
 
 
 def _by_limit(log: Log, found: Found) -> Diagnosis:
@@ -146,13 +156,13 @@ def _by_limit(log: Log, found: Found) -> Diagnosis:
         changes=(
             Change("resources.limits.memory (docker run --memory)", "raise it: weights pass "
                    "through RAM while they are loaded"),
-            *_less_memory(),
+            *_less_memory(log),
         ),
         evidence=evidence(found, log.first(_EXIT)),
     )  # fmt: skip
 
 
-def _by_signal(found: Found) -> Diagnosis:
+def _by_signal(log: Log, found: Found) -> Diagnosis:
     return Diagnosis(
         happened="The process was ended by SIGKILL (exit code 137).",
         failed=True,
@@ -164,7 +174,7 @@ def _by_signal(found: Found) -> Diagnosis:
         changes=(
             Change("dmesg | ullage doctor -", "tells whether the kernel killed it, and at what "
                    "size"),
-            *_less_memory(),
+            *_less_memory(log),
         ),
         evidence=evidence(found),
     )  # fmt: skip

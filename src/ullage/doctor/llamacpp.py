@@ -23,7 +23,7 @@ WORDS = (
     "server is listening", "model loaded", "slots are idle", "launch_slot", "general.name",
 )  # fmt: skip
 
-_SIGNS = (
+SIGNS = (
     r"(?:load_tensors|llama_kv_cache\w*|llama_context|llama_new_context_with_model|sched_reserve"
     r"|llama_init_from_model|llama_memory_recurrent|llama_model_load\w*|graph_reserve"
     r"|llama_params_fit\w*|common_\w+)\s*:",
@@ -82,7 +82,7 @@ class Start:
 
 def recognise(log: Log) -> Diagnosis | None:
     """What llama.cpp's log shows, or None if it is none."""
-    if log.first(*_SIGNS) is None:
+    if log.first(*SIGNS) is None:
         return None
     start = read_start(log)
     return _while_serving(log, start) or _not_had(log, start) or _healthy(log, start)

@@ -35,14 +35,16 @@ _BUFFERS: tuple[tuple[Part, str, str], ...] = (
      r"(?P<device>\S{1,30}) size=\"{size}"),
 )  # fmt: skip
 _TOTAL = r"msg=\"total memory\" size=\"{size}"
-_ENDED = r"llama runner process (?:has )?terminated"
+_ENDED = r"llama runner process (?:has )?terminated(?:: (?P<reason>[^\"]{1,120}))?"
+_OUT = "out of memory"
+_KILLED = "signal: killed"
 
 
 def recognise(log: Log) -> Diagnosis | None:
     """What Ollama's log shows, or None if it is none."""
     if log.first(*_SIGNS) is None:
         return None
-    return _refused(log) or _runner_failed(log) or _loaded(log)
+    return _refused(log) or _runner_failed(log) or _runner_ended(log) or _loaded(log)
 
 
 def _base(log: Log, happened: str, **more: object) -> Diagnosis:
@@ -130,6 +132,30 @@ def _runner_failed(log: Log) -> Diagnosis | None:
         causes=inner.causes,
         changes=_settings(log, cache_bytes),
         evidence=(*inner.evidence, *evidence(ended)),
+    )
+
+
+def _runner_ended(log: Log) -> Diagnosis | None:
+    """A runner that ended without llama.cpp's own lines. Whose memory a kill was for, the kernel's
+    lines tell."""
+    ended = log.last(_ENDED)
+    if ended is None or _KILLED in ended.text("reason"):
+        return None
+    reason = ended.text("reason").strip()
+    if _OUT not in reason:
+        said = f": {reason}" if reason else ""
+        happened = f"Ollama's runner ended{said}. The log has no out-of-memory error."
+        return _base(log, happened, evidence=evidence(ended))
+    free = log.last(_AVAILABLE)
+    cache_bytes = sum(term.nbytes for term in _parts(log) if term.part == "kv") or None
+    return _base(
+        log,
+        f"Ollama's runner ran out of GPU memory while it loaded the model: {reason}.",
+        phase="load",
+        free_bytes=free.size("free") if free else None,
+        causes=("Ollama's estimate was smaller than what the runner asked for.",),
+        changes=_settings(log, cache_bytes),
+        evidence=evidence(log.last(_OFFLOAD), ended),
     )
 
 

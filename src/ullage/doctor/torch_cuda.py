@@ -27,6 +27,9 @@ _PROCESS = r"Process \d+ has {used} memory in use"
 _ALLOCATED = r"Of the allocated memory {allocated} is allocated by PyTorch"
 _GRAPHS = r"with {graphs} allocated in private pools"
 _UNALLOCATED = r"and {spare} is reserved by PyTorch but unallocated"
+# A full card has some spare bytes too, in the rests of its blocks: below this share of what is
+# reserved, joining them would not have helped for long.
+_FRAGMENTED_SHARE = 0.05
 _BARE = r"(?:CUDA|HIP) error: out of memory|OutOfMemoryError|(?:CUDA|HIP|XPU) out of memory"
 
 
@@ -46,8 +49,9 @@ class Refusal:
 
     @property
     def fragmented(self) -> bool:
-        """The allocator held enough, but in no single piece."""
-        return self.spare_bytes >= self.wanted_bytes
+        """The allocator held enough, and much beside what tensors held, but in no single piece."""
+        reserved_bytes = self.allocated_bytes + self.spare_bytes
+        return self.spare_bytes >= max(self.wanted_bytes, reserved_bytes * _FRAGMENTED_SHARE)
 
     @property
     def missing_bytes(self) -> int:

@@ -12,10 +12,12 @@ from ullage.specs.footprint import Term
 from ullage.units import GIB
 
 # What the parts of a start are called.
-PROFILE_PEAK, NON_TORCH, GRAPHS = (
+WEIGHTS, PROFILE_PEAK, NON_TORCH, GRAPHS, POOL = (
+    "weights",
     "peak of the profiling pass",
     "context and libraries",
     "CUDA graphs",
+    "KV pool",
 )
 _BLOCK_TOKENS = 16  # of vLLM's default KV block, where a log counts blocks only
 
@@ -119,7 +121,7 @@ class Start:
     def parts(self) -> tuple[Term, ...]:
         """The parts with their lines."""
         terms = [
-            measured("weights", "weights", self.weights.size("size"), self.weights)
+            measured("weights", WEIGHTS, self.weights.size("size"), self.weights)
             if self.weights else None,
             measured("activation", PROFILE_PEAK, self.activation.size("size"),
                      self.activation) if self.activation else None,
@@ -127,7 +129,7 @@ class Start:
             if self.non_torch_bytes else None,
             measured("overhead", GRAPHS, self.graphs.size("size"), self.graphs)
             if self.graphs else None,
-            measured("kv", "KV pool", max(0, self.pool.size("size")), self.pool)
+            measured("kv", POOL, max(0, self.pool.size("size")), self.pool)
             if self.pool else None,
         ]  # fmt: skip
         return tuple(term for term in terms if term is not None)

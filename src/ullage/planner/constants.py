@@ -57,7 +57,7 @@ class Constants:
 def _refuse_other(calibration: Calibration, recipe: Recipe) -> None:
     measured = (calibration.engine, calibration.device)
     planned = (recipe.execution.engine, recipe.device.name)
-    if measured != planned:
+    if calibration.engine != recipe.execution.engine or not calibration.is_of(recipe.device):
         raise InputError(
             f"The calibration is of {' on '.join(measured)}, and the plan of "
             f"{' on '.join(planned)}: measure that one, or leave --calibration out."

@@ -193,7 +193,7 @@ def _candidate(
 
 def _measured(calibration: Calibration | None, recipe: Recipe) -> Calibration | None:
     """The calibration where it is of the recipe's device: others were not measured."""
-    same = calibration is not None and calibration.device == recipe.device.name
+    same = calibration is not None and calibration.is_of(recipe.device)
     return calibration if same else None
 
 

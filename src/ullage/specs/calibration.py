@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ullage.errors import InputError
 from ullage.specs.decode import decode
+from ullage.specs.device import Device, catalog_name
 from ullage.specs.workload import Engine
 
 
@@ -19,6 +20,11 @@ class Calibration:
     engine: Engine
     constants: dict[str, int]
     versions: dict[str, str]
+
+    def is_of(self, device: Device) -> bool:
+        """Whether it was measured on `device`, however either is spelled."""
+        known = catalog_name(self.device)
+        return self.device == device.name or (known != "" and known == catalog_name(device.name))
 
     def write(self, path: Path) -> None:
         """Write the calibration, whole or not at all.
@@ -49,7 +55,8 @@ def read_calibration(path: Path) -> Calibration:
     except (ValueError, RecursionError, InputError) as error:
         reason = f" {error}" if isinstance(error, InputError) else ""
         raise InputError(
-            f"{path} is no calibration file, which `ullage audit` writes.{reason}"
+            f"{path} is no calibration file: `ullage audit` and `ullage doctor --learn` write "
+            f"them.{reason}"
         ) from error
     if not calibration.constants or 0 in calibration.constants.values():
         raise InputError(f"{path} holds no usable figures: write it again.")

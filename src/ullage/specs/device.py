@@ -66,6 +66,13 @@ def find_device(text: str | None) -> Device:
     )
 
 
+def catalog_name(text: str) -> str:
+    """The catalog's name of the device that `text` spells, as a driver or a person does; "" of
+    others."""
+    known = _names().get(_plain(text))
+    return known.name if known else ""
+
+
 @cache
 def catalog() -> Mapping[str, Device]:
     """The devices that are known by name."""
