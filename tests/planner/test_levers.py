@@ -1,0 +1,164 @@
+"""What can be changed, and what it is said to cost."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from ullage import Recipe, TechniqueChoice, Workload, default_execution, find_device, resolve
+from ullage.planner.explore import Candidate, Exploration
+from ullage.planner.levers import FREE, Cost, levers_of
+from ullage.planner.search import Freedom
+from ullage.specs.device import Device
+from ullage.specs.latency import Band, Latency
+from ullage.specs.quality import Quality
+from ullage.specs.workload import Engine
+
+CARD = find_device("rtx-4090")
+ALL_FREE = Freedom()
+BITS = Quality("weights", "x", "m", 10, "perplexity %", 1.5, 8, "measured", "a run of ours")
+
+
+def recipe(engine: Engine = "ullage", model: str = "llama-3.1-8b", **told: Any) -> Recipe:
+    execution = replace(default_execution(CARD, engine), **told)
+    return Recipe(resolve(model), CARD, Workload(9000, 96, 20), execution)
+
+
+def typed(asked: Recipe, name: str, freedom: Freedom = ALL_FREE, *others: Device) -> list[str]:
+    (lever,) = [lever for lever in levers_of(asked, freedom, others) if lever.name == name]
+    return [setting.typed for setting in lever.settings]
+
+
+@pytest.mark.parametrize(
+    ("engine", "formats"),
+    [
+        ("ullage", []),
+        ("vllm", ["fp8"]),  # int8 is as wide
+        ("sglang", ["fp8"]),
+        ("llama.cpp", ["q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]),  # iq4_nl is as wide as q4_0
+    ],
+)
+def test_kv_entries_get_narrower_one_format_a_width(engine: Engine, formats: list[str]) -> None:
+    assert typed(recipe(engine), "KV entries") == ["", *(f"--kv-cache-dtype {n}" for n in formats)]
+
+
+@pytest.mark.parametrize(
+    ("chunk", "smaller"),
+    [(512, [128, 32]), (128, [32]), (32, []), (0, [8192, 2048, 512, 128, 32])],
+)
+def test_chunks_get_smaller(chunk: int, smaller: list[int]) -> None:
+    expected = ["", *(f"--prefill-chunk {tokens}" for tokens in smaller)]
+    assert typed(recipe(prefill_chunk=chunk), "chunk") == expected
+
+
+@pytest.mark.parametrize(
+    ("limit", "settings"),
+    # 20 sequences are asked for, so that 16 is too few; the default is 256 on a card of 24 GiB
+    [(None, ["", "--max-num-seqs 64"]), (64, [""]), (300, ["", "--max-num-seqs 256",
+                                                         "--max-num-seqs 64"])],
+)  # fmt: skip
+def test_a_servers_limit_gets_lower_but_not_below_what_is_asked(
+    limit: int | None, settings: list[str]
+) -> None:
+    assert typed(recipe("vllm", max_num_seqs=limit), "sequences") == settings
+
+
+@pytest.mark.parametrize(
+    ("model", "ways"),
+    [("llama-3.1-8b", [2, 4, 8]), ("smollm2-135m", []), ("qwen3-30b-a3b", [2, 4, 8])],
+)
+def test_devices_are_those_that_the_heads_divide_among(model: str, ways: list[int]) -> None:
+    """SmolLM2-135M has nine heads."""
+    asked = recipe("vllm", model)
+    assert typed(asked, "tensor parallel") == ["", *(f"--tp {devices}" for devices in ways)]
+
+
+def test_what_is_fixed_has_one_setting() -> None:
+    fixed = Freedom(False, False, False, False, False, False)
+    for engine in ("ullage", "vllm", "llama.cpp"):
+        for lever in levers_of(recipe(engine), fixed):  # type: ignore[arg-type]
+            assert [setting.typed for setting in lever.settings] == [""]
+
+
+def test_the_asked_device_is_no_other() -> None:
+    h100 = find_device("h100")
+    assert typed(recipe(), "device", Freedom(), CARD, h100) == ["", "--device h100-80gb"]
+
+
+def test_a_model_that_only_slides_has_nothing_to_drop() -> None:
+    assert typed(recipe(model="mistral-7b-v0.1"), "sparsity") == [""]
+    assert len(typed(recipe(), "sparsity")) == 7
+
+
+def test_a_technique_that_was_asked_for_costs_what_it_costs() -> None:
+    asked = replace(recipe(), techniques=(TechniqueChoice("dms", {"kept": 0.125}),))
+    (sparsity,) = [x for x in levers_of(asked, Freedom(sparsity=False)) if x.name == "sparsity"]
+    assert not sparsity.settings[0].runs
+    assert sparsity.settings[0].cost.figure is not None
+    assert sparsity.settings[0].cost.figure.technique == "dms"
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_a_plain_format_as_wide_as_the_checkpoints_is_free(dtype: str) -> None:
+    (weights,) = [x for x in levers_of(recipe(dtype=dtype), ALL_FREE) if x.name == "weights"]
+    assert weights.settings[0].cost == FREE
+
+
+def test_servers_figures_are_kept_under_the_names_of_their_formats() -> None:
+    """int8 is w8a8 there, and torchao's in ullage: not the same loss."""
+
+    def cost(engine: Engine, setting: str) -> Cost:
+        (weights,) = [x for x in levers_of(recipe(engine), Freedom()) if x.name == "weights"]
+        return next(x.cost for x in weights.settings if x.typed == f"--weights {setting}")
+
+    served, own = cost("vllm", "int8").figure, cost("ullage", "int8").figure
+    assert served is not None
+    assert own is not None
+    assert (served.setting, own.setting) == ("w8a8", "int8")
+
+
+@pytest.mark.parametrize(
+    ("cost", "percent", "says"),
+    [
+        (FREE, 0.0, "no loss"),
+        (Cost(), None, "no figure"),
+        (Cost(BITS), 1.5, "perplexity +1.5% on m, measured"),
+        (Cost(replace(BITS, change=-2.0)), 0.0, "perplexity -2% on m, measured"),
+        (Cost(replace(BITS, metric="mean KLD")), None, "mean KLD +1.5 on m, measured"),
+    ],
+)
+def test_a_cost_is_a_figure_none_or_nothing(cost: Cost, percent: float | None, says: str) -> None:
+    assert cost.percent == percent
+    assert str(cost) == says
+
+
+def candidate(*changes: str, reach: int = 100, loss: float = 0.0, step_s: float = 1.0) -> Candidate:
+    latency = Latency(0.0, 1 / step_s, 1 / step_s, Band(0, 0), Band(0, 0))
+    figure = Cost(replace(BITS, change=loss))
+    return Candidate(
+        recipe(), 10, 5, latency, changes, (figure,) * len(changes), (figure,), True, False, reach
+    )
+
+
+@pytest.mark.parametrize(
+    ("other", "kept"),
+    [
+        (candidate("a", "b"), False),  # all of the better one's changes and more, for nothing
+        (candidate("a", "b", reach=101), True),
+        (candidate("a", "b", loss=-1.0), False),  # a gain is noise
+        (candidate("a", "b", step_s=0.5), True),
+        (candidate("b"), True),  # another way
+    ],
+)
+def test_the_best_leave_out_what_only_adds_changes(other: Candidate, kept: bool) -> None:
+    first = candidate("a")
+    explored = Exploration("context", (first, other), (first, other), ())
+    assert explored.best(10) == ([first, other] if kept else [first])
+    assert explored.best(1) == [first]
+
+
+def test_a_sum_of_costs_is_known_where_each_of_them_is() -> None:
+    both = replace(candidate("a"), costs=(Cost(BITS), Cost(replace(BITS, change=0.25))))
+    assert both.cost_percent == 1.75
+    assert replace(both, costs=(Cost(BITS), Cost())).cost_percent is None
+    assert replace(both, costs=()).cost_percent == 0

@@ -1,0 +1,148 @@
+"""DMS and CAMELoT worked by hand on Llama-3.1-8B: 32 layers, 8 KV heads of 128, blocks of 16."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ullage import Recipe, TechniqueChoice, Workload, find_device, resolve
+from ullage.errors import TechniqueError
+from ullage.planner.memory import explain, phase_footprints
+from ullage.specs.footprint import Footprint
+from ullage.specs.workload import PHASES, Execution, PhaseName, Step
+from ullage.techniques import create, parse
+from ullage.techniques.base import Technique
+from ullage.techniques.camelot.settings import CAMELoT
+from ullage.techniques.dms.settings import DMS
+
+LLAMA = resolve("llama-3.1-8b")
+BLOCK = 2 * 16 * 128 * 2  # bytes of K and V of a head in bf16
+KV = 1 << 40  # more than anything that is taken away
+
+
+def change(
+    technique: Technique, phase: PhaseName, tokens: int, new: int = 1, sequences: int = 1
+) -> Footprint:
+    """What the technique makes of empty sums but for `KV`."""
+    work = Step(phase, sequences, tokens, new, Execution())
+    return technique.footprint(Footprint(kv_bytes=KV), LLAMA, work)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kept", "window", "live"),
+    # 256 of the window and an eighth of the 1,000 before it; shorter texts are kept whole
+    [(1256, 0.125, 256, 381), (256, 0.125, 256, 256), (257, 0.125, 256, 257), (100, 0.5, 10, 55)],
+)
+def test_a_head_keeps_the_window_and_a_share(
+    tokens: int, kept: float, window: int, live: int
+) -> None:
+    assert DMS(kept, window).live_tokens(tokens) == live
+
+
+def test_a_layer_of_dms() -> None:
+    """8 heads x 381 tokens are 191 blocks, and each of 8 heads may leave one almost empty; a ring
+    of 8 B for each head and token of the window. Dense: 8 x 79 blocks."""
+    layer = (191 + 8) * BLOCK + 8 * 256 * 8
+    dense = 8 * 79 * BLOCK
+    after = change(DMS(0.125, 256), "decode", 1256, sequences=3)
+    assert after == Footprint(kv_bytes=KV - 3 * 32 * (dense - layer))
+
+
+def test_dms_holds_one_layer_whole_while_it_reads() -> None:
+    layer, dense = 199 * BLOCK + 8 * 256 * 8, 8 * 79 * BLOCK
+    after = change(DMS(0.125, 256), "prefill", 1256, new=512)
+    assert after.activation_bytes == dense - layer
+
+
+def test_a_text_inside_the_window_pays_the_ring_and_saves_nothing() -> None:
+    """100 tokens in 7 blocks a head, kept whole."""
+    after = change(DMS(0.125, 256), "prefill", 100, new=100)
+    assert after == Footprint(kv_bytes=KV + 32 * 8 * 100 * 8)
+
+
+def test_a_layer_of_camelot() -> None:
+    """512 tokens are 32 blocks a head; a slot is a key and a value of 128 in bf16, and 8 B of
+    counts. New tokens stand beside it, with a likeness of 4 B to each slot of each head."""
+    layer = 8 * 32 * BLOCK + 8 * 1024 * (2 * 128 * 2 + 8)
+    dense = 8 * 625 * BLOCK
+    after = change(CAMELoT(1024, 512), "prefill", 10_000, new=100, sequences=2)
+    assert after.kv_bytes == KV - 2 * 32 * (dense - layer)
+    assert after.activation_bytes == 100 * (2 * 8 * 128 * 2 + 8 * 1024 * 4)
+
+
+def test_a_bank_is_as_wide_as_its_format() -> None:
+    technique = CAMELoT(10, 16)
+    assert technique.bank_bytes(LLAMA, "bf16") == 8 * 10 * (256 * 2 + 8)
+    assert technique.bank_bytes(LLAMA, "fp32") == 8 * 10 * (256 * 4 + 8)
+
+
+@pytest.mark.parametrize("technique", [DMS.neutral(), CAMELoT.neutral()])
+@pytest.mark.parametrize("phase", PHASES)
+def test_the_neutral_setting_changes_no_byte(technique: Technique, phase: PhaseName) -> None:
+    assert change(technique, phase, 10_000, new=100) == Footprint(kv_bytes=KV)
+    assert technique.unsupported(resolve("mistral-7b-v0.1")) is None
+
+
+@pytest.mark.parametrize(
+    ("model", "works"),
+    [("llama-3.1-8b", True), ("gemma-2-9b", True), ("mistral-7b-v0.1", False),
+     ("deepseek-v2-lite", False), ("qwen3.5-27b", True)],
+)  # fmt: skip
+def test_it_takes_a_layer_that_keeps_every_token_head_by_head(model: str, works: bool) -> None:
+    for technique in (DMS(0.5), CAMELoT(64)):
+        assert (technique.unsupported(resolve(model)) is None) is works
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"slots": -1}, {"slots": 1.5}, {"slots": True}, {"slots": "many"}, {"segment": 0},
+     {"segment": -5}, {"segment": None}],
+)  # fmt: skip
+def test_settings_of_camelot_that_cannot_be(settings: dict[str, Any]) -> None:
+    with pytest.raises(TechniqueError, match="camelot: "):
+        create(TechniqueChoice("camelot", settings))
+
+
+def test_what_is_typed_is_of_the_settings_type() -> None:
+    assert parse("dms:kept=0.25,window=64") == DMS(0.25, 64)
+    assert parse("camelot:segment=128") == CAMELoT(1024, 128)
+    for text in ("dms:window=6.5", "camelot:slots=many", "dms:kept", "dms:share=1"):
+        with pytest.raises(TechniqueError):
+            parse(text)
+
+
+chosen = st.one_of(
+    st.fixed_dictionaries({"kept": st.floats(0.01, 1), "window": st.integers(1, 2000)}).map(
+        lambda settings: TechniqueChoice("dms", settings)
+    ),
+    st.fixed_dictionaries({"slots": st.integers(0, 5000), "segment": st.integers(1, 2000)}).map(
+        lambda settings: TechniqueChoice("camelot", settings)
+    ),
+    st.sampled_from(["none", "int8", "nf4"]).map(
+        lambda scheme: TechniqueChoice("quantization", {"scheme": scheme})
+    ),
+)
+
+
+@given(
+    chosen, st.sampled_from(["smollm2-135m", "llama-3.1-8b", "gemma-2-9b"]),
+    st.builds(Workload, st.integers(1, 50_000), st.integers(1, 500), st.integers(1, 9)),
+    st.sampled_from(["rtx-4090", "cpu-64gb"]), st.sampled_from(["bf16", "fp32"]),
+)  # fmt: skip
+def test_its_lines_are_what_it_changes(
+    choice: TechniqueChoice, model: str, work: Workload, device: str, dtype: str
+) -> None:
+    execution = Execution(dtype=dtype, kv_dtype=dtype)
+    plain = Recipe(resolve(model), find_device(device), work, execution)
+    changed = replace(plain, techniques=(choice,))
+    before, after = phase_footprints(plain), phase_footprints(changed)
+    for phase in PHASES:
+        own = [line for line in explain(changed, phase) if line.what == choice.name]
+        assert sum(line.nbytes for line in own) == (
+            after[phase].total_bytes - before[phase].total_bytes
+        )
+        assert all(line.nbytes and line.source.startswith("https://") for line in own)
+        assert min(after[phase].kv_bytes, after[phase].weights_bytes) >= 0
+    assert before["load"].kv_bytes == after["load"].kv_bytes
