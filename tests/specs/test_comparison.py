@@ -147,7 +147,7 @@ def test_a_module_without_its_scales(tmp_path: Path, name: str) -> None:
     scales = [key for key in weights if "layers.1." in key and "down_proj.weight_scale" in key]
     scales += [key for key in weights if "layers.1." in key and "down_proj.scales" in key]
     del weights[scales[0]]
-    with pytest.raises(ModelError, match="lacks a part of .*down_proj"):
+    with pytest.raises(ModelError, match=r"lacks a part of .*down_proj"):
         resolve(write(tmp_path, config, weights))
 
 

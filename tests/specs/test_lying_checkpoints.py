@@ -80,7 +80,7 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 
 def test_a_missing_scale_is_a_missing_tensor(tmp_path: Path) -> None:
     left = {name: value for name, value in stored(BLOCK).items() if name != f"{Q}_scale_inv"}
-    with pytest.raises(ModelError, match="lacks a part of .*q_proj"):
+    with pytest.raises(ModelError, match=r"lacks a part of .*q_proj"):
         resolve(write(tmp_path, left))
 
 

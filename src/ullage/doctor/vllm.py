@@ -16,7 +16,7 @@ from ullage.doctor.vllm_changes import (
     smaller_entries,
     smaller_start,
 )
-from ullage.doctor.vllm_facts import Start, read_start
+from ullage.doctor.vllm_facts import BLOCKS, TOKENS, Start, read_start
 from ullage.units import GIB, format_bytes
 
 WORDS = (
@@ -270,8 +270,11 @@ def _healthy(log: Log, start: Start) -> Diagnosis | None:
     return replace(
         _base(start, f"vLLM started, with a KV pool{tokens}{holds}."),
         failed=False,
-        evidence=evidence(start.weights, start.activation, start.graphs, start.pool, times),
-    )
+        evidence=evidence(
+            start.weights, start.activation, start.graphs, start.pool, times,
+            log.first(TOKENS, BLOCKS),
+        ),
+    )  # fmt: skip
 
 
 _FAILURES: tuple[Callable[[Log, Start], Diagnosis | None], ...] = (

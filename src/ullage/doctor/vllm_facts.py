@@ -88,8 +88,8 @@ _SHARE = (
     r"(?:Desired|desired) GPU memory utilization(?: is)? \((?P<share>[01]\.\d{1,6})",
     r"--gpu-memory-utilization=(?P<share>[01]\.\d{1,6}) is equivalent",
 )
-_TOKENS = r"KV cache size: {tokens#} tokens"
-_BLOCKS = r"# (?:GPU|CUDA|cuda|gpu) blocks: {blocks#}"
+TOKENS = r"KV cache size: {tokens#} tokens"
+BLOCKS = r"# (?:GPU|CUDA|cuda|gpu) blocks: {blocks#}"
 CONCURRENCY = r"Maximum concurrency for {context#} tokens per request: {times%}x"
 
 
@@ -184,10 +184,10 @@ def _non_torch_bytes(log: Log, weights: Found | None) -> int | None:
 
 
 def _pool_tokens(log: Log) -> int | None:
-    tokens = log.first(_TOKENS)
+    tokens = log.first(TOKENS)
     if tokens is not None:
         return tokens.count("tokens")
-    blocks = log.first(_BLOCKS)
+    blocks = log.first(BLOCKS)
     return None if blocks is None else blocks.count("blocks") * _BLOCK_TOKENS
 
 

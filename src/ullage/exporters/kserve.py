@@ -85,5 +85,6 @@ def _served_name(name: str) -> str:
 
 def _object_name(name: str) -> str:
     """`name` as Kubernetes takes it: lower-case letters, digits and hyphens."""
-    plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:_LONGEST_NAME].strip("-")
-    return plain if plain[:1].isalpha() else f"model-{plain}".strip("-")
+    plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    named = plain if plain[:1].isalpha() else f"model-{plain}"
+    return named[:_LONGEST_NAME].strip("-")

@@ -186,8 +186,9 @@ def test_with_its_encoder_a_model_is_what_its_files_hold(name: str, total: int) 
 
 def test_llava_is_clip_a_projector_and_vicuna() -> None:
     llama = {
-        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11_008, "vocab_size": 32_064,
-        "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 4096,
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11_008,
+        "vocab_size": 32_064, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "max_position_embeddings": 4096,
     }  # fmt: skip
     clip = {
         "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096,
