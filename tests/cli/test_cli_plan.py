@@ -106,7 +106,7 @@ def test_latency_needs_a_device_that_is_known(ullage: Ullage, planned: Planned) 
     latency = json.loads(done.stdout)["latency"]
     assert latency["ttft_s"] > 0 < latency["tokens_per_s"]
     text = ullage("plan", "llama-3.1-8b", "--device", "h100", "--max-model-len", "8K").stdout
-    assert "Latency: first token in about" in text
+    assert "Latency: first token of a prompt in about" in text
 
 
 @pytest.mark.parametrize(

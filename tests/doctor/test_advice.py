@@ -244,7 +244,7 @@ def test_what_is_learned_makes_the_plan_what_was_measured() -> None:
     """The correction is what a plan lacks: planned part + (new constant - old) is measured."""
     from ullage.planner.constants import Constants
 
-    plan, learned = plan_of(NAMED), learn(NAMED).constants
+    plan, learned = plan_of(NAMED), learn(NAMED, "h100").constants
     assert plan is not None
     constants = Constants(plan.recipe)
     assert learned["non_torch_bytes"] == 300 * MIB

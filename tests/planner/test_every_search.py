@@ -33,7 +33,7 @@ def merits(found: Candidate) -> tuple[float, float, float]:
     loss = inf if found.cost_percent is None else found.cost_percent
     latency, work = found.latency, found.recipe.workload
     assert latency is not None
-    whole_s = latency.ttft_s + work.output_tokens / latency.sequence_tokens_per_s
+    whole_s = work.sequences * latency.ttft_s + work.output_tokens / latency.sequence_tokens_per_s
     return found.peak_bytes, loss, whole_s
 
 

@@ -67,10 +67,14 @@ def test_the_cliff_is_the_last_size_that_fits(
     engine: Engine, model: str, work: Workload, budget_gib: int
 ) -> None:
     made, budget_bytes = recipe(engine, resolve(model), work), budget_gib << 30
-    cliff = build_plan(made, budget_bytes).cliff
+    plan = build_plan(made, budget_bytes)
+    cliff, limit = plan.cliff, plan.recipe.execution.max_num_seqs
 
     def fits(**sizes: int) -> bool:
-        sized = replace(made, workload=replace(work, **sizes))
+        sized = replace(plan.recipe, workload=replace(work, **sizes))
+        if limit is not None:  # a server keeps room for as many as it is told to take at once
+            raised = max(limit, sized.workload.sequences)
+            sized = replace(sized, execution=replace(sized.execution, max_num_seqs=raised))
         return peak_bytes(sized) <= budget_bytes
 
     if cliff.max_model_len:
