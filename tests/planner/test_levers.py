@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from ullage import Recipe, TechniqueChoice, Workload, default_execution, find_device, resolve
-from ullage.planner.explore import Candidate, Exploration
+from ullage.planner.explore import Candidate, Exploration, _expense
 from ullage.planner.levers import FREE, Cost, levers_of
 from ullage.planner.search import Freedom
 from ullage.specs.device import Device
@@ -162,3 +162,12 @@ def test_a_sum_of_costs_is_known_where_each_of_them_is() -> None:
     assert both.cost_percent == 1.75
     assert replace(both, costs=(Cost(BITS), Cost())).cost_percent is None
     assert replace(both, costs=()).cost_percent == 0
+
+
+def test_what_can_be_run_goes_before_less_loss_and_the_hardware_last() -> None:
+    runs, planned = candidate("a", loss=5), replace(candidate("b", loss=1), runs=False)
+    other = replace(candidate("c"), hardware=True)
+    unknown = replace(candidate("d"), costs=(Cost(),))
+    faster, simpler = candidate("e", "f", loss=5, step_s=0.5), candidate("g", "h", loss=5)
+    found = [other, planned, unknown, simpler, runs, faster]
+    assert sorted(found, key=_expense) == [faster, runs, simpler, unknown, planned, other]

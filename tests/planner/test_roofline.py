@@ -79,6 +79,17 @@ def test_small_chunks_read_the_weights_again() -> None:
     assert found.ttft_s == pytest.approx(63 * 32 * 0.0006)
 
 
+def test_every_chunk_reads_the_weights_and_half_of_one_sequences_entries() -> None:
+    """Four chunks of 250 tokens where memory is slow and arithmetic is not: on average half of the
+    prompt's entries are there."""
+    slow = Device("slow", "cuda", 80 * GIB, bandwidth_bytes_s=10**9, bf16_flops=10**17)
+    made = plan(LLAMA, slow, Workload(1000, 24, 2), "vllm", prefill_chunk=250)
+    held = made.phases["prefill"]
+    assert made.latency is not None
+    moved = 4 * (held.weights_bytes + held.kv_bytes / 2 / 2)
+    assert made.latency.ttft_s == pytest.approx(moved / 0.61e9)
+
+
 def test_more_devices_share_a_layer_but_not_a_tokens_way() -> None:
     work = Workload(4000, 96)
     one, two, staged = (

@@ -12,7 +12,6 @@ from ullage.cli.show.sums import sums, sums_table
 from ullage.planner import default_execution
 from ullage.planner.engines import ENGINES
 from ullage.planner.memory import explain
-from ullage.specs.calibration import Calibration
 from ullage.specs.device import Device
 from ullage.specs.workload import PHASES, Engine
 from ullage.units import GIB, format_bytes
@@ -33,10 +32,10 @@ def plan_of(
     return build_plan(Recipe(resolve(model), device, work, execution, techniques), budget_bytes)
 
 
-def shown(plan: Plan, width: int = 160, calibration: Calibration | None = None) -> str:
+def shown(plan: Plan, width: int = 160) -> str:
     out = StringIO()
     console = Console(file=out, width=width, soft_wrap=True, highlight=False, color_system=None)
-    show_plan(console, plan, calibration)
+    show_plan(console, plan, None)
     return out.getvalue()
 
 

@@ -33,12 +33,13 @@ def test_a_dense_model_takes_whole_blocks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "blocks"),
+    ("tokens", "step", "blocks"),
     # of 10,000 the newest 99 and the 50 of a step: 149 tokens are 10 blocks, begun inside one
-    [(10_000, 11), (149, 11), (144, 10), (20, 3)],
-)
-def test_a_window_holds_itself_and_a_step(tokens: int, blocks: int) -> None:
-    assert Group(1, 16, window=100).blocks(tokens, Running(50)) == blocks
+    [(10_000, 50, 11), (10_000, 45, 10), (10_000, 46, 11), (149, 50, 11), (144, 50, 10),
+     (20, 50, 3)],
+)  # fmt: skip
+def test_a_window_holds_itself_and_a_step(tokens: int, step: int, blocks: int) -> None:
+    assert Group(1, 16, window=100).blocks(tokens, Running(step)) == blocks
 
 
 def test_a_state_takes_the_same_blocks_at_any_length() -> None:
