@@ -2,5 +2,8 @@
 
 from ullage.runtime import quiet as quiet
 from ullage.runtime.allocator import expand_segments
+from ullage.runtime.threads import give_way
 
-expand_segments()  # here, because every way to torch's allocator leads through this package
+# here, because every way to torch leads through this package
+expand_segments()
+give_way()
