@@ -31,7 +31,7 @@ __all__ = ["Diagnosis", "diagnose", "learn"]
 
 # An engine says more than what runs underneath it, so that engines come first.
 _RECOGNISERS = (
-    vllm, sglang, tgi, tensorrt_llm, ollama, llamacpp, kernel, torch_cuda, torch_mps, torch_cpu
+    tgi, vllm, sglang, tensorrt_llm, ollama, llamacpp, kernel, torch_cuda, torch_mps, torch_cpu
 )  # fmt: skip
 _WORDS = (*FRAME_WORDS, *CARD_WORDS, *(word for one in _RECOGNISERS for word in one.WORDS))
 _KNOWN = (

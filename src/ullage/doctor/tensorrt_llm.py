@@ -70,11 +70,8 @@ def recognise(log: Log) -> Diagnosis | None:
     if log.first(*_SIGNS) is None:
         return None
     start = _read_start(log)
-    for failure in (_unmade, _too_short, _out_of_memory):
-        found = failure(log, start)
-        if found is not None:
-            return found
-    return _healthy(start)
+    failure = _unmade(log, start) or _too_short(log, start) or _out_of_memory(log, start)
+    return failure or _healthy(start)
 
 
 def _read_start(log: Log) -> Start:

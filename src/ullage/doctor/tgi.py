@@ -17,7 +17,7 @@ WORDS = (
 _PREFILL = r"Not enough memory to handle {tokens#} prefill tokens"
 _TOTAL = r"Not enough memory to handle {total#} total tokens with {tokens#} prefill tokens"
 _SIGNS = (
-    r"text_generation_(?:launcher|router|client|server)", r"text-generation-(?:launcher|inference)",
+    r"text_generation_(?:launcher|router|client|server)", r"text-generation-launcher",
     _PREFILL, _TOTAL,
 )  # fmt: skip
 _SHORT = (
@@ -35,11 +35,8 @@ def recognise(log: Log) -> Diagnosis | None:
     if log.first(*_SIGNS) is None:
         return None
     run = _read_run(log)
-    for failure in (_too_many, _too_short, _out_of_memory):
-        found = failure(log, run)
-        if found is not None:
-            return found
-    return _healthy(log, run)
+    failure = _too_many(log, run) or _too_short(log, run) or _out_of_memory(log, run)
+    return failure or _healthy(log, run)
 
 
 def _read_run(log: Log) -> Run:

@@ -3,8 +3,8 @@
 https://github.com/pytorch/pytorch/blob/main/aten/src/ATen/mps/MPSAllocator.mm
 """
 
-from ullage.doctor.diagnosis import Change, Diagnosis, evidence, measured
-from ullage.doctor.frames import place_of
+from ullage.doctor.diagnosis import Change, Diagnosis, measured
+from ullage.doctor.frames import pytorch_failure
 from ullage.doctor.log import Found, Log
 from ullage.specs.footprint import Term
 from ullage.units import format_bytes
@@ -47,10 +47,12 @@ def _refused(log: Log, found: Found) -> Diagnosis:
         if in_pieces
         else "RAM is shared with everything else on the machine: PyTorch stops before it is gone."
     )
-    return _diagnosis(
+    return pytorch_failure(
         log,
         found,
         f"The Apple GPU refused {format_bytes(wanted)}: {format_bytes(taken)}{limit} was taken",
+        "activation",
+        wanted_bytes=wanted,
         parts=_parts(found),
         free_bytes=free,
         total_bytes=allowed,
@@ -72,25 +74,12 @@ def _parts(found: Found) -> tuple[Term, ...]:
 
 def _too_large(log: Log, found: Found) -> Diagnosis:
     wanted = found.size("wanted")
-    return _diagnosis(
+    return pytorch_failure(
         log,
         found,
         f"Metal has no buffer as large as {format_bytes(wanted)}, however much is free",
+        "activation",
+        wanted_bytes=wanted,
         causes=("A single tensor of this size: the scores or logits of a whole prompt.",),
         changes=_CHANGES[:1],
-    )
-
-
-def _diagnosis(log: Log, found: Found, happened: str, **more: object) -> Diagnosis:
-    place = place_of(log)
-    doing = f" while {place.doing}" if place else ""
-    return Diagnosis(
-        happened=f"{happened}{doing}.",
-        failed=True,
-        engine="pytorch",
-        phase=place.phase if place else None,
-        culprit=place.culprit if place else "activation",
-        wanted_bytes=found.size("wanted"),
-        evidence=evidence(found, place.found if place else None),
-        **more,  # type: ignore[arg-type]
     )
