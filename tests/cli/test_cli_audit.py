@@ -3,10 +3,15 @@
 import json
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from ullage import Device, Execution, ModelSpec, Recipe, Workload
+from ullage.cli.audit import _run
+from ullage.units import GIB
 
 Ullage = Callable[..., subprocess.CompletedProcess[str]]
 SIZED = ["--device", "cpu-16gb", "--points", "2", "--output-len", "4"]
@@ -85,3 +90,16 @@ def test_a_picture_where_nobody_may_write_is_refused_before_the_work(
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
         assert "lengths" not in done.stderr  # the ladder was not begun
+
+
+def test_a_models_name_is_printed_as_it_is(
+    tiny_spec: Callable[..., ModelSpec],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("ullage.measure.audit.run_audit", lambda *_: None)
+    monkeypatch.setattr("ullage.runtime.checkpoint.weights_folder", lambda _: Path())
+    model = replace(tiny_spec("llama"), name="[red]llama[/]")
+    recipe = Recipe(model, Device("cpu", "cpu", GIB), Workload(10, 10), Execution())
+    _run(recipe, GIB, None, largest=100, points=2)
+    assert "[red]llama[/]: bf16 weights" in capsys.readouterr().err

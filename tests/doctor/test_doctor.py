@@ -36,7 +36,15 @@ PIECES = (
     "Out of memory: Killed process {} (python3) total-vm:{}kB, anon-rss:{}kB, file-rss:{}kB",
     "memory: usage {}kB, limit {}kB", "exit code 137", "you tried to allocate {} bytes",
     "DefaultCPUAllocator: can't allocate memory: you tried to allocate {} bytes",
-    'File "x", line {}, in load_model', "Initializing a V1 LLM engine (v{}) with config: model='{}'",
+    "MPS backend out of memory (MPS allocated: {} GB, other allocations: {} MB, max allowed: {} "
+    "GB). Tried to allocate {} GB on private pool", "Invalid buffer size: {} GB",
+    "Not enough memory to handle {} prefill tokens", "Setting max batch total tokens to {}",
+    "text_generation_launcher: Args {{ model_id: \"x\", max_total_tokens: Some({}), num_shard: {} }}",
+    "max_total_tokens must be <= max_batch_total_tokens. Given: {} and {}",
+    "[TensorRT-LLM][INFO] Allocated {} GiB for max tokens in paged KV cache ({})",
+    "component could not be created: KV cache", "before/after creation (GiB): Model: {} / {}",
+    "maxTokensInPagedKvCache ({}) must be large enough to process at least",
+    "CUDA runtime error in x: out of memory", 'File "x", line {}, in load_model', "Initializing a V1 LLM engine (v{}) with config: model='{}'",
 )  # fmt: skip
 NUMBERS = st.one_of(
     st.integers(-(10**20), 10**20).map(str),
@@ -82,7 +90,7 @@ def test_binary_junk_is_not_understood(tmp_path: Path) -> None:
              "vLLM is a fast engine\nollama run llama3\n", "Epoch 137: loss 3.2 (12.5 GiB)\n"],
 )  # fmt: skip
 def test_a_log_of_something_else_is_never_guessed_at(diagnosed: Diagnosed, text: str) -> None:
-    with pytest.raises(InputError, match=r"vLLM, SGLang, llama\.cpp and Ollama"):
+    with pytest.raises(InputError, match=r"vLLM, SGLang, TGI, TensorRT-LLM, llama\.cpp and Ollama"):
         diagnosed(text)
 
 

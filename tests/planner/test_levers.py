@@ -7,7 +7,7 @@ import pytest
 
 from ullage import Recipe, TechniqueChoice, Workload, default_execution, find_device, resolve
 from ullage.planner.explore import Candidate, Exploration, _expense
-from ullage.planner.levers import FREE, Cost, levers_of
+from ullage.planner.levers import CHUNKS, FREE, Cost, levers_of
 from ullage.planner.search import Freedom
 from ullage.specs.device import Device
 from ullage.specs.latency import Band, Latency
@@ -44,7 +44,7 @@ def test_kv_entries_get_narrower_one_format_a_width(engine: Engine, formats: lis
 
 @pytest.mark.parametrize(
     ("chunk", "smaller"),
-    [(512, [128, 32]), (128, [32]), (32, []), (0, [8192, 2048, 512, 128, 32])],
+    [(512, [256, 128, 64, 32]), (128, [64, 32]), (32, []), (0, list(CHUNKS))],
 )
 def test_chunks_get_smaller(chunk: int, smaller: list[int]) -> None:
     expected = ["", *(f"--prefill-chunk {tokens}" for tokens in smaller)]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -88,7 +89,7 @@ def audit(
     else:
         _show(done, found)
     Console(stderr=True, highlight=False).print(
-        f"Picture in {plot}; use the calibration by `plan --calibration {write}`."
+        escape(f"Picture in {plot}; use the calibration by `plan --calibration {write}`.")
     )
 
 
@@ -126,7 +127,7 @@ def _run(
     folder = weights_folder(recipe.model)
     lengths = fill_ladder(largest, points)
     console = Console(stderr=True, highlight=False)
-    console.print(f"{recipe.model.name}: {describe(recipe)}; lengths {lengths}")
+    console.print(escape(f"{recipe.model.name}: {describe(recipe)}; lengths {lengths}"))
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -43,8 +43,9 @@ def doctor(
 ) -> None:
     """Read an engine's log: what ate the memory, at which phase, and the cheapest change.
 
-    Reads logs of vLLM, SGLang, llama.cpp, Ollama, PyTorch and the kernel. Exit code 0: a healthy
-    start, 1: a failure is explained, 2: wrong usage, or the log is not understood.
+    Reads logs of vLLM, SGLang, TGI, TensorRT-LLM, llama.cpp, Ollama, PyTorch and the kernel. Exit
+    code 0: a healthy start, 1: a failure is explained, 2: wrong usage, or the log is not
+    understood.
     """
     if device is not None and learn_into is None:
         raise InputError("--device goes with --learn: without it the log's own figures count.")

@@ -10,18 +10,6 @@ from ullage.planner.engines import ENGINES
 from ullage.specs.model import ModelSpec
 from ullage.specs.plan import Plan
 
-_TEMPERATURES = (0.001, 1000.0)  # beyond them, logits over temperature leave fp32
-
-
-def refuse_temperature(temperature: float) -> None:
-    """
-    Raises:
-        InputError: logits over `temperature` would be no numbers in fp32.
-    """
-    least, most = _TEMPERATURES
-    if temperature != 0 and not least <= temperature <= most:  # NaN is not either
-        raise InputError(f"--temperature is 0, or from {least:g} to {most:g}; not {temperature:g}.")
-
 
 def prompt_text(source: str | None, prompt: str | None, file: Path | None) -> str:
     """The prompt from the one place that was named.

@@ -10,13 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
 
-from ullage.cli.given import (
-    own_attention,
-    prompt_text,
-    refuse_beside_plan,
-    refuse_plan,
-    refuse_temperature,
-)
+from ullage.cli.given import own_attention, prompt_text, refuse_beside_plan, refuse_plan
 from ullage.cli.machine import device_to_run, refuse_unusable
 from ullage.cli.options import (
     AttentionOption,
@@ -35,6 +29,7 @@ from ullage.planner import build_plan, fit_run
 from ullage.planner.search import Freedom, as_memory_option, describe
 from ullage.runtime import out_of_memory
 from ullage.runtime.process import obtainable_bytes
+from ullage.runtime.temperature import refuse_temperature
 from ullage.specs.model import ModelSpec
 from ullage.specs.plan import Plan, read_plan
 from ullage.specs.sources import resolve

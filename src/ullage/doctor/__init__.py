@@ -6,7 +6,18 @@ Adding an engine is adding a file with `WORDS`, the words that its lines have, a
 from dataclasses import replace
 from pathlib import Path
 
-from ullage.doctor import kernel, llamacpp, ollama, sglang, torch_cpu, torch_cuda, vllm
+from ullage.doctor import (
+    kernel,
+    llamacpp,
+    ollama,
+    sglang,
+    tensorrt_llm,
+    tgi,
+    torch_cpu,
+    torch_cuda,
+    torch_mps,
+    vllm,
+)
 from ullage.doctor.cards import WORDS as CARD_WORDS
 from ullage.doctor.cards import card_of
 from ullage.doctor.diagnosis import Diagnosis
@@ -19,11 +30,14 @@ from ullage.errors import InputError
 __all__ = ["Diagnosis", "diagnose", "learn"]
 
 # An engine says more than what runs underneath it, so that engines come first.
-_RECOGNISERS = (vllm, sglang, ollama, llamacpp, kernel, torch_cuda, torch_cpu)
+_RECOGNISERS = (
+    tgi, vllm, sglang, tensorrt_llm, ollama, llamacpp, kernel, torch_cuda, torch_mps, torch_cpu
+)  # fmt: skip
 _WORDS = (*FRAME_WORDS, *CARD_WORDS, *(word for one in _RECOGNISERS for word in one.WORDS))
 _KNOWN = (
-    "start-up and crash logs of vLLM, SGLang, llama.cpp and Ollama, PyTorch's out-of-memory errors "
-    "on GPU and CPU, and the kernel's OOM killer (dmesg, exit code 137, OOMKilled)"
+    "start-up and crash logs of vLLM, SGLang, TGI, TensorRT-LLM, llama.cpp and Ollama, PyTorch's "
+    "out-of-memory errors on NVIDIA, AMD and Apple GPUs and on CPUs, and the kernel's OOM killer "
+    "(dmesg, exit code 137, OOMKilled)"
 )
 
 

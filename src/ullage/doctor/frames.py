@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ullage.doctor.diagnosis import Culprit, Phase
+from ullage.doctor.diagnosis import Culprit, Diagnosis, Phase, evidence
 from ullage.doctor.log import Found, Log
 
 WORDS = (", in ", "self.sampler", "lm_head")
@@ -50,3 +50,21 @@ def place_of(log: Log) -> Place | None:
         if found is not None:
             return Place(phase, culprit, doing, found)
     return None
+
+
+def pytorch_failure(
+    log: Log, found: Found, happened: str, culprit: Culprit | None, **more: object
+) -> Diagnosis:
+    """The failure, in `found`, of a program that runs PyTorch itself: with the stage and the part
+    that its traceback names, or `culprit` where it names none."""
+    place = place_of(log)
+    doing = f" while {place.doing}" if place else ""
+    return Diagnosis(
+        happened=f"{happened}{doing}.",
+        failed=True,
+        engine="pytorch",
+        phase=place.phase if place else None,
+        culprit=place.culprit if place else culprit,
+        evidence=evidence(found, place.found if place else None),
+        **more,  # type: ignore[arg-type]
+    )

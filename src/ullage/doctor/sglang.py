@@ -74,11 +74,8 @@ def recognise(log: Log) -> Diagnosis | None:
     if log.first(*_SIGNS) is None:
         return None
     start = _read_start(log)
-    for failure in (_too_little, _out_of_memory, _stopped):
-        found = failure(log, start)
-        if found is not None:
-            return found
-    return _healthy(log, start)
+    failure = _too_little(log, start) or _out_of_memory(log, start) or _stopped(log, start)
+    return failure or _healthy(log, start)
 
 
 def _read_start(log: Log) -> Start:

@@ -3,8 +3,8 @@
 https://github.com/pytorch/pytorch/blob/main/c10/core/impl/alloc_cpu.cpp
 """
 
-from ullage.doctor.diagnosis import Change, Diagnosis, evidence
-from ullage.doctor.frames import place_of
+from ullage.doctor.diagnosis import Change, Diagnosis
+from ullage.doctor.frames import pytorch_failure
 from ullage.doctor.log import Log
 from ullage.units import format_bytes
 
@@ -21,14 +21,12 @@ def recognise(log: Log) -> Diagnosis | None:
     found = log.first(_REFUSED)
     if found is None:
         return None
-    place, wanted = place_of(log), found.size("wanted")
-    doing = f" while {place.doing}" if place else ""
-    return Diagnosis(
-        happened=f"The kernel refused {format_bytes(wanted)} of RAM at once{doing}.",
-        failed=True,
-        engine="pytorch",
-        phase=place.phase if place else None,
-        culprit=place.culprit if place else "host memory",
+    wanted = found.size("wanted")
+    return pytorch_failure(
+        log,
+        found,
+        f"The kernel refused {format_bytes(wanted)} of RAM at once",
+        "host memory",
         wanted_bytes=wanted,
         causes=("A single tensor of this size: the scores, logits or weights of one step.",),
         changes=(
@@ -36,5 +34,4 @@ def recognise(log: Log) -> Diagnosis | None:
                    "scores and activations stop growing with it"),
             Change("--weights int8", "in `ullage run`: about half of the weights' bytes"),
         ),
-        evidence=evidence(found, place.found if place else None),
     )  # fmt: skip

@@ -6,7 +6,7 @@ https://github.com/pytorch/pytorch/blob/main/c10/cuda/CUDACachingAllocator.cpp
 from dataclasses import dataclass, replace
 
 from ullage.doctor.diagnosis import Change, Culprit, Diagnosis, evidence, measured
-from ullage.doctor.frames import place_of
+from ullage.doctor.frames import pytorch_failure
 from ullage.doctor.log import Found, Log
 from ullage.specs.footprint import Term
 from ullage.units import GIB, MIB, format_bytes
@@ -129,15 +129,11 @@ def recognise(log: Log) -> Diagnosis | None:
     refused, bare = refusal(log), log.first(_BARE)
     if refused is None:
         return None if bare is None else _without_figures(log, bare)
-    place = place_of(log)
+    diagnosis = pytorch_failure(log, refused.found, describe(refused), "activation")
     culprit, causes = blame(refused)
-    doing = f" while {place.doing}" if place else ""
-    return Diagnosis(
-        happened=f"{describe(refused)}{doing}.",
-        failed=True,
-        engine="pytorch",
-        phase=place.phase if place else None,
-        culprit=culprit or (place.culprit if place else "activation"),
+    return replace(
+        diagnosis,
+        culprit=culprit or diagnosis.culprit,
         parts=refused.parts(),
         wanted_bytes=refused.wanted_bytes,
         free_bytes=refused.free_bytes,
@@ -145,8 +141,7 @@ def recognise(log: Log) -> Diagnosis | None:
         fragmentation=refused.fragmented,
         cold_start_spike=_spike(refused),
         causes=causes,
-        changes=_changes(refused, place is not None and place.phase == "load"),
-        evidence=evidence(refused.found, place.found if place else None),
+        changes=_changes(refused, loading=diagnosis.phase == "load"),
     )
 
 
@@ -234,13 +229,11 @@ def _changes(refused: Refusal, loading: bool) -> tuple[Change, ...]:
 
 
 def _without_figures(log: Log, bare: Found) -> Diagnosis:
-    place = place_of(log)
-    return Diagnosis(
-        happened="The GPU ran out of memory; the log has no figures.",
-        failed=True,
-        engine="pytorch",
-        phase=place.phase if place else None,
-        culprit=place.culprit if place else None,
+    return pytorch_failure(
+        log,
+        bare,
+        "The GPU ran out of memory",
+        None,
+        causes=("The log has no figures.",),
         changes=(Change("nvidia-smi", "shows what holds the device, ours and others"),),
-        evidence=evidence(bare, place.found if place else None),
     )

@@ -1,6 +1,6 @@
 """SGLang: ``python -m sglang.launch_server``."""
 
-from ullage.exporters.shared import plans, text
+from ullage.exporters.shared import plans, servers, text
 from ullage.exporters.shared.options import Option, known
 from ullage.specs.plan import Plan
 from ullage.units import format_bytes
@@ -19,31 +19,14 @@ def export(plan: Plan) -> str:
     plans.refuse_others(plan, "sglang", "cuda", "rocm", "cpu")
     command = ("python", "-m", "sglang.launch_server")
     options = [
-        *_weights(plan), *_formats(plan), *_sizes(plan), *_memory(plan), *_devices(plan)
-    ]  # fmt: skip
-    return text.shell(_notes(plan), _environment(plan), command, options)
-
-
-def _notes(plan: Plan) -> list[str]:
-    lines = plans.notes_of(plan, known("sglang"))
-    stored = plans.storages_of(plan.recipe.model)
-    model = plan.recipe.model
-    if stored and not model.converted and not plans.weights_of(model).gguf:
-        lines.append(
-            f"{', '.join(stored)} weights: SGLang reads that from the checkpoint's config."
-        )
-    if plan.recipe.execution.attention == "eager":
-        lines.append("SGLang has no eager attention: its kernels build no score matrix.")
-    if not _memory(plan):
-        lines.append("Planned with the whole device: SGLang takes its own default share of it.")
-    return lines
-
-
-def _environment(plan: Plan) -> list[Option]:
-    if plan.recipe.device.kind != "cuda":
-        return []
-    why = "freed memory of one size serves another"
-    return [Option("PYTORCH_ALLOC_CONF", "expandable_segments:True", why)]
+        *_weights(plan),
+        *servers.formats(plan, known("sglang"), _KV_DTYPES),
+        *_sizes(plan),
+        *_memory(plan),
+        *_devices(plan),
+    ]
+    notes = servers.notes(plan, known("sglang"), "SGLang")
+    return text.shell(notes, servers.environment(plan), command, options)
 
 
 def _weights(plan: Plan) -> list[Option]:
@@ -72,22 +55,6 @@ def _loader(name: str, why: str) -> list[Option]:
     if name in known("sglang").choices["--load-format"]:
         options.append(Option("--load-format", name, why))
     return options
-
-
-def _formats(plan: Plan) -> list[Option]:
-    execution = plan.recipe.execution
-    dtype = known("sglang").choice("--dtype", plans.torch_dtype(execution.dtype))
-    kv_dtype = _KV_DTYPES.get(execution.kv_dtype, execution.kv_dtype)
-    if execution.kv_dtype == execution.dtype and kv_dtype not in _KV_DTYPES.values():
-        kv_dtype = "auto"  # as the arithmetic: there is no other name for it
-    return [
-        Option("--dtype", dtype, "unquantized weights and the arithmetic"),
-        Option(
-            "--kv-cache-dtype",
-            known("sglang").choice("--kv-cache-dtype", kv_dtype),
-            f"{plan.kv_bytes_per_token:,} bytes of KV a token in {execution.kv_dtype}",
-        ),
-    ]
 
 
 def _sizes(plan: Plan) -> list[Option]:
@@ -125,12 +92,7 @@ def _devices(plan: Plan) -> list[Option]:
     execution, found = plan.recipe.execution, []
     if plan.recipe.device.kind == "cpu":
         found.append(Option("--device", "cpu", "as planned"))
-    if execution.tensor_parallel > 1:
-        why = "devices that share each layer"
-        found.append(Option("--tp-size", execution.tensor_parallel, why))
-    if execution.pipeline_parallel > 1:
-        why = "devices that share the stack"
-        found.append(Option("--pp-size", execution.pipeline_parallel, why))
+    found += servers.devices(plan, "--tp-size", "--pp-size")
     if execution.engine == "sglang" and plan.share.graph_bytes:
         why = "CUDA graphs are planned for so many"
         largest = execution.max_num_seqs or plan.recipe.workload.sequences

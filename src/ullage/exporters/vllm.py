@@ -1,7 +1,7 @@
 """vLLM: ``vllm serve``. Its options are Ray Serve's and KServe's too."""
 
 from ullage.errors import InputError
-from ullage.exporters.shared import plans, text
+from ullage.exporters.shared import plans, servers, text
 from ullage.exporters.shared.options import Option, known
 from ullage.specs.plan import Plan
 from ullage.units import format_bytes
@@ -26,23 +26,12 @@ def export(plan: Plan) -> str:
 
 def notes(plan: Plan) -> list[str]:
     """What no option says."""
-    lines = plans.notes_of(plan, known("vllm"))
-    stored = plans.storages_of(plan.recipe.model)
-    if stored and not plan.recipe.model.converted:
-        lines.append(f"{', '.join(stored)} weights: vLLM reads that from the checkpoint's config.")
-    if plan.recipe.execution.attention == "eager":
-        lines.append("vLLM has no eager attention: its kernels build no score matrix.")
-    if plans.fraction_of(plan, plan.budget_bytes) is None:
-        lines.append("Planned with the whole device: vLLM takes its own default share of it.")
-    return lines
+    return servers.notes(plan, known("vllm"), "vLLM")
 
 
 def environment(plan: Plan) -> list[Option]:
     """Environment variables of the server."""
-    if plan.recipe.device.kind != "cuda":
-        return []
-    why = "freed memory of one size serves another; leave it out beside a KV connector"
-    return [Option("PYTORCH_ALLOC_CONF", "expandable_segments:True", why)]
+    return servers.environment(plan, "; leave it out beside a KV connector")
 
 
 def options(plan: Plan) -> list[Option]:
@@ -63,7 +52,7 @@ def options(plan: Plan) -> list[Option]:
     return [
         *(pinned if weights.revision else []),
         *_quantization(plan),
-        *_formats(plan),
+        *servers.formats(plan, known("vllm"), _KV_DTYPES),
         *_sizes(plan),
         *_memory(plan),
         *_devices(plan),
@@ -76,22 +65,6 @@ def _quantization(plan: Plan) -> list[Option]:
         return []
     method = known("vllm").choice("--quantization", _ONLINE[converted])
     return [Option("--quantization", method, f"{converted} weights, made while loading")]
-
-
-def _formats(plan: Plan) -> list[Option]:
-    execution = plan.recipe.execution
-    dtype = known("vllm").choice("--dtype", plans.torch_dtype(execution.dtype))
-    kv_dtype = _KV_DTYPES.get(execution.kv_dtype, execution.kv_dtype)
-    if execution.kv_dtype == execution.dtype == "fp32":
-        kv_dtype = "auto"  # as the arithmetic: there is no name for fp32
-    return [
-        Option("--dtype", dtype, "unquantized weights and the arithmetic"),
-        Option(
-            "--kv-cache-dtype",
-            known("vllm").choice("--kv-cache-dtype", kv_dtype),
-            f"{plan.kv_bytes_per_token:,} bytes of KV a token in {execution.kv_dtype}",
-        ),
-    ]
 
 
 def _sizes(plan: Plan) -> list[Option]:
@@ -122,13 +95,7 @@ def _memory(plan: Plan) -> list[Option]:
 
 
 def _devices(plan: Plan) -> list[Option]:
-    execution, found = plan.recipe.execution, []
-    if execution.tensor_parallel > 1:
-        why = "devices that share each layer"
-        found.append(Option("--tensor-parallel-size", execution.tensor_parallel, why))
-    if execution.pipeline_parallel > 1:
-        why = "devices that share the stack"
-        found.append(Option("--pipeline-parallel-size", execution.pipeline_parallel, why))
+    found = servers.devices(plan, "--tensor-parallel-size", "--pipeline-parallel-size")
     if plans.no_graphs(plan, "vllm"):
         found.append(Option("--enforce-eager", None, "no room is planned for CUDA graphs"))
     return found

@@ -5,6 +5,7 @@ from ullage.errors import TechniqueError
 from ullage.planner.cliff import find_cliff
 from ullage.planner.constants import Constants
 from ullage.planner.engines import ENGINES
+from ullage.planner.engines.base import Planned
 from ullage.planner.latency import estimate
 from ullage.planner.memory import kv_bytes_per_token, phase_footprints
 from ullage.specs.calibration import Calibration
@@ -28,11 +29,12 @@ def build_plan(
         _refuse_unsupported(techniques.create(choice), recipe)
     budget_bytes = budget_bytes or engine.limit_bytes(recipe)
     phases = phase_footprints(recipe, calibration)
+    planned = Planned(recipe, phases, budget_bytes, Constants(recipe, calibration))
     return Plan(
         recipe=recipe,
         budget_bytes=budget_bytes,
         phases=phases,
-        share=engine.share(recipe, phases, budget_bytes, Constants(recipe, calibration)),
+        share=engine.share(planned),
         cliff=find_cliff(recipe, budget_bytes, calibration),
         kv_bytes_per_token=kv_bytes_per_token(recipe),
         latency=estimate(recipe, phases),

@@ -8,7 +8,7 @@ from typing import Literal
 from ullage.errors import DoesNotFit, InputError
 from ullage.planner.engines import ENGINES
 from ullage.planner.latency import estimate
-from ullage.planner.levers import Cost, Lever, Setting, levers_of
+from ullage.planner.levers import Cost, Lever, Setting, combinations, levers_of
 from ullage.planner.memory import phase_footprints, serving_bytes
 from ullage.planner.reach import longest_context, most_sequences
 from ullage.planner.search import Freedom, as_memory_option
@@ -102,7 +102,7 @@ def explore(
         TechniqueError, InputError: `recipe` itself is none that can be planned.
     """
     levers = levers_of(recipe, freedom, devices)
-    every = _candidates(_all(recipe, levers), budget_bytes, calibration)
+    every = _candidates(combinations(recipe, levers), budget_bytes, calibration)
     fitting = [_reaching(found, goal, calibration) for found in every if found.fits]
     here = [found for found in every if not found.hardware]
     front = _front(here if any(found.fits for found in here) else every)
@@ -124,7 +124,7 @@ def cheapest_change(
         DoesNotFit: no combination fits; carries the smallest budget that would.
     """
     levers = levers_of(recipe, freedom, devices)
-    for moves in (_one_moved(recipe, levers), _all(recipe, levers)):
+    for moves in (_one_moved(recipe, levers), combinations(recipe, levers)):
         found = _candidates(moves, budget_bytes, calibration)
         if fitting := [candidate for candidate in found if candidate.fits]:
             return min(fitting, key=_expense)
@@ -144,19 +144,9 @@ def _candidates(
     return [candidate for candidate in found if candidate is not None]
 
 
-def _all(recipe: Recipe, levers: list[Lever]) -> Iterator[tuple[Recipe, tuple[Setting, ...]]]:
-    """Every combination; those that begin alike share the recipe so far."""
-    if not levers:
-        yield recipe, ()
-        return
-    for setting in levers[0].settings:
-        for made, others in _all(setting.apply(recipe), levers[1:]):
-            yield made, (setting, *others)
-
-
 def _one_moved(recipe: Recipe, levers: list[Lever]) -> Iterator[tuple[Recipe, tuple[Setting, ...]]]:
     for moved in levers:
-        yield from _all(
+        yield from combinations(
             recipe,
             [
                 Lever(lever.name, lever.settings[1:] if lever is moved else lever.settings[:1])

@@ -13,7 +13,8 @@ from ullage.specs.model import ModelSpec
 from ullage.specs.plan import Recipe, TechniqueChoice
 from ullage.specs.quality import Quality, find
 
-CHUNKS = (8192, 2048, 512, 128, 32)  # tokens a forward pass
+# Tokens a forward pass. Smaller ones read the weights more often.
+CHUNKS = (8192, 2048, 512, 256, 128, 64, 32)
 SEQUENCE_LIMITS = (256, 64, 16)  # a server's own limit, which its start-up reserves for
 PARALLEL = (1, 2, 4, 8)  # devices that share each layer
 SPARSITY = (
@@ -82,6 +83,19 @@ def levers_of(recipe: Recipe, freedom: Freedom, devices: Sequence[Device] = ()) 
         ("tensor parallel", _asked(), _parallel(recipe) if freedom.tensor_parallel else ()),
     )
     return [Lever(name, (asked, *others)) for name, asked, others in found]
+
+
+def combinations(
+    recipe: Recipe, levers: Sequence[Lever]
+) -> Iterator[tuple[Recipe, tuple[Setting, ...]]]:
+    """Every combination, that of the first settings first and the last lever moving fastest, with
+    the recipe that it makes. Those that begin alike share the recipe so far."""
+    if not levers:
+        yield recipe, ()
+        return
+    for setting in levers[0].settings:
+        for made, others in combinations(setting.apply(recipe), levers[1:]):
+            yield made, (setting, *others)
 
 
 def _asked(cost: Cost = FREE, runs: bool = True) -> Setting:

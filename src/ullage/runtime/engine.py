@@ -17,6 +17,7 @@ from ullage.kv.pool import KVPool
 from ullage.runtime.budget import Budget
 from ullage.runtime.load import TORCH_DTYPES, LoadedModel, device_of
 from ullage.runtime.memory import held_bytes
+from ullage.runtime.temperature import refuse_temperature
 from ullage.specs.blocks import block_bytes, sequence_blocks
 from ullage.specs.plan import Plan
 from ullage.units import format_bytes
@@ -26,7 +27,12 @@ OnPrefill = Callable[[int, int], None]  # tokens read, tokens of the prompt
 
 @dataclass(eq=False)
 class Request:
-    """A prompt and how to go on from it. `temperature` 0 takes the likeliest token each time."""
+    """A prompt and how to go on from it. `temperature` 0 takes the likeliest token each time.
+
+    Raises:
+        PromptError: no prompt, or no new token.
+        InputError: a temperature that no token can be drawn at.
+    """
 
     prompt_ids: list[int]
     max_new_tokens: int
@@ -42,6 +48,7 @@ class Request:
             raise PromptError("The prompt is empty: there is nothing to go on from.")
         if self.max_new_tokens < 1:
             raise PromptError("Ask for one new token at least.")
+        refuse_temperature(self.temperature)
 
     @property
     def capacity_tokens(self) -> int:

@@ -11,6 +11,7 @@ from ullage import ModelSpec, Plan, Workload, build_plan, resolve
 from ullage.errors import InputError, ModelError, UnknownArchitecture
 from ullage.planner.constants import Constants
 from ullage.planner.engines import ENGINES
+from ullage.planner.engines.base import Planned
 from ullage.planner.engines.paging import Running, paging
 from ullage.planner.engines.shards import stages
 from ullage.planner.engines.vllm import Vllm, stage_terms
@@ -265,7 +266,7 @@ def test_fewer_kv_bytes_by_a_technique_make_room_for_more_sequences() -> None:
     halved = {
         name: replace(part, kv_bytes=part.kv_bytes // 2) for name, part in plan.phases.items()
     }
-    share = VLLM.share(recipe, halved, plan.budget_bytes, Constants(recipe))
+    share = VLLM.share(Planned(recipe, halved, plan.budget_bytes, Constants(recipe)))
 
     assert share.kv_pool_bytes == plan.share.kv_pool_bytes
     assert share.max_concurrency == pytest.approx(2 * plan.share.max_concurrency, rel=1e-3)

@@ -1,1 +1,1 @@
-"""What the exporters share: a plan as they read it, the engines' options, and three grammars."""
+"""What the exporters share: a plan as they read it, options, what servers set, three grammars."""

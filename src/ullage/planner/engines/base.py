@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 from ullage.errors import InputError
@@ -10,6 +11,16 @@ from ullage.specs.device import Device
 from ullage.specs.footprint import Footprint, Term
 from ullage.specs.plan import DeviceShare, Recipe
 from ullage.specs.workload import Execution, PhaseName, Step
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A recipe, the budget of one device, and the peak of each phase with all techniques."""
+
+    recipe: Recipe
+    phases: Mapping[PhaseName, Footprint]
+    budget_bytes: int
+    constants: Constants
 
 
 class EngineArithmetic(ABC):
@@ -61,25 +72,21 @@ class EngineArithmetic(ABC):
         """What a single request can take outside of the plan's sum, one cause a line."""
         return []
 
-    def share(
-        self,
-        recipe: Recipe,
-        phases: Mapping[PhaseName, Footprint],
-        budget_bytes: int,
-        constants: Constants,
-    ) -> DeviceShare:
-        """What one device holds inside `budget_bytes`, given the peak of each phase with all
-        techniques: the KV pool gets what the highest phase leaves beside its KV entries."""
+    def share(self, planned: Planned) -> DeviceShare:
+        """What one device holds inside the budget: the KV pool gets what the highest phase leaves
+        beside its KV entries."""
+        phases = planned.phases
         serving = (phases["prefill"], phases["decode"])
         beside_bytes = max(part.total_bytes - part.kv_bytes for part in phases.values())
-        pool_bytes = max(0, budget_bytes - beside_bytes)
-        concurrency = pool_bytes * recipe.workload.sequences / max(1, phases["decode"].kv_bytes)
+        pool_bytes = max(0, planned.budget_bytes - beside_bytes)
+        work = planned.recipe.workload
+        concurrency = pool_bytes * work.sequences / max(1, phases["decode"].kv_bytes)
         return DeviceShare(
             weights_bytes=phases["decode"].weights_bytes,
             activation_bytes=max(part.activation_bytes + part.logits_bytes for part in serving),
             non_torch_bytes=phases["decode"].overhead_bytes,
             graph_bytes=0,
             kv_pool_bytes=pool_bytes,
-            kv_pool_tokens=int(concurrency * recipe.workload.context_tokens),
+            kv_pool_tokens=int(concurrency * work.context_tokens),
             max_concurrency=round(concurrency, 2),
         )

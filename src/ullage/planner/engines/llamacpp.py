@@ -4,15 +4,14 @@ the model's buffer, the KV cache and one compute buffer.
 Sizes are those that llama-fit-params b11434 prints; `U` are the tokens of a micro-batch.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from ullage.planner.constants import Constants
-from ullage.planner.engines.base import EngineArithmetic
+from ullage.planner.engines.base import EngineArithmetic, Planned
 from ullage.specs.device import Device
 from ullage.specs.dtypes import DTYPE_BYTES, KV_BITS
-from ullage.specs.footprint import Footprint, Label, Term
+from ullage.specs.footprint import Label, Term
 from ullage.specs.gguf import read_header
 from ullage.specs.gguf_quant import MIXTURES, as_gguf, as_stored, is_gguf
 from ullage.specs.model import LayerCache, ModelSpec
@@ -85,21 +84,12 @@ class LlamaCpp(EngineArithmetic):
             scratch.append(_dequantized_kv_term(model, step))
         return reserved + scratch
 
-    def share(
-        self,
-        recipe: Recipe,
-        phases: Mapping[PhaseName, Footprint],
-        budget_bytes: int,
-        constants: Constants,
-    ) -> DeviceShare:
+    def share(self, planned: Planned) -> DeviceShare:
         """The pool is what is planned, not what is left: llama.cpp takes no more than ``-c``."""
-        held, work = phases["decode"], recipe.workload
-        return DeviceShare(
-            weights_bytes=held.weights_bytes,
-            activation_bytes=held.activation_bytes + held.logits_bytes,
-            non_torch_bytes=held.overhead_bytes,
-            graph_bytes=0,
-            kv_pool_bytes=held.kv_bytes,
+        work = planned.recipe.workload
+        return replace(
+            super().share(planned),
+            kv_pool_bytes=planned.phases["decode"].kv_bytes,
             kv_pool_tokens=work.sequences * padded(work.context_tokens),
             max_concurrency=float(work.sequences),
         )

@@ -1,18 +1,18 @@
 """SGLang: weights and KV pool in a fixed share of each device; the rest is left to activations."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from ullage.errors import InputError
 from ullage.planner.constants import Constants
+from ullage.planner.engines.base import Planned
 from ullage.planner.engines.serving import Serving, weights_terms
 from ullage.planner.engines.shards import Stage, check_split, stages
 from ullage.specs.device import Device
 from ullage.specs.dtypes import DTYPE_BYTES, KV_BITS
-from ullage.specs.footprint import Footprint, Term
+from ullage.specs.footprint import Term
 from ullage.specs.model import LayerCache
 from ullage.specs.plan import DeviceShare, Recipe
-from ullage.specs.workload import Execution, PhaseName, Step
+from ullage.specs.workload import Execution, Step
 from ullage.units import GIB, MIB
 
 SLIDING_PART = 0.8  # --swa-full-tokens-ratio
@@ -73,18 +73,13 @@ class Sglang(Serving):
         found = [_stage_terms(recipe, step, stage, constants) for stage in ranks]
         return max(found, key=lambda terms: sum(term.nbytes for term in terms))
 
-    def share(
-        self,
-        recipe: Recipe,
-        phases: Mapping[PhaseName, Footprint],
-        budget_bytes: int,
-        constants: Constants,
-    ) -> DeviceShare:
+    def share(self, planned: Planned) -> DeviceShare:
         """Activations have what the static share and the graphs leave of the device."""
-        usual = super().share(recipe, phases, budget_bytes, constants)
-        graphs = int(_graph_mib(recipe, constants) * MIB)
-        rest_bytes = max(0, recipe.device.memory_bytes - budget_bytes - graphs)
-        return replace(usual, activation_bytes=rest_bytes, graph_bytes=graphs)
+        graphs = int(_graph_mib(planned.recipe, planned.constants) * MIB)
+        rest_bytes = planned.recipe.device.memory_bytes - planned.budget_bytes - graphs
+        return replace(
+            super().share(planned), activation_bytes=max(0, rest_bytes), graph_bytes=graphs
+        )
 
 
 def _tier(device: Device) -> tuple[int, int, int, int]:

@@ -1,19 +1,19 @@
 """vLLM: a pool of KV blocks in what its start-up profile leaves of its share of each device."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from ullage.errors import InputError
 from ullage.planner.constants import Constants, version_key
+from ullage.planner.engines.base import Planned
 from ullage.planner.engines.paging import Paging, Running, paging
 from ullage.planner.engines.serving import Serving, weights_terms
 from ullage.planner.engines.shards import Stage, check_split, stages
 from ullage.planner.engines.vllm_peak import peak_terms
 from ullage.specs.device import Device
 from ullage.specs.dtypes import DTYPE_BYTES
-from ullage.specs.footprint import Footprint, Term
+from ullage.specs.footprint import Term
 from ullage.specs.plan import DeviceShare, Recipe
-from ullage.specs.workload import Execution, PhaseName, Step
+from ullage.specs.workload import Execution, Step
 from ullage.units import GIB
 
 NEWEST = "0.33.0"
@@ -66,22 +66,17 @@ class Vllm(Serving):
             return _loaded_terms(recipe, stage, constants)
         return [*stage_terms(recipe, stage, constants), _kv_term(recipe, step, stage, constants)]
 
-    def share(
-        self,
-        recipe: Recipe,
-        phases: Mapping[PhaseName, Footprint],
-        budget_bytes: int,
-        constants: Constants,
-    ) -> DeviceShare:
+    def share(self, planned: Planned) -> DeviceShare:
         """What the tightest rank holds; KV entries that a technique drops make room for others."""
+        recipe, constants = planned.recipe, planned.constants
         stage = tightest_stage(recipe, constants)
-        usual = super().share(recipe, phases, budget_bytes, constants)
+        usual = super().share(planned)
         graphs = graph_bytes(recipe, stage, constants)
         inside = graphs if constants["graphs_in_budget"].value else 0
         pages = _paging(recipe, stage)
         tokens, concurrency = _capacity(recipe, pages, usual.kv_pool_bytes, constants)
         kv_bytes = _kv_term(recipe, self.step(recipe, "decode"), stage, constants).nbytes
-        gain = kv_bytes / max(1, phases["decode"].kv_bytes)
+        gain = kv_bytes / max(1, planned.phases["decode"].kv_bytes)
         return replace(
             usual,
             non_torch_bytes=usual.non_torch_bytes - inside,
