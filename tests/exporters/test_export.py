@@ -524,3 +524,13 @@ def test_the_program_for_transformers_runs(
     )  # fmt: skip
     exec(compile(exporters.export(plan, "transformers"), "exported.py", "exec"), {})
     assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize(("kind", "counted"), [("cuda", True), ("cpu", False)])
+def test_an_engines_own_plan_is_named_where_there_is_one(
+    make_plan: MakePlan, kind: str, counted: bool
+) -> None:
+    plan = make_plan(device=Device("some", kind, 80 * GIB))  # type: ignore[arg-type]
+    written = exporters.export(plan, "vllm")
+    assert "The figures are those of ullage" in written
+    assert ("`ullage plan --engine vllm` counts them" in written) == counted

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from ullage.errors import InputError
 from ullage.planner.constants import Constants
-from ullage.specs.device import Device
+from ullage.specs.device import Device, DeviceKind
 from ullage.specs.footprint import Footprint, Term
 from ullage.specs.plan import DeviceShare, Recipe
 from ullage.specs.workload import Execution, PhaseName, Step
@@ -17,6 +17,7 @@ class EngineArithmetic(ABC):
 
     kv_dtypes: ClassVar[tuple[str, ...]]
     weights: ClassVar[tuple[str, ...]]
+    kinds: ClassVar[tuple[DeviceKind, ...]] = ("cpu", "cuda", "rocm", "mps")  # of devices
     converts: ClassVar[bool] = False  # makes a file of its own of any checkpoint, quantized or not
     takes_share: ClassVar[bool] = False  # is told what share of a device to take
 

@@ -7,7 +7,7 @@ from ullage.errors import InputError
 from ullage.planner.constants import Constants, version_key
 from ullage.planner.engines.paging import Paging, Running, paging
 from ullage.planner.engines.serving import Serving, weights_terms
-from ullage.planner.engines.shards import Stage, check_split, stages
+from ullage.planner.engines.shards import Stage, stages
 from ullage.planner.engines.vllm_peak import peak_terms
 from ullage.specs.device import Device
 from ullage.specs.dtypes import DTYPE_BYTES
@@ -41,7 +41,7 @@ class Vllm(Serving):
 
     def settle(self, recipe: Recipe) -> Recipe:
         """`recipe` with a version, its utilization and its largest number of sequences."""
-        execution, constants = recipe.execution, Constants(recipe)
+        execution, constants = super().settle(recipe).execution, Constants(recipe)
         _check(recipe)
         most = 1024 if _is_large(recipe.device) else 256
         return replace(
@@ -217,7 +217,6 @@ def _capacity(
 
 def _check(recipe: Recipe) -> None:
     execution, version = recipe.execution, version_key(recipe.execution.engine_version or NEWEST)
-    check_split(recipe.model, execution)
     if execution.prefill_chunk < 1:
         raise InputError("vLLM reads prompts in chunks: --prefill-chunk is 1 or more.")
     if (execution.max_num_seqs or 1) > execution.prefill_chunk:
