@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ullage.errors import InputError
-from ullage.planner.constants import Constants, version_key
+from ullage.planner.constants import Constants, newest_version, version_key
 from ullage.planner.engines.paging import Paging, Running, paging
 from ullage.planner.engines.serving import Serving, weights_terms
 from ullage.planner.engines.shards import Stage, stages
@@ -16,7 +16,6 @@ from ullage.specs.plan import DeviceShare, Recipe
 from ullage.specs.workload import Execution, PhaseName, Step
 from ullage.units import GIB
 
-NEWEST = "0.33.0"
 # Cards whose links go through a switch: collectives among them reserve buffers for multicast.
 _SWITCHED = ("h100", "h200", "h20", "h800", "b200", "b300", "gb200", "gb300", "a100")
 GRAPH_TOKENS = 512  # the largest step that is captured
@@ -48,7 +47,7 @@ class Vllm(Serving):
             recipe,
             execution=replace(
                 execution,
-                engine_version=execution.engine_version or NEWEST,
+                engine_version=execution.engine_version or newest_version("vllm"),
                 max_num_seqs=execution.max_num_seqs or min(most, execution.prefill_chunk),
                 utilization=execution.utilization or constants["utilization"].value,
             ),
@@ -216,7 +215,8 @@ def _capacity(
 
 
 def _check(recipe: Recipe) -> None:
-    execution, version = recipe.execution, version_key(recipe.execution.engine_version or NEWEST)
+    execution = recipe.execution
+    version = version_key(execution.engine_version or newest_version("vllm"))
     if execution.prefill_chunk < 1:
         raise InputError("vLLM reads prompts in chunks: --prefill-chunk is 1 or more.")
     if (execution.max_num_seqs or 1) > execution.prefill_chunk:
