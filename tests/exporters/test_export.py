@@ -283,7 +283,7 @@ def test_a_hostile_name_stays_out_of_the_controllers_script(make_plan: MakePlan)
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("vllm", {"scheme": "nf4"}, "vllm 0.32.0 has no nf4 weights"),
+    ("vllm", {"scheme": "nf4"}, "vllm 0.33.0 has no nf4 weights"),
     ("ray", {"scheme": "int8"}, "has no int8 weights"),
     ("vllm", {"source": "a.gguf"}, "reads no GGUF"),
     ("vllm", {"kv_dtype": "q8_0"}, "has no --kv-cache-dtype 'q8_0'"),

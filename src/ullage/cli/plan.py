@@ -68,7 +68,7 @@ def plan(
     output_len: OutputLenOption = None,
     weights: WeightsOption = None,
     kv_cache_dtype: KvOption = None,
-    attention: AttentionOption = "sdpa",
+    attention: AttentionOption = None,
     prefill_chunk: ChunkOption = None,
     technique: TechniqueOption = None,
     engine: EngineOption = "ullage",

@@ -9,7 +9,7 @@ from ullage.planner.constants import Constants
 from ullage.specs.device import Device, DeviceKind
 from ullage.specs.footprint import Footprint, Term
 from ullage.specs.plan import DeviceShare, Recipe
-from ullage.specs.workload import Execution, PhaseName, Step
+from ullage.specs.workload import Attention, Execution, PhaseName, Step
 
 
 class EngineArithmetic(ABC):
@@ -17,6 +17,7 @@ class EngineArithmetic(ABC):
 
     kv_dtypes: ClassVar[tuple[str, ...]]
     weights: ClassVar[tuple[str, ...]]
+    attentions: ClassVar[tuple[Attention, ...]]  # the usual one first
     kinds: ClassVar[tuple[DeviceKind, ...]] = ("cpu", "cuda", "rocm", "mps")  # of devices
     converts: ClassVar[bool] = False  # makes a file of its own of any checkpoint, quantized or not
     takes_share: ClassVar[bool] = False  # is told what share of a device to take

@@ -16,6 +16,7 @@ class Serving(EngineArithmetic):
     """A server that loads a checkpoint as it is and reads prompts in chunks, many at a time."""
 
     weights = (*DTYPE_BYTES, *CHECKPOINT_FORMATS)
+    attentions = ("flash",)
     kinds = ("cuda", "rocm")
 
     def with_weights(self, recipe: Recipe, weights: str) -> Recipe:
