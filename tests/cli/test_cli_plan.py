@@ -151,6 +151,9 @@ def test_what_is_planned_only_says_so(ullage: Ullage) -> None:
     done = ullage(*PLAN, "--technique", "dms:kept=0.25")
     assert done.returncode == 0
     assert "dms is planned only" in done.stdout
+    eager = ullage(*PLAN, "--attention", "eager")
+    assert "eager is planned only: `ullage run` never builds the score matrix." in eager.stdout
+    assert "planned only" not in ullage(*PLAN, "--engine", "transformers").stdout
     refused = ullage("run", "smollm2-135m", "--prompt", "x", "--technique", "dms")
     assert refused.returncode == 2
     assert "dms can be planned, and is not run yet" in refused.stderr

@@ -111,11 +111,15 @@ def _request_lines(plan: Plan) -> list[str]:
 
 
 def _planned_only_lines(plan: Plan) -> list[str]:
-    return [
+    lines = [
         f"{choice.name} is planned only: `ullage run` does not do it yet."
         for choice in plan.recipe.techniques
         if not techniques.create(choice).runs
     ]
+    execution = plan.recipe.execution
+    if (execution.engine, execution.attention) == ("ullage", "eager"):
+        lines.append("eager is planned only: `ullage run` never builds the score matrix.")
+    return lines
 
 
 def _cliff_lines(plan: Plan) -> list[str]:
