@@ -6,6 +6,7 @@ from math import inf
 from typing import Literal
 
 from ullage.errors import DoesNotFit, InputError
+from ullage.planner.build import build_plan
 from ullage.planner.engines import ENGINES
 from ullage.planner.latency import estimate
 from ullage.planner.levers import Cost, Lever, Setting, levers_of
@@ -15,7 +16,7 @@ from ullage.planner.search import Freedom, as_memory_option
 from ullage.specs.calibration import Calibration
 from ullage.specs.device import Device
 from ullage.specs.latency import Latency
-from ullage.specs.plan import Recipe
+from ullage.specs.plan import Plan, Recipe
 
 Goal = Literal["context", "concurrency", "latency"]
 
@@ -107,6 +108,20 @@ def explore(
     here = [found for found in every if not found.hardware]
     front = _front(here if any(found.fits for found in here) else every)
     return Exploration(goal, tuple(every), tuple(sorted(fitting, key=_rank)), front)
+
+
+def best_plan(explored: Exploration, calibration: Calibration | None = None) -> Plan | None:
+    """The plan of the best that fits, at the size that it reaches; None where nothing fits."""
+    if not explored.ranked:
+        return None
+    best = explored.ranked[0]
+    recipe, work = best.recipe, best.recipe.workload
+    if best.reach is not None and explored.goal == "context":
+        work = replace(work, prompt_tokens=best.reach - work.output_tokens)
+    elif best.reach is not None:
+        work = replace(work, sequences=best.reach)
+    recipe = replace(recipe, workload=work)
+    return build_plan(recipe, best.budget_bytes, _measured(calibration, recipe))
 
 
 def cheapest_change(

@@ -3,10 +3,12 @@
 from dataclasses import asdict
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from ullage.planner.engines import ENGINES
 from ullage.planner.memory import explain
+from ullage.planner.search import describe
 from ullage.specs.calibration import Calibration
 from ullage.specs.footprint import Term
 from ullage.specs.plan import Plan
@@ -22,6 +24,14 @@ def sums(plan: Plan, calibration: Calibration | None) -> dict[str, list[dict[str
     engine = ENGINES[plan.recipe.execution.engine]
     lines["request"] = engine.worst_request_terms(plan.recipe)
     return {name: [asdict(term) for term in terms] for name, terms in lines.items()}
+
+
+def show_best(console: Console, plan: Plan, calibration: Calibration | None) -> None:
+    """Print the sums of the best of a search."""
+    work = plan.recipe.workload
+    size = f"{work.sequences:,} x {work.context_tokens:,} tokens"
+    console.print(f"\nThe first, at {size}: {describe(plan.recipe)}")
+    console.print(sums_table(plan, calibration))
 
 
 def sums_table(plan: Plan, calibration: Calibration | None) -> Table:
