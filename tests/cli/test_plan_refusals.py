@@ -75,6 +75,8 @@ def assert_refused(done: subprocess.CompletedProcess[str], says: str) -> None:
         ([*PLAN, "--technique", "camelot:slots=-1"], "slots is a count"),
         ([*PLAN, "--technique", "dms", "--technique", "dms:kept=0.5"], "asked for twice"),
         ([*PLAN, "--max-model-len", "1"], "no room for a prompt"),
+        ([*PLAN, "--memory", "20"], "'20' has no unit. Write 20GiB, or 20B for bytes."),
+        ([*PLAN, "--device", "24"], "'24' has no unit. Write 24GiB"),
         ([*PLAN, "--memory", "120%"], "more than the whole"),
         ([*PLAN, "--goal", "happiness"], "'context', 'concurrency', 'latency'"),
         ([*SEARCH, "--also-device", "cray-1"], "No device 'cray-1'"),
