@@ -102,7 +102,8 @@ ChunkOption = Annotated[
         "--prefill-chunk",
         min=0,
         max=_MOST,
-        help="Prompt tokens a forward pass; 0: all at once. Default: 512.",
+        help="Prompt tokens a forward pass; 0: all at once. Default: the engine's: 512 in ullage "
+        "and llama.cpp, all at once in transformers, by the device's memory in vllm and sglang.",
     ),
 ]
 TechniqueOption = Annotated[
