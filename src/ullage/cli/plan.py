@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from ullage.cli.options import (
     AttentionOption,
@@ -29,7 +28,7 @@ from ullage.cli.options import (
     WeightsOption,
     workload_of,
 )
-from ullage.cli.show import catalogs
+from ullage.cli.show import answers, catalogs, is_wide
 from ullage.cli.show.explored import (
     candidate_json,
     change_line,
@@ -156,8 +155,9 @@ def _list(models: bool, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(catalogs.models() if models else catalogs.devices(), indent=2))
         return
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(catalogs.models_table() if models else catalogs.devices_table())
+    console = answers()
+    wide = is_wide(console)
+    console.print(catalogs.models_table(wide) if models else catalogs.devices_table(wide))
 
 
 @dataclass(frozen=True)
@@ -176,10 +176,10 @@ class _Asked:
         if as_json:
             typer.echo(json.dumps(self._json(made, explain), indent=2))
             return made.fits
-        console = Console(highlight=False, soft_wrap=True)
+        console = answers()
         show_plan(console, made, self.calibration)
         if explain:
-            console.print(sums_table(made, self.calibration))
+            console.print(sums_table(made, self.calibration, is_wide(console)))
         if not made.fits:
             for line in self._advice(made):
                 console.print(line)
@@ -197,7 +197,7 @@ class _Asked:
         if as_json:
             typer.echo(json.dumps(self._search_json(explored, explain), indent=2))
             return bool(explored.ranked)
-        console = Console(highlight=False, soft_wrap=True)
+        console = answers()
         show_exploration(console, explored)
         best = best_plan(explored, self.calibration) if explain else None
         if best is not None:

@@ -114,13 +114,39 @@ def test_the_table_has_the_ranking_and_the_front(
     listed = [line for line in front.splitlines() if re.match(r"\d+ ", line)]
     peaks = [format_bytes(found.peak_bytes) for found in explored.front if found.fits][:10]
     assert [" ".join(line.split()[1:3]) for line in listed] == peaks
-    assert "Losses rest on:" in front
+    assert "Losses are added up, and rest on:" in front
+
+
+@pytest.mark.parametrize("goal", ["context", "concurrency", "latency"])
+def test_the_tables_of_a_search_keep_to_eighty_columns(
+    typed: Typed, monkeypatch: pytest.MonkeyPatch, goal: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    said = typed(*PLAN, "--goal", goal).stdout.split("Losses are added up")[0]
+    rows = [line for line in said.splitlines() if re.match(r"\d+ ", line)]
+    assert max(map(len, rows)) <= 80
+    assert "…" not in said
+    assert "TTFT" in said
+    more = [line for line in said.splitlines() if line.startswith(" " * 20)]
+    assert len(more) < len(rows)  # folded once at most, and seldom
+
+
+@pytest.mark.parametrize("what", ["--list-devices", "--list-models"])
+def test_a_narrow_catalog_has_a_line_an_entry(
+    typed: Typed, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    count = len(json.loads(typed("plan", what, "--json").stdout))
+    assert typed("plan", what).stdout.splitlines()[0].rstrip().endswith("from")
+    monkeypatch.setenv("COLUMNS", "80")
+    assert len(typed("plan", what).stdout.splitlines()) == count + 1
 
 
 def test_each_change_is_said_in_few_words(typed: Typed) -> None:
     words = [*PLAN, "--engine", "vllm", "--goal", "concurrency", "--also-device", "h100"]
     explored = typed(*words, "--memory", "12GiB").stdout
-    assert "--" not in explored.split("Losses rest on:")[0].replace("--memory", "")
+    assert "--" not in explored.split("Losses are added up, and rest on:")[0].replace(
+        "--memory", ""
+    )
     assert re.search(r"\d devices|fp8 KV|int4 weights", explored)
 
 
