@@ -192,10 +192,12 @@ def _candidate(
         recipe = engine.settle(recipe)
     except InputError:
         return None
+    budget_bytes = budget_bytes or engine.limit_bytes(recipe)
+    recipe = engine.within(recipe, budget_bytes)
     phases = phase_footprints(recipe, _measured(calibration, recipe))
     return Candidate(
         recipe=recipe,
-        budget_bytes=budget_bytes or engine.limit_bytes(recipe),
+        budget_bytes=budget_bytes,
         peak_bytes=max(part.total_bytes for part in phases.values()),
         latency=estimate(recipe, phases),
         changes=tuple(setting.typed for setting in settings if setting.typed),

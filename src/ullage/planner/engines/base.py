@@ -51,6 +51,10 @@ class EngineArithmetic(ABC):
         """Bytes that the engine lets itself take of one device."""
         return recipe.device.memory_bytes
 
+    def within(self, recipe: Recipe, budget_bytes: int) -> Recipe:
+        """A settled `recipe` as the engine is told of a budget of each device."""
+        return recipe
+
     @abstractmethod
     def step(self, recipe: Recipe, phase: PhaseName) -> Step:
         """The largest forward pass of a phase."""

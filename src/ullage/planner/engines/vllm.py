@@ -58,6 +58,15 @@ class Vllm(Serving):
         utilization = self.settle(recipe).execution.utilization or 0.0
         return int(recipe.device.memory_bytes * utilization)
 
+    def within(self, recipe: Recipe, budget_bytes: int) -> Recipe:
+        """`recipe` with the budget as its share of the device: which rank is the tightest hangs on
+        it."""
+        memory_bytes, execution = recipe.device.memory_bytes, recipe.execution
+        if budget_bytes == int(memory_bytes * (execution.utilization or 0.0)):
+            return recipe
+        utilization = min(1.0, budget_bytes / memory_bytes)
+        return replace(recipe, execution=replace(execution, utilization=utilization))
+
     def terms(self, recipe: Recipe, step: Step, constants: Constants) -> list[Term]:
         """The rank with the fewest blocks. The profile's peak is reserved whatever the workload."""
         stage = tightest_stage(recipe, constants)
@@ -72,21 +81,19 @@ class Vllm(Serving):
         budget_bytes: int,
         constants: Constants,
     ) -> DeviceShare:
-        """What the tightest rank holds; KV entries that a technique drops make room for others."""
+        """What the tightest rank holds."""
         stage = tightest_stage(recipe, constants)
         usual = super().share(recipe, phases, budget_bytes, constants)
         graphs = graph_bytes(recipe, stage, constants)
         inside = graphs if constants["graphs_in_budget"].value else 0
         pages = _paging(recipe, stage)
         tokens, concurrency = _capacity(recipe, pages, usual.kv_pool_bytes, constants)
-        kv_bytes = _kv_term(recipe, self.step(recipe, "decode"), stage, constants).nbytes
-        gain = kv_bytes / max(1, phases["decode"].kv_bytes)
         return replace(
             usual,
             non_torch_bytes=usual.non_torch_bytes - inside,
             graph_bytes=graphs,
-            kv_pool_tokens=int(tokens * gain),
-            max_concurrency=round(concurrency * gain, 2),
+            kv_pool_tokens=tokens,
+            max_concurrency=round(concurrency, 2),
         )
 
     def worst_request_terms(self, recipe: Recipe) -> list[Term]:
