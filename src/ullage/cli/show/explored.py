@@ -27,6 +27,7 @@ _SHORT = {
     "--device": "{}",
 }
 _REACH = {"context": "context", "concurrency": "sequences", "latency": ""}
+_NARROW = {"sequences": "seqs"}
 
 
 def candidate_json(found: Candidate) -> dict[str, Any]:
@@ -82,6 +83,8 @@ def show_exploration(console: Console, explored: Exploration) -> None:
 def _table(rows: Iterable[Candidate], reach: str, wide: bool) -> Table:
     table = Table("", box=None, pad_edge=False)
     figures = ("first token", "tokens/s", "loss, added up") if wide else ("TTFT", "tok/s", "loss")
+    if not wide:
+        reach = _NARROW.get(reach, reach)
     for column in (reach, "memory", *figures):
         if column:
             table.add_column(column, justify="right", no_wrap=True)
