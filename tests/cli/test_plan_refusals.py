@@ -65,7 +65,7 @@ def assert_refused(done: subprocess.CompletedProcess[str], says: str) -> None:
         ([*SGLANG, "--max-num-seqs", "100000"], "--max-num-seqs makes it less"),
         ([*VLLM, "--max-num-seqs", "0"], "--max-num-seqs"),
         ([*VLLM, "--device", "cpu"], "plan --engine llama.cpp, transformers or ullage"),
-        ([*VLLM, "--device", "m4-max"], "known of GPUs alone, not of m4-max"),
+        ([*VLLM, "--device", "m4-max"], "GPUs alone, not of m4-max"),
         ([*SGLANG, "--device", "cpu-64gb"], "plan --engine llama.cpp, transformers or ullage"),
         ([*SEARCH, "--device", "cpu", "--engine", "vllm"], "plan --engine llama.cpp"),
         ([*VLLM, "--technique", "dms"], "dms is a technique of ullage, not of vllm"),

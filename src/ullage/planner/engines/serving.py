@@ -36,8 +36,9 @@ class Serving(EngineArithmetic):
         execution, device = recipe.execution, recipe.device
         if device.kind not in self.kinds:
             raise InputError(
-                f"What {execution.engine} holds is known of GPUs alone, not of {device.name} "
-                f"({device.kind}): there plan --engine llama.cpp, transformers or ullage."
+                f"What {execution.engine} holds is known of NVIDIA and AMD GPUs alone, not of "
+                f"{device.name}: name one with --device, or plan --engine llama.cpp, transformers "
+                "or ullage."
             )
         check_split(recipe.model, execution)
         return recipe
