@@ -74,8 +74,16 @@ def test_any_text_parses_or_is_a_size_error(text: str) -> None:
 
 @given(st.integers(1, 1 << 45))
 def test_plain_numbers_are_themselves(size: int) -> None:
-    assert parse_bytes(str(size)) == size
     assert parse_tokens(str(size)) == size
+    assert parse_bytes(f"{size}B") == size
+    if size >= MIB:
+        assert parse_bytes(str(size)) == size
+
+
+@pytest.mark.parametrize("text", ["20", " 24 ", "1.5", "1048575"])
+def test_a_small_number_without_a_unit_is_not_taken_for_bytes(text: str) -> None:
+    with pytest.raises(SizeError, match=f"Write {text.strip()}GiB, or [0-9]+B for bytes"):
+        parse_bytes(text)
 
 
 @given(st.integers(1, 1000 * TIB))

@@ -23,7 +23,8 @@ def parse_bytes(text: str, whole_bytes: int | None = None) -> int:
     """Bytes in `text`: ``24GiB``, ``900MiB``, ``24GB``, ``1048576``, or ``80%`` of `whole_bytes`.
 
     Raises:
-        SizeError: `text` is no positive size, or a percentage with nothing to take it of.
+        SizeError: `text` is no positive size, a percentage with nothing to take it of, or a number
+            without a unit that is too small to be meant in bytes.
     """
     number, unit = _split(text, "size", "24GiB, 24GB, 900MiB or 80%")
     if unit == "%":
@@ -39,6 +40,10 @@ def parse_bytes(text: str, whole_bytes: int | None = None) -> int:
         size_bytes = int(number * factor)
     if size_bytes <= 0:
         raise SizeError(f"{text!r} is not a positive size.")
+    if not unit and size_bytes < MIB:
+        raise SizeError(
+            f"{text!r} has no unit. Write {text.strip()}GiB, or {size_bytes}B for bytes."
+        )
     return size_bytes
 
 

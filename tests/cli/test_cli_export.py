@@ -29,6 +29,14 @@ def test_every_target_is_written(ullage: Ullage, plan_file: Path, target: str) -
     assert "llama-2-7b" in done.stdout.lower()
 
 
+def test_the_best_of_a_search_is_written(ullage: Ullage) -> None:
+    words = ["plan", "llama-3.1-8b", "--device", "h100", "--engine", "vllm", "--weights", "bf16"]
+    found = ullage(*words, "--goal", "context", "--json").stdout
+    done = ullage("export", "-", "--to", "vllm", stdin=found)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"--max-model-len {json.loads(found)['ranked'][0]['reach']}" in done.stdout
+
+
 def test_a_file_and_stdin_give_the_same(ullage: Ullage, plan_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "serve.sh"
     words = ("--to", "vllm", "--out", str(out))

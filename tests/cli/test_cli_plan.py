@@ -128,10 +128,32 @@ def test_servers_are_planned_explained_and_searched(ullage: Ullage, words: list[
     assert searched.returncode == 0, searched.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "attention"),
+    [
+        ([], "sdpa"),
+        (["--attention", "eager"], "eager"),
+        (["--engine", "transformers", "--attention", "flash"], "flash"),
+        (["--engine", "vllm"], "flash"),
+        (["--engine", "sglang"], "flash"),
+        (["--engine", "llama.cpp"], "flash"),
+        (["--engine", "llama.cpp", "--attention", "eager"], "eager"),
+    ],
+)
+def test_the_header_names_the_attention_that_the_engine_runs(
+    ullage: Ullage, words: list[str], attention: str
+) -> None:
+    header = ullage(*PLAN, *words).stdout.splitlines()[1]
+    assert f", {attention} attention, " in header
+
+
 def test_what_is_planned_only_says_so(ullage: Ullage) -> None:
     done = ullage(*PLAN, "--technique", "dms:kept=0.25")
     assert done.returncode == 0
     assert "dms is planned only" in done.stdout
+    eager = ullage(*PLAN, "--attention", "eager")
+    assert "eager is planned only: `ullage run` never builds the score matrix." in eager.stdout
+    assert "planned only" not in ullage(*PLAN, "--engine", "transformers").stdout
     refused = ullage("run", "smollm2-135m", "--prompt", "x", "--technique", "dms")
     assert refused.returncode == 2
     assert "dms can be planned, and is not run yet" in refused.stderr

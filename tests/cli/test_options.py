@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ullage import Device, ModelSpec, resolve
+from ullage import Device, ModelSpec, find_device, resolve
 from ullage.cli.options import PlanOptions, workload_of
 from ullage.errors import InputError, TechniqueError
 from ullage.planner.search import Freedom
 from ullage.specs.plan import TechniqueChoice
-from ullage.specs.workload import Workload
+from ullage.specs.workload import Engine, Workload
 from ullage.units import GIB
 
 TinySpec = Callable[..., ModelSpec]
@@ -44,6 +44,21 @@ def test_a_quantized_format_is_a_technique(options: PlanOptions) -> None:
     assert recipe.techniques == (NF4,)
     assert recipe.execution.dtype == "fp32"  # of the arithmetic
     assert options.freedom() == Freedom(weights=False)
+
+
+@pytest.mark.parametrize(
+    ("engine", "device", "tokens"),
+    [
+        ("ullage", "h100", 512), ("llama.cpp", "h100", 512), ("transformers", "h100", 0),
+        ("vllm", "rtx-4090", 2048), ("vllm", "h100", 8192),
+        ("sglang", "rtx-4090", 4096), ("sglang", "h100", 8192),
+    ],
+)  # fmt: skip
+def test_the_chunk_is_the_engines_as_the_help_says(
+    engine: Engine, device: str, tokens: int
+) -> None:
+    execution = PlanOptions(engine=engine).recipe(MODEL, find_device(device), WORK).execution
+    assert execution.prefill_chunk == tokens
 
 
 def test_transformers_reads_the_prompt_at_once() -> None:

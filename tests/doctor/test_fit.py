@@ -7,6 +7,7 @@ import pytest
 
 from ullage.doctor.diagnosis import Change, Diagnosis, Run
 from ullage.doctor.fit import plan_of, with_plan
+from ullage.specs.sources import resolve
 from ullage.units import GIB
 
 # ullage's own engine is not among the logs, but its arithmetic is always there.
@@ -31,16 +32,66 @@ def test_a_known_model_on_a_known_device_is_planned() -> None:
         {"total_bytes": None},
         {"run": Run()},
         {"run": Run(model="no/such-model")},
+        {"run": Run(model="no/such-model-AWQ", quantization="awq")},
         {"run": replace(RUN, max_model_len=10**15)},
-        {"run": replace(RUN, tensor_parallel=2)},
-        {"run": replace(RUN, quantization="exl9")},
-        {"run": replace(RUN, kv_dtype="turboquant_3bit")},
         {"engine_version": "x", "run": replace(RUN, model="")},
     ],
 )
 def test_what_is_not_known_is_not_planned(unknown: dict[str, object]) -> None:
     diagnosis = replace(NAMED, **unknown)  # type: ignore[arg-type]
     assert with_plan(diagnosis) == diagnosis
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ({"run": replace(RUN, tensor_parallel=2)}, "ullage runs on one device"),
+        ({"run": replace(RUN, quantization="exl9")}, "no arithmetic for exl9 weights in ullage."),
+        ({"run": replace(RUN, kv_dtype="turboquant_3bit")}, "no arithmetic for turboquant_3bit KV"),
+        ({"engine_version": "99"}, "ullage 99 has no figures here"),
+        ({"engine": "vllm", "run": replace(RUN, quantization="gptq")}, "gptq has several formats"),
+        ({"engine": "vllm", "run": replace(RUN, quantization="bitsandbytes")}, "nf4 weights in"),
+    ],
+)
+def test_what_has_no_plan_says_why(said: dict[str, object], why: str) -> None:
+    diagnosis = replace(NAMED, **said)  # type: ignore[arg-type]
+    assert plan_of(diagnosis) is None
+    found = with_plan(diagnosis)
+    assert found.planned.startswith("No plan: ")
+    assert why in found.planned
+    assert found == replace(diagnosis, planned=found.planned)
+
+
+# GiB of weights in the catalog's own checkpoints, which configs of the hub make exact.
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize(
+    ("model", "quantization", "same_as"),
+    [
+        ("Qwen/Qwen2.5-7B-Instruct-AWQ", "awq_marlin", ""),  # in the catalog as it is
+        ("openai/gpt-oss-20b", "mxfp4", ""),
+        ("RedHatAI/Llama-3.3-70B-Instruct-quantized.w8a8", "compressed-tensors", ""),
+        ("someone/Qwen2.5-7B-Instruct-AWQ", "awq", "qwen2.5-7b-instruct-awq"),
+        ("/models/Qwen2.5-7B-Instruct-GPTQ-Int4", "gptq", "qwen2.5-7b-instruct-gptq-int4"),
+        ("me/Qwen2.5-7B-Instruct-quantized.w4a16", "compressed-tensors",
+         "qwen2.5-7b-instruct-w4a16"),
+        ("me/Qwen2.5-7B-Instruct-quantized.w8a8", "compressed-tensors", "qwen2.5-7b-instruct-w8a8"),
+        ("me/Qwen3-8B-FP8", "fp8", "qwen3-8b-fp8"),
+        ("qwen3-8b", "awq", "qwen3-8b-awq"),
+    ],
+)  # fmt: skip
+def test_a_quantized_checkpoint_is_planned_in_its_format(
+    engine: str, model: str, quantization: str, same_as: str
+) -> None:
+    run = Run(model, "float16", quantization=quantization, max_model_len=4096)
+    diagnosis = Diagnosis("", True, engine, total_bytes=160 * GIB, run=run)
+    plan = plan_of(diagnosis)
+    assert plan is not None, with_plan(diagnosis).planned
+    name = same_as or model
+    exact = plan_of(replace(diagnosis, run=replace(run, model=name)))
+    assert exact is not None
+    assert plan.share.weights_bytes == pytest.approx(exact.share.weights_bytes, rel=0.01)
+    plain = resolve(name).parameters * 2
+    assert plan.share.weights_bytes < 0.65 * plain
 
 
 def test_a_path_in_a_log_is_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

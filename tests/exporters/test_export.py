@@ -283,7 +283,7 @@ def test_a_hostile_name_stays_out_of_the_controllers_script(make_plan: MakePlan)
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("vllm", {"scheme": "nf4"}, "vllm 0.32.0 has no nf4 weights"),
+    ("vllm", {"scheme": "nf4"}, "vllm 0.33.0 has no nf4 weights"),
     ("ray", {"scheme": "int8"}, "has no int8 weights"),
     ("vllm", {"source": "a.gguf"}, "reads no GGUF"),
     ("vllm", {"kv_dtype": "q8_0"}, "has no --kv-cache-dtype 'q8_0'"),
@@ -524,3 +524,13 @@ def test_the_program_for_transformers_runs(
     )  # fmt: skip
     exec(compile(exporters.export(plan, "transformers"), "exported.py", "exec"), {})
     assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize(("kind", "counted"), [("cuda", True), ("cpu", False)])
+def test_an_engines_own_plan_is_named_where_there_is_one(
+    make_plan: MakePlan, kind: str, counted: bool
+) -> None:
+    plan = make_plan(device=Device("some", kind, 80 * GIB))  # type: ignore[arg-type]
+    written = exporters.export(plan, "vllm")
+    assert "The figures are those of ullage" in written
+    assert ("`ullage plan --engine vllm` counts them" in written) == counted

@@ -14,6 +14,7 @@ import pytest
 from ullage import exporters
 from ullage.errors import InputError
 from ullage.exporters.shared.options import known
+from ullage.planner.constants import newest_version
 
 ROOM = Path(exporters.__file__).parent
 ENGINES = {
@@ -65,6 +66,11 @@ def test_a_value_that_the_engine_does_not_take_is_refused() -> None:
 
 def test_every_target_has_a_version() -> None:
     assert all(known(name).version for name in exporters.names())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_planner_and_the_exporter_know_the_same_newest_version(engine: str) -> None:
+    assert known(engine).version == newest_version(engine)
 
 
 # What follows reads the engines themselves, where they are installed.

@@ -9,9 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ullage import Device, Execution, InputError, Recipe, Workload, build_plan, resolve
+from ullage import (
+    Device,
+    Execution,
+    InputError,
+    Recipe,
+    Workload,
+    __version__,
+    build_plan,
+    resolve,
+)
 from ullage.planner.build import default_execution
-from ullage.planner.constants import Constants, latency_constants, version_key
+from ullage.planner.constants import Constants, latency_constants, newest_version, version_key
 from ullage.planner.engines import ENGINES
 from ullage.specs.calibration import Calibration
 from ullage.specs.footprint import Label
@@ -29,6 +38,8 @@ def recipe(engine: Engine = "vllm", version: str = "", device: Device = CARD) ->
 
 def entries(table: dict[str, Any], place: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     for key, value in table.items():
+        if key == "versions":
+            continue
         if "value" in value:
             yield f"{place}.{key}", value
         else:
@@ -57,7 +68,7 @@ def test_a_later_version_changes_only_what_there_was() -> None:
         ("0.17", 0.9, 12, 0),
         ("v0.19.1", 0.9, 12, 0),
         ("0.20.0rc1", 0.92, 12, 1),
-        ("0.100.0", 0.92, 12, 1),  # a number, not text: after 0.20
+        ("0.9.2", 0.9, 36, 0),  # numbers, not text: before 0.16
         ("", 0.92, 12, 1),
     ],
 )
@@ -126,6 +137,26 @@ def test_what_is_no_version_is_refused(engine: Engine, version: str) -> None:
     with pytest.raises(InputError, match=f"is no version of {engine}") as refused:
         Constants(recipe(engine, version))
     assert len(str(refused.value)) < 150
+
+
+@pytest.mark.parametrize(
+    ("engine", "known", "unknown"),
+    [
+        ("ullage", [__version__], ["0.0.9", "99"]),
+        ("transformers", ["5.20.1", "5.24.7"], ["4.57.6", "5.25", "6.0"]),
+        ("vllm", ["0.7.0", "0.33.4", "v0.20.1rc1"], ["0.6.6", "0.1.dev19262", "0.34.0", "1", "99"]),
+        ("sglang", ["0.5.10rc0", "0.5.99"], ["0.4.6", "0.6", "99"]),
+        ("llama.cpp", ["b6123", "11434"], ["b1", "b11435"]),
+    ],
+)
+def test_a_version_without_figures_is_refused(
+    engine: Engine, known: list[str], unknown: list[str]
+) -> None:
+    for version in known:
+        assert Constants(recipe(engine, version))
+    for version in unknown:
+        with pytest.raises(InputError, match=rf"known are .* to {newest_version(engine)}\."):
+            Constants(recipe(engine, version))
 
 
 numbers = st.lists(st.integers(0, 10**8), min_size=1, max_size=4)

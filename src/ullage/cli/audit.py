@@ -69,7 +69,7 @@ def audit(
     Takes minutes. Writes a picture and a calibration file.
     """
     options = PlanOptions(
-        device, memory, weights, kv_cache_dtype, "sdpa", prefill_chunk, tuple(technique or ()),
+        device, memory, weights, kv_cache_dtype, None, prefill_chunk, tuple(technique or ()),
         calibration=calibration,
     )  # fmt: skip
     _refuse_unwritable(plot, write)

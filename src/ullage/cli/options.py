@@ -89,10 +89,11 @@ KvOption = Annotated[
     ),
 ]
 AttentionOption = Annotated[
-    Attention,
+    Attention | None,
     typer.Option(
         "--attention",
-        help="eager builds the score matrix, quadratic in the prompt; the others do not.",
+        help="eager builds the score matrix, quadratic in the prompt; the others do not. Default: "
+        "the engine's.",
     ),
 ]
 ChunkOption = Annotated[
@@ -101,7 +102,8 @@ ChunkOption = Annotated[
         "--prefill-chunk",
         min=0,
         max=_MOST,
-        help="Prompt tokens a forward pass; 0: all at once. Default: 512.",
+        help="Prompt tokens a forward pass; 0: all at once. Default: the engine's: 512 in ullage "
+        "and llama.cpp, all at once in transformers, by the device's memory in vllm and sglang.",
     ),
 ]
 TechniqueOption = Annotated[
@@ -155,7 +157,7 @@ class PlanOptions:
     memory: str | None = None
     weights: str | None = None
     kv_cache_dtype: str | None = None
-    attention: Attention = "sdpa"
+    attention: Attention | None = None
     prefill_chunk: int | None = None
     technique: tuple[str, ...] = ()
     engine: Engine = "ullage"
@@ -221,7 +223,7 @@ class PlanOptions:
         chunk = default.prefill_chunk if self.prefill_chunk is None else self.prefill_chunk
         return replace(
             default,
-            attention=self.attention,
+            attention=self._attention() or default.attention,
             prefill_chunk=chunk,
             engine_version=self.engine_version,
             max_num_seqs=self.max_num_seqs,
@@ -229,6 +231,12 @@ class PlanOptions:
             tensor_parallel=self.tp,
             pipeline_parallel=self.pp,
         )
+
+    def _attention(self) -> Attention | None:
+        known = ENGINES[self.engine].attentions
+        if self.attention is not None and self.attention not in known:
+            raise _unknown("--attention", self.attention, self.engine, known)
+        return self.attention
 
     def _with_formats(self, recipe: Recipe) -> Recipe:
         engine = ENGINES[self.engine]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from ullage.cli.options import (
     AttentionOption,
@@ -29,7 +28,7 @@ from ullage.cli.options import (
     WeightsOption,
     workload_of,
 )
-from ullage.cli.show import catalogs
+from ullage.cli.show import answers, catalogs, is_wide
 from ullage.cli.show.explored import (
     candidate_json,
     change_line,
@@ -39,10 +38,17 @@ from ullage.cli.show.explored import (
 )
 from ullage.cli.show.picture import draw_exploration
 from ullage.cli.show.planned import show_plan
-from ullage.cli.show.sums import sums, sums_table
+from ullage.cli.show.sums import show_best, sums, sums_table
 from ullage.errors import DoesNotFit, InputError
 from ullage.planner import build_plan
-from ullage.planner.explore import Candidate, Goal, cheapest_change, explore
+from ullage.planner.explore import (
+    Candidate,
+    Exploration,
+    Goal,
+    best_plan,
+    cheapest_change,
+    explore,
+)
 from ullage.specs.calibration import Calibration
 from ullage.specs.device import Device, find_device
 from ullage.specs.plan import Plan, Recipe
@@ -68,7 +74,7 @@ def plan(
     output_len: OutputLenOption = None,
     weights: WeightsOption = None,
     kv_cache_dtype: KvOption = None,
-    attention: AttentionOption = "sdpa",
+    attention: AttentionOption = None,
     prefill_chunk: ChunkOption = None,
     technique: TechniqueOption = None,
     engine: EngineOption = "ullage",
@@ -95,7 +101,11 @@ def plan(
         typer.Option(help="With --goal: a picture of memory, quality, latency; .svg or .png."),
     ] = None,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Every line of the sum, its label and its source.")
+        bool,
+        typer.Option(
+            "--explain",
+            help="Every line of the sum, its label and its source; with --goal, of the best.",
+        ),
     ] = False,
     list_models: Annotated[
         bool, typer.Option("--list-models", help="The catalog of models, and nothing else.")
@@ -134,7 +144,10 @@ def plan(
         devices=[find_device(name) for name in also_device or ()],
         calibration=options.read_calibration(),
     )
-    fits = asked.plan(explain, as_json) if goal is None else asked.search(goal, plot, as_json)
+    if goal is None:
+        fits = asked.plan(explain, as_json)
+    else:
+        fits = asked.search(goal, plot, explain, as_json)
     raise typer.Exit(0 if fits else 1)
 
 
@@ -142,8 +155,9 @@ def _list(models: bool, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(catalogs.models() if models else catalogs.devices(), indent=2))
         return
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(catalogs.models_table() if models else catalogs.devices_table())
+    console = answers()
+    wide = is_wide(console)
+    console.print(catalogs.models_table(wide) if models else catalogs.devices_table(wide))
 
 
 @dataclass(frozen=True)
@@ -162,17 +176,17 @@ class _Asked:
         if as_json:
             typer.echo(json.dumps(self._json(made, explain), indent=2))
             return made.fits
-        console = Console(highlight=False, soft_wrap=True)
+        console = answers()
         show_plan(console, made, self.calibration)
         if explain:
-            console.print(sums_table(made, self.calibration))
+            console.print(sums_table(made, self.calibration, is_wide(console)))
         if not made.fits:
             for line in self._advice(made):
                 console.print(line)
         return made.fits
 
-    def search(self, goal: Goal, plot: Path | None, as_json: bool) -> bool:
-        """Print what the search for `goal` found."""
+    def search(self, goal: Goal, plot: Path | None, explain: bool, as_json: bool) -> bool:
+        """Print what the search for `goal` found, and what would make the request fit as asked."""
         made = build_plan(self.recipe, self.budget_bytes, self.calibration)  # or refuses it
         explored = explore(
             self.recipe, self.budget_bytes, goal, self.options.freedom(), self.devices,
@@ -181,19 +195,36 @@ class _Asked:
         if plot is not None:
             draw_exploration(explored, plot)
         if as_json:
-            typer.echo(json.dumps(exploration_json(explored), indent=2))
-        else:
-            console = Console(highlight=False, soft_wrap=True)
-            show_exploration(console, explored)
-            if not explored.every[0].fits:
-                for line in self._advice(made):
-                    console.print(line)
+            typer.echo(json.dumps(self._search_json(explored, explain), indent=2))
+            return bool(explored.ranked)
+        console = answers()
+        show_exploration(console, explored)
+        best = best_plan(explored, self.calibration) if explain else None
+        if best is not None:
+            show_best(console, best, self._calibration_of(best))
+        if not explored.every[0].fits:
+            for line in self._advice(made):
+                console.print(line)
         return bool(explored.ranked)
 
-    def _json(self, made: Plan, explain: bool) -> dict[str, Any]:
+    def _search_json(self, explored: Exploration, explain: bool) -> dict[str, Any]:
+        best = best_plan(explored, self.calibration)
+        plan = None if best is None else self._plan_json(best, explain)
+        return {**exploration_json(explored), "best": plan}
+
+    def _plan_json(self, made: Plan, explain: bool) -> dict[str, Any]:
         data = made.to_json()
         if explain:
-            data["explain"] = sums(made, self.calibration)
+            data["explain"] = sums(made, self._calibration_of(made))
+        return data
+
+    def _calibration_of(self, made: Plan) -> Calibration | None:
+        """The calibration, where it is of the plan's device: a search may take another."""
+        known = self.calibration
+        return known if known is not None and known.is_of(made.recipe.device) else None
+
+    def _json(self, made: Plan, explain: bool) -> dict[str, Any]:
+        data = self._plan_json(made, explain)
         if not made.fits:
             try:
                 data["cheapest_change"] = candidate_json(self._change())

@@ -71,7 +71,7 @@ def run(
     device: DeviceOption = None,
     weights: WeightsOption = None,
     kv_cache_dtype: KvOption = None,
-    attention: AttentionOption = "sdpa",
+    attention: AttentionOption = None,
     prefill_chunk: ChunkOption = None,
     technique: TechniqueOption = None,
     calibration: CalibrationOption = None,
@@ -108,8 +108,9 @@ class _Session:
     given: Plan | None
 
     def __post_init__(self) -> None:
-        if self.options.attention != "sdpa":
-            raise InputError(own_attention("--attention", self.options.attention))
+        asked = self.options.attention
+        if asked is not None and asked != "sdpa":
+            raise InputError(own_attention("--attention", asked))
         if self.given is None:
             device = device_to_run(self.options.device)
         else:

@@ -5,13 +5,13 @@ from dataclasses import replace
 from typing import get_args
 
 from ullage.doctor.diagnosis import Change, Diagnosis
-from ullage.errors import UllageError
+from ullage.doctor.weights import model_of, with_weights
+from ullage.errors import InputError, UllageError
 from ullage.planner import build_plan, default_execution
 from ullage.planner.engines import ENGINES
 from ullage.specs.device import Device, find_device
 from ullage.specs.dtypes import dtype_name, kv_dtype_name
 from ullage.specs.plan import Plan, Recipe
-from ullage.specs.sources import from_catalog
 from ullage.specs.workload import Engine, Execution, Workload
 from ullage.units import GIB, format_bytes
 
@@ -22,8 +22,12 @@ _MOST = 1 << 30  # no engine counts more tokens or sequences: such a log is not 
 
 
 def with_plan(diagnosis: Diagnosis) -> Diagnosis:
-    """The diagnosis with what the plan says, if the log names a known model, device and engine."""
-    plan = plan_of(diagnosis)
+    """The diagnosis with what the plan says, or why there is none, if the log names a known model,
+    device and engine."""
+    try:
+        plan = _plan(diagnosis)
+    except UllageError as error:
+        return replace(diagnosis, planned=f"No plan: {error}")
     if plan is None:
         return diagnosis
     changes = diagnosis.changes
@@ -34,18 +38,27 @@ def with_plan(diagnosis: Diagnosis) -> Diagnosis:
 
 def plan_of(diagnosis: Diagnosis) -> Plan | None:
     """The plan of the run that the log describes, or None where it does not say enough."""
-    if diagnosis.engine not in get_args(Engine) or diagnosis.engine not in ENGINES:
-        return None
     try:
-        recipe = _recipe(diagnosis)
-        return None if recipe is None else build_plan(recipe)
+        return _plan(diagnosis)
     except UllageError:
         return None
 
 
+def _plan(diagnosis: Diagnosis) -> Plan | None:
+    """The plan, or None where the log does not say enough for one.
+
+    Raises:
+        UllageError: it says enough, but what it says has no plan.
+    """
+    if diagnosis.engine not in get_args(Engine):
+        return None
+    recipe = _recipe(diagnosis)
+    return None if recipe is None else build_plan(recipe)
+
+
 def _recipe(diagnosis: Diagnosis) -> Recipe | None:
-    # GGUF's names have blanks
-    run, model = diagnosis.run, from_catalog(diagnosis.run.model.strip().replace(" ", "-"))
+    run = diagnosis.run
+    model = model_of(run.model, run.quantization)
     sizes = (run.max_model_len or 2, run.max_num_seqs or 1, run.prefill_chunk or 1,
              run.tensor_parallel, run.pipeline_parallel)  # fmt: skip
     device = _device(diagnosis)
@@ -54,16 +67,11 @@ def _recipe(diagnosis: Diagnosis) -> Recipe | None:
     length = max(2, run.max_model_len or model.max_context_tokens)
     output = min(_OUTPUT_TOKENS, length // 2)
     work = Workload(length - output, output)
-    execution = _execution(diagnosis, device)
-    if execution is None:
-        return None
-    recipe = Recipe(model, device, work, execution)
-    engine = ENGINES[execution.engine]
-    weights = dtype_name(run.quantization) or run.quantization
-    if weights in engine.weights:
-        return engine.with_weights(recipe, weights)
     # A GGUF file has a type of its own: where the log does not tell it, there is nothing to plan.
-    return None if weights or diagnosis.engine == "llama.cpp" else recipe
+    if diagnosis.engine == "llama.cpp" and not run.quantization:
+        return None
+    recipe = Recipe(model, device, work, _execution(diagnosis, device))
+    return with_weights(recipe, run.quantization, run.model)
 
 
 def _device(diagnosis: Diagnosis) -> Device | None:
@@ -77,12 +85,12 @@ def _device(diagnosis: Diagnosis) -> Device | None:
     return Device(f"the log's {total_bytes / GIB:.2f} GiB device", "cuda", total_bytes)
 
 
-def _execution(diagnosis: Diagnosis, device: Device) -> Execution | None:
+def _execution(diagnosis: Diagnosis, device: Device) -> Execution:
     run, engine = diagnosis.run, diagnosis.engine
     default = default_execution(device, engine)  # type: ignore[arg-type]
     kv_dtype = kv_dtype_name(run.kv_dtype) if run.kv_dtype else default.kv_dtype
-    if kv_dtype not in ENGINES[default.engine].kv_dtypes:
-        return None
+    if kv_dtype is None or kv_dtype not in ENGINES[default.engine].kv_dtypes:
+        raise InputError(f"there is no arithmetic for {run.kv_dtype[:40]} KV entries in {engine}.")
     return replace(
         default,
         dtype=dtype_name(run.dtype) or default.dtype,
@@ -99,8 +107,10 @@ def _execution(diagnosis: Diagnosis, device: Device) -> Execution | None:
 def _sentence(plan: Plan) -> str:
     share, work, cliff = plan.share, plan.recipe.workload, plan.cliff
     longest = "any" if cliff.max_model_len is None else f"{cliff.max_model_len:,}"
+    model = plan.recipe.model
+    weights = f" in {model.converted}" if model.converted else ""
     return (
-        f"By the plan, {plan.recipe.model.name} leaves {format_bytes(share.kv_pool_bytes)} for KV "
+        f"By the plan, {model.name}{weights} leaves {format_bytes(share.kv_pool_bytes)} for KV "
         f"entries: {share.max_concurrency:,.2f} requests of {work.context_tokens:,} tokens at "
         f"once; the longest that fits has {longest} tokens."
     )

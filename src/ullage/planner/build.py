@@ -28,6 +28,7 @@ def build_plan(
     for choice in recipe.techniques:
         _refuse_unsupported(techniques.create(choice), recipe)
     budget_bytes = budget_bytes or engine.limit_bytes(recipe)
+    recipe = engine.within(recipe, budget_bytes)
     phases = phase_footprints(recipe, calibration)
     planned = Planned(recipe, phases, budget_bytes, Constants(recipe, calibration))
     return Plan(

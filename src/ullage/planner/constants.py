@@ -12,6 +12,7 @@ from ullage.specs.calibration import Calibration
 from ullage.specs.footprint import Label
 from ullage.specs.plan import Recipe
 
+_MINOR = 2  # numbers of a version that matter: patches hold what the minor version does
 _MOST_DIGITS = 9  # of a number in a version; dates have eight
 
 
@@ -29,8 +30,8 @@ class Constants:
     before the built-in ones.
 
     Raises:
-        InputError: the calibration is of another device or engine than the recipe, or its version
-            is none.
+        InputError: the calibration is of another device or engine than the recipe, or the engine's
+            version is none that there are figures of.
     """
 
     def __init__(self, recipe: Recipe, calibration: Calibration | None = None) -> None:
@@ -76,14 +77,31 @@ def _table() -> Mapping[str, Any]:
 
 @cache
 def _constants(engine: str, version: str, kind: str) -> Mapping[str, Constant]:
-    if version and not version_key(version):
-        raise InputError(f"{version[:40]!r} is no version of {engine}, as 0.19.0 is.")
+    if version:
+        _refuse_unknown(engine, version)
     section = _table()[engine]
     merged = {**section.get("any", {}), **section.get(kind, {})}
     for since in sorted(section.get("since", {}), key=version_key):
         if not version or version_key(since) <= version_key(version):
             merged.update(section["since"][since])
     return {key: Constant(**entry) for key, entry in merged.items()}
+
+
+def newest_version(engine: str) -> str:
+    """The newest version of `engine` that there are figures of."""
+    return str(_table()[engine]["versions"][1])
+
+
+def _refuse_unknown(engine: str, version: str) -> None:
+    key = version_key(version)
+    oldest, newest = _table()[engine]["versions"]
+    if not key:
+        raise InputError(f"{version[:40]!r} is no version of {engine}, as {newest} is.")
+    if not version_key(oldest) <= key[:_MINOR] <= version_key(newest)[:_MINOR]:
+        raise InputError(
+            f"{engine} {version[:40]} has no figures here: known are {oldest} to {newest}. Without "
+            "--engine-version the newest is planned."
+        )
 
 
 def version_key(version: str) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ from math import inf
 from typing import Literal
 
 from ullage.errors import DoesNotFit, InputError
+from ullage.planner.build import build_plan
 from ullage.planner.engines import ENGINES
 from ullage.planner.latency import estimate
 from ullage.planner.levers import Cost, Lever, Setting, combinations, levers_of
@@ -15,7 +16,7 @@ from ullage.planner.search import Freedom, as_memory_option
 from ullage.specs.calibration import Calibration
 from ullage.specs.device import Device
 from ullage.specs.latency import Latency
-from ullage.specs.plan import Recipe
+from ullage.specs.plan import Plan, Recipe
 
 Goal = Literal["context", "concurrency", "latency"]
 
@@ -109,6 +110,20 @@ def explore(
     return Exploration(goal, tuple(every), tuple(sorted(fitting, key=_rank)), front)
 
 
+def best_plan(explored: Exploration, calibration: Calibration | None = None) -> Plan | None:
+    """The plan of the best that fits, at the size that it reaches; None where nothing fits."""
+    if not explored.ranked:
+        return None
+    best = explored.ranked[0]
+    recipe, work = best.recipe, best.recipe.workload
+    if best.reach is not None and explored.goal == "context":
+        work = replace(work, prompt_tokens=best.reach - work.output_tokens)
+    elif best.reach is not None:
+        work = replace(work, sequences=best.reach)
+    recipe = replace(recipe, workload=work)
+    return build_plan(recipe, best.budget_bytes, _measured(calibration, recipe))
+
+
 def cheapest_change(
     recipe: Recipe,
     budget_bytes: int | None,
@@ -167,10 +182,12 @@ def _candidate(
         recipe = engine.settle(recipe)
     except InputError:
         return None
+    budget_bytes = budget_bytes or engine.limit_bytes(recipe)
+    recipe = engine.within(recipe, budget_bytes)
     phases = phase_footprints(recipe, _measured(calibration, recipe))
     return Candidate(
         recipe=recipe,
-        budget_bytes=budget_bytes or engine.limit_bytes(recipe),
+        budget_bytes=budget_bytes,
         peak_bytes=max(part.total_bytes for part in phases.values()),
         latency=estimate(recipe, phases),
         changes=tuple(setting.typed for setting in settings if setting.typed),

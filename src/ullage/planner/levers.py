@@ -264,8 +264,9 @@ def _limits(recipe: Recipe) -> Iterator[Setting]:
 
 
 def _attentions(recipe: Recipe) -> Iterator[Setting]:
+    usual = ENGINES[recipe.execution.engine].attentions[0]
     if recipe.execution.attention == "eager":
-        yield _executed("--attention sdpa", attention="sdpa")
+        yield _executed(f"--attention {usual}", attention=usual)
 
 
 def _parallel(recipe: Recipe) -> Iterator[Setting]:

@@ -123,7 +123,7 @@ class Plan:
         if not isinstance(data, dict) or data.get("schema_version") != SCHEMA_VERSION:
             raise InputError(
                 "This is not a plan that this version of ullage wrote: `ullage plan MODEL --json` "
-                "writes one, without --goal."
+                "writes one."
             )
         try:
             plan = decode(cls, _nested(data), "plan")
@@ -173,13 +173,18 @@ def _refuse_impossible(plan: Plan) -> None:
 
 
 def read_plan(path: Path) -> Plan:
-    """The plan in a file that `ullage plan --json` wrote.
+    """The plan in a file that `ullage plan --json` wrote; of a search, its best.
 
     Raises:
-        InputError: no such file, or not a plan.
+        InputError: no such file, not a plan, or a search that found none.
     """
     try:
-        return Plan.from_json(json.loads(path.read_text(encoding="utf-8")))
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(data, dict) and "goal" in data:
+            data = data.get("best")
+            if data is None:
+                raise InputError(f"{path}: of what was searched nothing fits, so there is no plan.")
+        return Plan.from_json(data)
     except OSError as error:
         raise InputError(f"Cannot read the plan {path}: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:

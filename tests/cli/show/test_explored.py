@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from ullage import Recipe, Workload, find_device, resolve
+from ullage import InputError, Recipe, Workload, find_device, resolve
 from ullage.cli.show import catalogs
 from ullage.cli.show.explored import candidate_json, change_line, size_line
 from ullage.planner import default_execution
@@ -17,7 +17,7 @@ from ullage.planner.explore import cheapest_change, explore
 from ullage.planner.search import Freedom
 from ullage.specs.calibration import Calibration
 from ullage.specs.device import catalog
-from ullage.specs.plan import Cliff
+from ullage.specs.plan import Cliff, read_plan
 from ullage.units import GIB, format_bytes
 
 Typed = Callable[..., subprocess.CompletedProcess[str]]
@@ -44,6 +44,52 @@ def test_the_json_is_what_the_search_found(typed: Typed, goal: str) -> None:
     assert all((row["reach"] is None) == (goal == "latency") for row in found["ranked"])
 
 
+@pytest.mark.parametrize("goal", ["context", "concurrency", "latency"])
+def test_the_best_is_a_plan_at_the_size_that_it_reaches(
+    typed: Typed, tmp_path: Path, goal: str
+) -> None:
+    done = typed(*PLAN, "--goal", goal, "--explain", "--json")
+    found, file = json.loads(done.stdout), tmp_path / "found.json"
+    file.write_text(done.stdout)
+    plan, first = read_plan(file), found["ranked"][0]
+    work = plan.recipe.workload
+    reached = {"context": work.context_tokens, "concurrency": work.sequences, "latency": None}
+    assert plan.fits
+    assert reached[goal] == first["reach"]
+    assert plan.budget_bytes == first["budget_bytes"]
+    for phase in ("prefill", "decode"):
+        lines = found["best"]["explain"][phase]
+        assert sum(line["nbytes"] for line in lines) == plan.phases[phase].total_bytes  # type: ignore[index]
+
+
+def test_a_search_explains_its_best(typed: Typed) -> None:
+    done = typed(*PLAN, "--goal", "context", "--explain")
+    assert done.returncode == 0
+    assert re.search(r"The first, at 1 x [\d,]+ tokens: \w+ weights", done.stdout)
+    assert "CUDA context with cuBLAS" in done.stdout
+    assert "The first, at" not in typed(*PLAN, "--goal", "context").stdout
+
+
+def test_the_best_of_other_devices_is_explained_without_a_calibration(
+    typed: Typed, tmp_path: Path
+) -> None:
+    file = tmp_path / "calibration.json"
+    Calibration("rtx-4060", "ullage", {"runtime_bytes": 7}, {}).write(file)
+    words = ["plan", "llama-3.1-70b", "--device", "rtx-4060", "--also-device", "h200"]
+    done = typed(*words, "--goal", "latency", "--explain", "--calibration", str(file))
+    assert done.returncode == 0, done.stderr
+    assert "CUDA context with cuBLAS" in done.stdout
+
+
+def test_a_search_without_a_fit_holds_no_plan(typed: Typed, tmp_path: Path) -> None:
+    done = typed("plan", "llama-3.1-70b", "--device", "rtx-4060", "--goal", "latency", "--json")
+    file = tmp_path / "found.json"
+    file.write_text(done.stdout)
+    assert json.loads(done.stdout)["best"] is None
+    with pytest.raises(InputError, match="nothing fits, so there is no plan"):
+        read_plan(file)
+
+
 @pytest.mark.parametrize(
     ("goal", "column"), [("context", "context"), ("concurrency", "sequences"), ("latency", None)]
 )
@@ -68,13 +114,39 @@ def test_the_table_has_the_ranking_and_the_front(
     listed = [line for line in front.splitlines() if re.match(r"\d+ ", line)]
     peaks = [format_bytes(found.peak_bytes) for found in explored.front if found.fits][:10]
     assert [" ".join(line.split()[1:3]) for line in listed] == peaks
-    assert "Losses rest on:" in front
+    assert "Losses are added up, and rest on:" in front
+
+
+@pytest.mark.parametrize("goal", ["context", "concurrency", "latency"])
+def test_the_tables_of_a_search_keep_to_eighty_columns(
+    typed: Typed, monkeypatch: pytest.MonkeyPatch, goal: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    said = typed(*PLAN, "--goal", goal).stdout.split("Losses are added up")[0]
+    rows = [line for line in said.splitlines() if re.match(r"\d+ ", line)]
+    assert max(map(len, rows)) <= 80
+    assert "…" not in said
+    assert "TTFT" in said
+    more = [line for line in said.splitlines() if line.startswith(" " * 20)]
+    assert len(more) < len(rows)  # folded once at most, and seldom
+
+
+@pytest.mark.parametrize("what", ["--list-devices", "--list-models"])
+def test_a_narrow_catalog_has_a_line_an_entry(
+    typed: Typed, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    count = len(json.loads(typed("plan", what, "--json").stdout))
+    assert typed("plan", what).stdout.splitlines()[0].rstrip().endswith("from")
+    monkeypatch.setenv("COLUMNS", "80")
+    assert len(typed("plan", what).stdout.splitlines()) == count + 1
 
 
 def test_each_change_is_said_in_few_words(typed: Typed) -> None:
     words = [*PLAN, "--engine", "vllm", "--goal", "concurrency", "--also-device", "h100"]
     explored = typed(*words, "--memory", "12GiB").stdout
-    assert "--" not in explored.split("Losses rest on:")[0].replace("--memory", "")
+    assert "--" not in explored.split("Losses are added up, and rest on:")[0].replace(
+        "--memory", ""
+    )
     assert re.search(r"\d devices|fp8 KV|int4 weights", explored)
 
 

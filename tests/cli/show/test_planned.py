@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from ullage import Plan, Recipe, TechniqueChoice, Workload, build_plan, find_device, resolve
+from ullage.cli.show import answers
 from ullage.cli.show.planned import show_plan
 from ullage.cli.show.sums import sums, sums_table
 from ullage.planner import default_execution
@@ -61,9 +62,31 @@ def test_the_bar_is_as_long_as_the_share_and_goes_where_there_is_no_room() -> No
     share = half.phases["prefill"].total_bytes / half.budget_bytes
     assert row.count("█") == round(20 * share) == 10
     assert row.count("█") + row.count("░") == 20
-    assert "█" not in shown(half, width=100)
+    assert "█" not in shown(half, width=80)
     full = shown(plan_of(budget_bytes=plan.peak_bytes // 3))
     assert max(line.count("█") for line in full.splitlines()) == 20
+
+
+def test_phases_keep_to_eighty_columns_whatever_their_size() -> None:
+    for plan in (plan_of(), plan_of(work=Workload(100_000, 1000, 64), model="llama-3.1-70b")):
+        table = shown(plan, width=80).splitlines()[2:6]
+        assert [line.split()[0] for line in table] == ["phase", "load", "prefill", "decode"]
+        assert max(map(len, table)) <= 80
+        assert "…" not in "".join(table)
+    assert "scratch, logits" in table[0]
+    scratch = plan.phases["prefill"].activation_bytes + plan.phases["prefill"].logits_bytes
+    assert f"  {format_bytes(scratch)}  " in table[2]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_lines_end_between_words_on_a_terminal_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: bool
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TTY_COMPATIBLE", str(int(terminal)))
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    answers().print("word " * 30)
+    assert len(capsys.readouterr().out.splitlines()) == (2 if terminal else 1)
 
 
 def test_the_verdict_says_what_is_spare_or_too_much() -> None:
@@ -168,10 +191,23 @@ def test_the_lines_of_a_sum_are_its_total(
             assert {choice.name for choice in techniques} <= named
 
 
+def test_a_narrow_table_of_sums_has_each_source_under_its_line() -> None:
+    out, plan = StringIO(), plan_of("vllm")
+    console = Console(file=out, width=80, color_system=None)
+    console.print(sums_table(plan, None, wide=False))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "…" not in out.getvalue()
+    words = " ".join(out.getvalue().split())
+    for term in explain(plan.recipe, "decode"):
+        start = " ".join(term.source.split()[:2])
+        assert start[:30] in words
+
+
 def test_the_table_of_sums_has_every_line_and_the_totals() -> None:
     plan = plan_of("ullage", NF4, DMS)
     out = StringIO()
-    Console(file=out, width=250, color_system=None).print(sums_table(plan, None))
+    Console(file=out, width=250, color_system=None).print(sums_table(plan, None, wide=True))
     text = out.getvalue()
     for phase in PHASES:
         assert re.search(

@@ -7,11 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ullage import ModelSpec, Plan, Workload, build_plan, resolve
+from ullage import ModelSpec, Plan, Workload, build_plan, resolve, techniques
 from ullage.errors import InputError, ModelError, UnknownArchitecture
 from ullage.planner.constants import Constants
 from ullage.planner.engines import ENGINES
-from ullage.planner.engines.base import Planned
 from ullage.planner.engines.paging import Running, paging
 from ullage.planner.engines.shards import stages
 from ullage.planner.engines.vllm import Vllm, stage_terms
@@ -108,6 +107,18 @@ def test_the_last_rank_of_a_pipeline_has_the_sampler_and_so_the_fewest_blocks() 
 
     assert plan.share.kv_pool_tokens == pytest.approx(1_075_312, rel=0.001)
     assert (plan.budget_bytes - beside.total_bytes) / GIB == pytest.approx(66.54, abs=0.1)
+
+
+@pytest.mark.parametrize(("share", "layers"), [(0.15, "22 to 31"), (0.5, "0 to 10")])
+def test_the_tightest_rank_is_that_of_the_budget(share: float, layers: str) -> None:
+    """On three ranks the last has one layer less and the sampler: that weighs in a small budget."""
+    recipe = recipe_of(model_of("llama-3.1-8b"), pipeline_parallel=3)
+    plan = build_plan(recipe, int(share * H100.memory_bytes))
+
+    assert plan.recipe.execution.utilization == pytest.approx(share)
+    assert explain(plan.recipe, "decode")[0].source == f"layers {layers}"
+    assert Footprint.of(explain(plan.recipe, "decode")) == plan.phases["decode"]
+    assert build_plan(recipe).recipe.execution.utilization == 0.95
 
 
 def test_sliding_and_full_layers_share_blocks() -> None:
@@ -260,16 +271,9 @@ def test_one_request_can_take_more_than_the_profile_knows() -> None:
     assert logprobs.label == "assumed"
 
 
-def test_fewer_kv_bytes_by_a_technique_make_room_for_more_sequences() -> None:
-    recipe = VLLM.settle(recipe_of(resolve("llama-3.1-8b")))
-    plan = build_plan(recipe)
-    halved = {
-        name: replace(part, kv_bytes=part.kv_bytes // 2) for name, part in plan.phases.items()
-    }
-    share = VLLM.share(Planned(recipe, halved, plan.budget_bytes, Constants(recipe)))
-
-    assert share.kv_pool_bytes == plan.share.kv_pool_bytes
-    assert share.max_concurrency == pytest.approx(2 * plan.share.max_concurrency, rel=1e-3)
+def test_no_technique_acts_on_vllm() -> None:
+    """Whoever adds one that does has to say what its pool holds then."""
+    assert not [name for name in techniques.names() if "vllm" in techniques.parse(name).engines]
 
 
 names = st.sampled_from(["llama-3.1-8b", "gemma-3-12b", "qwen3-14b", "gpt-oss-20b", "mixtral"])

@@ -36,12 +36,13 @@ def devices() -> list[dict[str, Any]]:
     return [asdict(found) for found in device.catalog().values()]
 
 
-def models_table() -> Table:
-    """`models` for people."""
+def models_table(wide: bool) -> Table:
+    """`models` for people: where they are from, if there is room."""
     table = Table("model", box=None, pad_edge=False)
     for column in ("parameters", "active", "context", "KV a token"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("from")
+    if wide:
+        table.add_column("from")
     for row in models():
         table.add_row(
             row["name"],
@@ -49,17 +50,18 @@ def models_table() -> Table:
             f"{row['active_parameters'] / 1e9:,.2f}B",
             f"{row['max_context_tokens']:,}",
             format_bytes(row["kv_bytes_per_token"]),
-            row["source"],
+            *([row["source"]] if wide else ()),
         )
     return table
 
 
-def devices_table() -> Table:
-    """`devices` for people."""
+def devices_table(wide: bool) -> Table:
+    """`devices` for people: where the figures are from, if there is room."""
     table = Table("device", "kind", box=None, pad_edge=False)
     for column in ("memory", "GB/s", "bf16 Tflop/s", "fp8"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("from")
+    if wide:
+        table.add_column("from")
     for row in devices():
         table.add_row(
             row["name"],
@@ -68,7 +70,7 @@ def devices_table() -> Table:
             _scaled(row["bandwidth_bytes_s"], 1e9),
             _scaled(row["bf16_flops"], 1e12),
             _scaled(row["fp8_flops"], 1e12),
-            row["source"],
+            *([row["source"]] if wide else ()),
         )
     return table
 

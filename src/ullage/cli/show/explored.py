@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ullage.cli.show import is_wide
 from ullage.planner.explore import Candidate, Exploration
 from ullage.specs.plan import Cliff
 from ullage.specs.workload import Workload
@@ -26,6 +27,7 @@ _SHORT = {
     "--device": "{}",
 }
 _REACH = {"context": "context", "concurrency": "sequences", "latency": ""}
+_NARROW = {"sequences": "seqs"}
 
 
 def candidate_json(found: Candidate) -> dict[str, Any]:
@@ -68,18 +70,22 @@ def show_exploration(console: Console, explored: Exploration) -> None:
     top = explored.best(TOP)
     front = [found for found in explored.front if found.fits][:TOP]
     if top:
-        console.print(_table(top, _REACH[explored.goal]))
+        wide = is_wide(console)
+        console.print(_table(top, _REACH[explored.goal], wide))
         console.print("\nNothing beats these in memory, quality and latency at once:")
-        console.print(_table(front, ""))
+        console.print(_table(front, "", wide))
         if not all(found.runs for found in (*top, *front)):
             console.print("* planned only: `ullage run` does not do it yet.")
     for line in _figures([*top, *front]):
         console.print(line)
 
 
-def _table(rows: Iterable[Candidate], reach: str) -> Table:
+def _table(rows: Iterable[Candidate], reach: str, wide: bool) -> Table:
     table = Table("", box=None, pad_edge=False)
-    for column in (reach, "memory", "first token", "tokens/s", "loss, added up"):
+    figures = ("first token", "tokens/s", "loss, added up") if wide else ("TTFT", "tok/s", "loss")
+    if not wide:
+        reach = _NARROW.get(reach, reach)
+    for column in (reach, "memory", *figures):
         if column:
             table.add_column(column, justify="right", no_wrap=True)
     table.add_column("with", overflow="fold")
@@ -109,14 +115,14 @@ def _loss(found: Candidate) -> str:
 def _with(found: Candidate) -> str:
     words = (change.split(" ") for change in found.changes)
     changes = ", ".join(_SHORT[option].format(value) for option, value in words)
-    return (changes or "as asked") + ("" if found.runs else " *")
+    return (changes or "as asked") + ("" if found.runs else "*")
 
 
 def _figures(rows: Iterable[Candidate]) -> list[str]:
     """Each figure once, with its source."""
     figures = (cost.figure for found in rows for cost in found.costs if cost.figure is not None)
     found = {f"{row.technique} {row.setting}: {row}; {row.source}." for row in figures}
-    return ["", "Losses rest on:", *sorted(found)] if found else []
+    return ["", "Losses are added up, and rest on:", *sorted(found)] if found else []
 
 
 def change_line(change: Candidate) -> str:

@@ -14,6 +14,8 @@ from ullage.specs.calibration import Calibration
 from ullage.specs.plan import Plan
 from ullage.units import format_bytes
 
+_UNBOUNDED = 1 << 10  # columns: more than any table needs
+
 
 def show_plan(console: Console, plan: Plan, calibration: Calibration | None) -> None:
     """Print `plan`: its phases, the verdict, the cliff, and what it would take otherwise."""
@@ -26,7 +28,7 @@ def show_plan(console: Console, plan: Plan, calibration: Calibration | None) -> 
         f"{work.sequences} x ({work.prompt_tokens:,} prompt + {work.output_tokens:,} output "
         f"tokens), {describe(recipe)}"
     )
-    console.print(_phase_table(plan, wide=console.width >= 110))
+    console.print(_phase_table(console, plan))
     verdict = "[green]fits[/]" if plan.fits else "[red]does not fit[/]"
     spare = plan.budget_bytes - plan.peak_bytes
     console.print(
@@ -45,18 +47,29 @@ def show_plan(console: Console, plan: Plan, calibration: Calibration | None) -> 
         console.print(line)
 
 
-def _phase_table(plan: Plan, wide: bool) -> Table:
+def _phase_table(console: Console, plan: Plan) -> Table:
+    """With as much beside the sizes as there is room for."""
+    roomy = console.options.update(max_width=_UNBOUNDED)
+    for bar, logits in ((20, True), (0, True)):
+        table = _phases(plan, bar, logits)
+        if console.measure(table, options=roomy).maximum <= console.width:
+            return table
+    return _phases(plan, bar=0, logits=False)
+
+
+def _phases(plan: Plan, bar: int, logits: bool) -> Table:
+    """A bar of so many columns, and a column for logits, which are scratch too, or none."""
+    scratch = ("scratch", "logits") if logits else ("scratch, logits",)
     table = Table("phase", box=None, pad_edge=False)
-    for column in ("weights", "KV", "scratch", "logits", "runtime", "total"):
+    for column in ("weights", "KV", *scratch, "runtime", "total", "of budget" if bar else "share"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("of budget" if wide else "share", justify="right", no_wrap=True)
     for name, part in plan.phases.items():
-        sizes = (
-            part.weights_bytes, part.kv_bytes, part.activation_bytes, part.logits_bytes,
-            part.overhead_bytes, part.total_bytes,
-        )  # fmt: skip
+        apart = (part.activation_bytes, part.logits_bytes)
+        scratch_bytes = apart if logits else (sum(apart),)
+        sizes = (part.weights_bytes, part.kv_bytes, *scratch_bytes, part.overhead_bytes)
         share = part.total_bytes / plan.budget_bytes
-        table.add_row(name, *(format_bytes(size) for size in sizes), _bar(share, 20 * wide))
+        texts = (format_bytes(size) for size in (*sizes, part.total_bytes))
+        table.add_row(name, *texts, _bar(share, bar))
     return table
 
 
@@ -111,11 +124,15 @@ def _request_lines(plan: Plan) -> list[str]:
 
 
 def _planned_only_lines(plan: Plan) -> list[str]:
-    return [
+    lines = [
         f"{choice.name} is planned only: `ullage run` does not do it yet."
         for choice in plan.recipe.techniques
         if not techniques.create(choice).runs
     ]
+    execution = plan.recipe.execution
+    if (execution.engine, execution.attention) == ("ullage", "eager"):
+        lines.append("eager is planned only: `ullage run` never builds the score matrix.")
+    return lines
 
 
 def _cliff_lines(plan: Plan) -> list[str]:

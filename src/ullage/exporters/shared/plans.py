@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from ullage.errors import InputError
 from ullage.exporters.shared.options import Known
 from ullage.exporters.shared.text import writable
-from ullage.specs.device import DeviceKind
+from ullage.planner.engines import ENGINES
+from ullage.specs.device import Device, DeviceKind
 from ullage.specs.model import ModelSpec
 from ullage.specs.plan import Plan
 from ullage.units import format_bytes
@@ -177,13 +178,18 @@ def notes_of(plan: Plan, known: Known) -> list[str]:
     if not plan.fits:
         lines.append("WARNING: this plan does not fit its budget.")
     if execution.engine != known.engine:
+        counted = f" `ullage plan --engine {known.engine}` counts them."
         lines.append(
             f"The figures are those of {execution.engine}: {known.engine} holds other things "
-            f"beside weights and KV. `ullage plan --engine {known.engine}` counts them."
+            f"beside weights and KV.{counted if _plannable(known.engine, recipe.device) else ''}"
         )
     if weights_of(recipe.model).unknown:
         lines.append("The plan names no weights: put their hub id or path for the model's name.")
     return lines
+
+
+def _plannable(engine: str, device: Device) -> bool:
+    return any(name == engine and device.kind in one.kinds for name, one in ENGINES.items())
 
 
 def fraction_of(plan: Plan, nbytes: int) -> float | None:

@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from ullage.errors import InputError
 from ullage.planner.constants import Constants
-from ullage.specs.device import Device
+from ullage.specs.device import Device, DeviceKind
 from ullage.specs.footprint import Footprint, Term
 from ullage.specs.plan import DeviceShare, Recipe
-from ullage.specs.workload import Execution, PhaseName, Step
+from ullage.specs.workload import Attention, Execution, PhaseName, Step
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class EngineArithmetic(ABC):
 
     kv_dtypes: ClassVar[tuple[str, ...]]
     weights: ClassVar[tuple[str, ...]]
+    attentions: ClassVar[tuple[Attention, ...]]  # the usual one first
+    kinds: ClassVar[tuple[DeviceKind, ...]] = ("cpu", "cuda", "rocm", "mps")  # of devices
     converts: ClassVar[bool] = False  # makes a file of its own of any checkpoint, quantized or not
     takes_share: ClassVar[bool] = False  # is told what share of a device to take
 
@@ -59,6 +61,10 @@ class EngineArithmetic(ABC):
     def limit_bytes(self, recipe: Recipe) -> int:
         """Bytes that the engine lets itself take of one device."""
         return recipe.device.memory_bytes
+
+    def within(self, recipe: Recipe, budget_bytes: int) -> Recipe:
+        """A settled `recipe` as the engine is told of a budget of each device."""
+        return recipe
 
     @abstractmethod
     def step(self, recipe: Recipe, phase: PhaseName) -> Step:

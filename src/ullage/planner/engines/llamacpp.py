@@ -35,6 +35,7 @@ class LlamaCpp(EngineArithmetic):
     converts = True
     kv_dtypes = ("fp32", "fp16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
     weights = tuple(MIXTURES)
+    attentions = ("flash", "eager")
 
     def defaults(self, device: Device) -> Execution:
         """An F16 file, F16 KV entries, flash attention, micro-batches of 512."""

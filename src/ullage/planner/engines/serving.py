@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
+from ullage.errors import InputError
 from ullage.planner.engines.base import EngineArithmetic
-from ullage.planner.engines.shards import Stage, tower_bytes, weights_bytes
+from ullage.planner.engines.shards import Stage, check_split, tower_bytes, weights_bytes
 from ullage.specs.dtypes import DTYPE_BYTES
 from ullage.specs.footprint import Term
 from ullage.specs.plan import Recipe
@@ -15,6 +16,8 @@ class Serving(EngineArithmetic):
     """A server that loads a checkpoint as it is and reads prompts in chunks, many at a time."""
 
     weights = (*DTYPE_BYTES, *CHECKPOINT_FORMATS)
+    attentions = ("flash",)
+    kinds = ("cuda", "rocm")
 
     def with_weights(self, recipe: Recipe, weights: str) -> Recipe:
         """A plain format is the arithmetic's and the KV entries' too; of the others the checkpoint
@@ -23,6 +26,22 @@ class Serving(EngineArithmetic):
             execution = replace(recipe.execution, dtype=weights, kv_dtype=weights)
             return replace(recipe, execution=execution)
         return replace(recipe, model=as_checkpoint(recipe.model, weights))
+
+    def settle(self, recipe: Recipe) -> Recipe:
+        """`recipe`, if it can be split as asked over devices whose terms are known: GPUs'.
+
+        Raises:
+            InputError: it cannot.
+        """
+        execution, device = recipe.execution, recipe.device
+        if device.kind not in self.kinds:
+            raise InputError(
+                f"What {execution.engine} holds is known of NVIDIA and AMD GPUs alone, not of "
+                f"{device.name}: name one with --device, or plan --engine llama.cpp, transformers "
+                "or ullage."
+            )
+        check_split(recipe.model, execution)
+        return recipe
 
     def step(self, recipe: Recipe, phase: PhaseName) -> Step:
         """A chunk holds tokens of all sequences together."""

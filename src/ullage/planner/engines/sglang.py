@@ -6,7 +6,7 @@ from ullage.errors import InputError
 from ullage.planner.constants import Constants
 from ullage.planner.engines.base import Planned
 from ullage.planner.engines.serving import Serving, weights_terms
-from ullage.planner.engines.shards import Stage, check_split, stages
+from ullage.planner.engines.shards import Stage, stages
 from ullage.specs.device import Device
 from ullage.specs.dtypes import DTYPE_BYTES, KV_BITS
 from ullage.specs.footprint import Term
@@ -44,8 +44,7 @@ class Sglang(Serving):
 
     def settle(self, recipe: Recipe) -> Recipe:
         """`recipe` with the share of the device that weights and KV entries get."""
-        execution = recipe.execution
-        check_split(recipe.model, execution)
+        execution = super().settle(recipe).execution
         if execution.prefill_chunk < 1:
             raise InputError("SGLang's plan wants prompts in chunks: --prefill-chunk is 1 or more.")
         if execution.kv_dtype not in self.kv_dtypes:

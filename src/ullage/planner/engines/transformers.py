@@ -15,6 +15,8 @@ from ullage.specs.workload import Execution, PhaseName, Step
 class Transformers(Ullage):
     """`generate`, in ullage's formats and on its devices."""
 
+    attentions = ("sdpa", "eager", "flash")
+
     def defaults(self, device: Device) -> Execution:
         """ullage's formats, and the whole prompt at once."""
         return replace(super().defaults(device), engine="transformers", prefill_chunk=0)

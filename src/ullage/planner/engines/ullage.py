@@ -1,6 +1,7 @@
 """ullage's own engine: a paged pool sized once, prompts read one at a time in chunks."""
 
 from dataclasses import replace
+from typing import ClassVar
 
 from ullage.planner.constants import Constants
 from ullage.planner.engines import attention, forward
@@ -11,7 +12,7 @@ from ullage.specs.dtypes import DTYPE_BYTES
 from ullage.specs.footprint import Term
 from ullage.specs.model import ModelSpec
 from ullage.specs.plan import Recipe, TechniqueChoice
-from ullage.specs.workload import Execution, PhaseName, Step
+from ullage.specs.workload import Attention, Execution, PhaseName, Step
 
 
 class Ullage(EngineArithmetic):
@@ -19,6 +20,8 @@ class Ullage(EngineArithmetic):
 
     kv_dtypes = tuple(DTYPE_BYTES)
     weights = ("fp32", "bf16", "fp16", "int8", "nf4")
+    # it runs the first alone, by kernels of its own
+    attentions: ClassVar[tuple[Attention, ...]] = ("sdpa", "eager")
 
     def defaults(self, device: Device) -> Execution:
         """bf16 on accelerators; fp32 on CPUs, most of which multiply bf16 matrices several times

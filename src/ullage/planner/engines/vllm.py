@@ -3,11 +3,11 @@
 from dataclasses import replace
 
 from ullage.errors import InputError
-from ullage.planner.constants import Constants, version_key
+from ullage.planner.constants import Constants, newest_version, version_key
 from ullage.planner.engines.base import Planned
 from ullage.planner.engines.paging import Paging, Running, paging
 from ullage.planner.engines.serving import Serving, weights_terms
-from ullage.planner.engines.shards import Stage, check_split, stages
+from ullage.planner.engines.shards import Stage, stages
 from ullage.planner.engines.vllm_peak import peak_terms
 from ullage.specs.device import Device
 from ullage.specs.dtypes import DTYPE_BYTES
@@ -16,7 +16,6 @@ from ullage.specs.plan import DeviceShare, Recipe
 from ullage.specs.workload import Execution, Step
 from ullage.units import GIB
 
-NEWEST = "0.33.0"
 # Cards whose links go through a switch: collectives among them reserve buffers for multicast.
 _SWITCHED = ("h100", "h200", "h20", "h800", "b200", "b300", "gb200", "gb300", "a100")
 GRAPH_TOKENS = 512  # the largest step that is captured
@@ -41,14 +40,14 @@ class Vllm(Serving):
 
     def settle(self, recipe: Recipe) -> Recipe:
         """`recipe` with a version, its utilization and its largest number of sequences."""
-        execution, constants = recipe.execution, Constants(recipe)
+        execution, constants = super().settle(recipe).execution, Constants(recipe)
         _check(recipe)
         most = 1024 if _is_large(recipe.device) else 256
         return replace(
             recipe,
             execution=replace(
                 execution,
-                engine_version=execution.engine_version or NEWEST,
+                engine_version=execution.engine_version or newest_version("vllm"),
                 max_num_seqs=execution.max_num_seqs or min(most, execution.prefill_chunk),
                 utilization=execution.utilization or constants["utilization"].value,
             ),
@@ -59,6 +58,15 @@ class Vllm(Serving):
         utilization = self.settle(recipe).execution.utilization or 0.0
         return int(recipe.device.memory_bytes * utilization)
 
+    def within(self, recipe: Recipe, budget_bytes: int) -> Recipe:
+        """`recipe` with the budget as its share of the device: which rank is the tightest hangs on
+        it."""
+        memory_bytes, execution = recipe.device.memory_bytes, recipe.execution
+        if budget_bytes == int(memory_bytes * (execution.utilization or 0.0)):
+            return recipe
+        utilization = min(1.0, budget_bytes / memory_bytes)
+        return replace(recipe, execution=replace(execution, utilization=utilization))
+
     def terms(self, recipe: Recipe, step: Step, constants: Constants) -> list[Term]:
         """The rank with the fewest blocks. The profile's peak is reserved whatever the workload."""
         stage = tightest_stage(recipe, constants)
@@ -67,7 +75,7 @@ class Vllm(Serving):
         return [*stage_terms(recipe, stage, constants), _kv_term(recipe, step, stage, constants)]
 
     def share(self, planned: Planned) -> DeviceShare:
-        """What the tightest rank holds; KV entries that a technique drops make room for others."""
+        """What the tightest rank holds."""
         recipe, constants = planned.recipe, planned.constants
         stage = tightest_stage(recipe, constants)
         usual = super().share(planned)
@@ -75,14 +83,12 @@ class Vllm(Serving):
         inside = graphs if constants["graphs_in_budget"].value else 0
         pages = _paging(recipe, stage)
         tokens, concurrency = _capacity(recipe, pages, usual.kv_pool_bytes, constants)
-        kv_bytes = _kv_term(recipe, self.step(recipe, "decode"), stage, constants).nbytes
-        gain = kv_bytes / max(1, planned.phases["decode"].kv_bytes)
         return replace(
             usual,
             non_torch_bytes=usual.non_torch_bytes - inside,
             graph_bytes=graphs,
-            kv_pool_tokens=int(tokens * gain),
-            max_concurrency=round(concurrency * gain, 2),
+            kv_pool_tokens=tokens,
+            max_concurrency=round(concurrency, 2),
         )
 
     def worst_request_terms(self, recipe: Recipe) -> list[Term]:
@@ -211,8 +217,8 @@ def _capacity(
 
 
 def _check(recipe: Recipe) -> None:
-    execution, version = recipe.execution, version_key(recipe.execution.engine_version or NEWEST)
-    check_split(recipe.model, execution)
+    execution = recipe.execution
+    version = version_key(execution.engine_version or newest_version("vllm"))
     if execution.prefill_chunk < 1:
         raise InputError("vLLM reads prompts in chunks: --prefill-chunk is 1 or more.")
     if (execution.max_num_seqs or 1) > execution.prefill_chunk:
