@@ -18,6 +18,9 @@ from ullage.specs.latency import Latency
 from ullage.specs.plan import Recipe
 
 Goal = Literal["context", "concurrency", "latency"]
+# What four-bit weights with KV entries of eight bits lose: changes that lose more, or nobody knows
+# what, do not lead for being fast or small.
+TOLERABLE_PERCENT = 5.0
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,20 @@ class Candidate:
     def cost_percent(self) -> float | None:
         """The single costs added up, an estimate: nobody measured the combination. None where one
         of them is not known."""
-        known = [cost.percent for cost in self.costs]
-        return None if None in known else sum(cost for cost in known if cost is not None)
+        return None if _has_unknown(self.costs) else self.known_percent
+
+    @property
+    def known_percent(self) -> float:
+        """As much of `cost_percent` as is known."""
+        return _known_percent(self.costs)
+
+
+def _known_percent(costs: Sequence[Cost]) -> float:
+    return sum(cost.percent or 0.0 for cost in costs)
+
+
+def _has_unknown(costs: Sequence[Cost]) -> bool:
+    return any(cost.percent is None for cost in costs)
 
 
 @dataclass(frozen=True)
@@ -96,7 +111,8 @@ def explore(
 ) -> Exploration:
     """All combinations around `recipe` inside `budget_bytes` of each device (default: what the
     engine takes of it). Ranked by `goal`, then the cost in quality, then latency; what takes other
-    or more devices comes after all that does not.
+    or more devices comes after all that does not, and there the changes that lose more than
+    `TOLERABLE_PERCENT`, or nobody knows how much, after those that do not.
 
     Raises:
         TechniqueError, InputError: `recipe` itself is none that can be planned.
@@ -210,17 +226,27 @@ def _reaching(found: Candidate, goal: Goal, calibration: Calibration | None) -> 
 
 
 def _rank(found: Candidate) -> tuple[float, ...]:
-    """The asked hardware, then the farthest, or without a reach the fastest, then the least known
-    loss, the fastest, the simplest."""
+    """The asked hardware, then what can be trusted, then the farthest, or without a reach the
+    fastest, then the least known loss, the fastest, the simplest."""
     step_s = _step_s(found)
     goal = step_s if found.reach is None else -found.reach
-    return (found.hardware, goal, _loss(found), step_s, len(found.changes))
+    return (found.hardware, *_doubt(found), goal, _loss(found), step_s, len(found.changes))
+
+
+def _doubt(found: Candidate) -> tuple[int, float]:
+    """0 where the changes are known to lose little, 1 where that is not known of all of them, 2
+    where they are known to lose more, and in the last two what is known of it, in percent. What
+    was asked for is not doubted."""
+    known_percent = _known_percent(found.change_costs)
+    if known_percent > TOLERABLE_PERCENT:
+        return 2, known_percent
+    return (1, known_percent) if _has_unknown(found.change_costs) else (0, 0.0)
 
 
 def _expense(found: Candidate) -> tuple[float, ...]:
     execution = found.recipe.execution
     devices = execution.tensor_parallel * execution.pipeline_parallel
-    price = (found.hardware, devices, not found.runs, _loss(found))
+    price = (found.hardware, devices, not found.runs, *_doubt(found), _loss(found))
     return (*price, _step_s(found), len(found.changes))
 
 

@@ -109,9 +109,10 @@ def _on(device: Device) -> Callable[[Recipe], Recipe]:
 
 def _asked_weights(recipe: Recipe) -> Setting:
     """As the engine holds them: it may make a file of its own of a model, which takes a while."""
-    held, scheme = ENGINES[recipe.execution.engine].settle(recipe).model, _scheme(recipe)
-    dtype = recipe.execution.dtype
-    cost = _plain_cost(recipe, dtype) if scheme is None else _weights_cost(recipe, scheme)
+    held = ENGINES[recipe.execution.engine].settle(recipe).model
+    asked = _scheme(recipe) or recipe.model.converted
+    plain = not asked or asked in DTYPE_BYTES
+    cost = _plain_cost(recipe, recipe.execution.dtype) if plain else _weights_cost(recipe, asked)
     return Setting("", lambda changed: replace(changed, model=held), cost)
 
 

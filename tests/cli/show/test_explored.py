@@ -71,6 +71,16 @@ def test_the_table_has_the_ranking_and_the_front(
     assert "Losses rest on:" in front
 
 
+def test_a_loss_that_is_not_known_is_said(typed: Typed) -> None:
+    words = [*PLAN, "--engine", "llama.cpp", "--goal", "latency", "--kv-cache-dtype", "iq4_nl"]
+    shown = typed(*words).stdout
+    assert re.search(r" [\d.]+% \+ \?  ", shown)
+    assert "? no figure that can be compared" in shown
+    row = json.loads(typed(*words, "--json").stdout)["ranked"][0]
+    assert row["cost_percent"] is None
+    assert row["known_percent"] <= 5
+
+
 def test_each_change_is_said_in_few_words(typed: Typed) -> None:
     words = [*PLAN, "--engine", "vllm", "--goal", "concurrency", "--also-device", "h100"]
     explored = typed(*words, "--memory", "12GiB").stdout

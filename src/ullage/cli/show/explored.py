@@ -39,6 +39,7 @@ def candidate_json(found: Candidate) -> dict[str, Any]:
         "device": found.recipe.device.name,
         "latency": found.latency and asdict(found.latency),
         "cost_percent": found.cost_percent,
+        "known_percent": found.known_percent,
         "figures": [cost.figure and asdict(cost.figure) for cost in found.costs],
         "runs": found.runs,
         "hardware": found.hardware,
@@ -73,6 +74,8 @@ def show_exploration(console: Console, explored: Exploration) -> None:
         console.print(_table(front, ""))
         if not all(found.runs for found in (*top, *front)):
             console.print("* planned only: `ullage run` does not do it yet.")
+        if any(found.cost_percent is None for found in (*top, *front)):
+            console.print("? no figure that can be compared: ranked after a known small loss.")
     for line in _figures([*top, *front]):
         console.print(line)
 
@@ -103,7 +106,9 @@ def _speed(found: Candidate) -> tuple[str, str]:
 
 
 def _loss(found: Candidate) -> str:
-    return "no figure" if found.cost_percent is None else f"{found.cost_percent:.2g}%"
+    if found.cost_percent is not None:
+        return f"{found.cost_percent:.2g}%"
+    return f"{found.known_percent:.2g}% + ?" if found.known_percent else "?"
 
 
 def _with(found: Candidate) -> str:
