@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from ullage import Recipe, TechniqueChoice, Workload, default_execution, find_device, resolve
+from ullage.planner.engines import ENGINES
 from ullage.planner.explore import Candidate, Exploration, _expense
 from ullage.planner.levers import FREE, Cost, levers_of
 from ullage.planner.search import Freedom
@@ -71,6 +72,13 @@ def test_devices_are_those_that_the_heads_divide_among(model: str, ways: list[in
     """SmolLM2-135M has nine heads."""
     asked = recipe("vllm", model)
     assert typed(asked, "tensor parallel") == ["", *(f"--tp {devices}" for devices in ways)]
+
+
+def test_formats_for_models_trained_so_are_no_choice() -> None:
+    formats = typed(recipe("llama.cpp"), "weights")
+    assert "--weights iq1_s" in formats
+    assert "--weights tq1_0" not in formats
+    assert "tq1_0" in ENGINES["llama.cpp"].weights
 
 
 def test_what_is_fixed_has_one_setting() -> None:

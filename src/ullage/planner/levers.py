@@ -9,6 +9,7 @@ from ullage.planner.engines import ENGINES
 from ullage.planner.search import Freedom, as_typed
 from ullage.specs.device import Device
 from ullage.specs.dtypes import DTYPE_BYTES, KV_BITS
+from ullage.specs.gguf_mixtures import TERNARY
 from ullage.specs.model import ModelSpec
 from ullage.specs.plan import Recipe, TechniqueChoice
 from ullage.specs.quality import Quality, find
@@ -124,13 +125,16 @@ def _scheme(recipe: Recipe) -> str | None:
 
 
 def _weights(recipe: Recipe) -> Iterator[Setting]:
-    """The engine's other formats; of plain ones bf16 alone, beside fp32."""
+    """The engine's other formats; of plain ones bf16 alone, beside fp32, and none that only models
+    bear that were trained so."""
     engine = ENGINES[recipe.execution.engine]
     fixed = recipe.model.prequantized and not engine.converts
     if fixed or _scheme(recipe) not in (None, "none"):
         return
     bare = replace(recipe, techniques=_without(recipe.techniques, ("quantization",)))
     for weights in engine.weights:
+        if weights in TERNARY:
+            continue
         if weights not in DTYPE_BYTES:
             cost = _weights_cost(recipe, weights)
         elif (weights, recipe.execution.dtype) == ("bf16", "fp32"):
