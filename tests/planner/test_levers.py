@@ -133,6 +133,11 @@ def test_servers_figures_are_kept_under_the_names_of_their_formats() -> None:
         (Cost(BITS), 1.5, "perplexity +1.5% on m, measured"),
         (Cost(replace(BITS, change=-2.0)), 0.0, "perplexity -2% on m, measured"),
         (Cost(replace(BITS, metric="mean KLD")), None, "mean KLD +1.5 on m, measured"),
+        (
+            Cost(BITS, tail=replace(BITS, metric="99% KLD")),
+            1.5,
+            "perplexity +1.5% on m, measured; 99% KLD +1.5 on m, measured",
+        ),
     ],
 )
 def test_a_cost_is_a_figure_none_or_nothing(cost: Cost, percent: float | None, says: str) -> None:

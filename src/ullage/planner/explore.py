@@ -58,11 +58,7 @@ class Candidate:
     @property
     def known_percent(self) -> float:
         """As much of `cost_percent` as is known."""
-        return _known_percent(self.costs)
-
-
-def _known_percent(costs: Sequence[Cost]) -> float:
-    return sum(cost.percent or 0.0 for cost in costs)
+        return sum(cost.percent or 0.0 for cost in self.costs)
 
 
 def _has_unknown(costs: Sequence[Cost]) -> bool:
@@ -230,23 +226,23 @@ def _rank(found: Candidate) -> tuple[float, ...]:
     fastest, then the least known loss, the fastest, the simplest."""
     step_s = _step_s(found)
     goal = step_s if found.reach is None else -found.reach
-    return (found.hardware, *_doubt(found), goal, _loss(found), step_s, len(found.changes))
+    return (found.hardware, _doubt(found), goal, _loss(found), step_s, len(found.changes))
 
 
-def _doubt(found: Candidate) -> tuple[int, float]:
-    """0 where the changes are known to lose little, 1 where that is not known of all of them, 2
-    where they are known to lose more, and in the last two what is known of it, in percent. What
-    was asked for is not doubted."""
-    known_percent = _known_percent(found.change_costs)
-    if known_percent > TOLERABLE_PERCENT:
-        return 2, known_percent
-    return (1, known_percent) if _has_unknown(found.change_costs) else (0, 0.0)
+def _doubt(found: Candidate) -> float:
+    """0 where the changes are known to lose little; else what they are feared to lose, in percent:
+    what is not known, as much as is tolerated. What was asked for is not doubted."""
+    feared = sum(
+        TOLERABLE_PERCENT if cost.percent is None else cost.percent for cost in found.change_costs
+    )
+    tolerable = feared <= TOLERABLE_PERCENT and not _has_unknown(found.change_costs)
+    return 0.0 if tolerable else feared
 
 
 def _expense(found: Candidate) -> tuple[float, ...]:
     execution = found.recipe.execution
     devices = execution.tensor_parallel * execution.pipeline_parallel
-    price = (found.hardware, devices, not found.runs, *_doubt(found), _loss(found))
+    price = (found.hardware, devices, not found.runs, _doubt(found), _loss(found))
     return (*price, _step_s(found), len(found.changes))
 
 

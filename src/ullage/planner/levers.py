@@ -12,7 +12,7 @@ from ullage.specs.dtypes import DTYPE_BYTES, KV_BITS
 from ullage.specs.gguf_mixtures import TERNARY
 from ullage.specs.model import ModelSpec
 from ullage.specs.plan import Recipe, TechniqueChoice
-from ullage.specs.quality import Quality, find
+from ullage.specs.quality import Quality, find, find_tail
 
 CHUNKS = (8192, 2048, 512, 128, 32)  # tokens a forward pass
 SEQUENCE_LIMITS = (256, 64, 16)  # a server's own limit, which its start-up reserves for
@@ -28,10 +28,17 @@ _OWN_ENGINES = ("ullage", "transformers")
 
 @dataclass(frozen=True)
 class Cost:
-    """What one choice costs: a figure, or none where there is none. `free` changes no result."""
+    """What one choice costs: a figure, or none where there is none, and one of the `tail`. `free`
+    changes no result."""
 
     figure: Quality | None = None
     free: bool = False
+    tail: Quality | None = None
+
+    @classmethod
+    def of(cls, model: ModelSpec, technique: str, setting: str) -> "Cost":
+        """By the nearest figures that there are."""
+        return cls(find(model, technique, setting), tail=find_tail(model, technique, setting))
 
     @property
     def percent(self) -> float | None:
@@ -43,7 +50,8 @@ class Cost:
     def __str__(self) -> str:
         if self.free:
             return "no loss"
-        return "no figure" if self.figure is None else str(self.figure)
+        known = [str(figure) for figure in (self.figure, self.tail) if figure is not None]
+        return "; ".join(known) or "no figure"
 
 
 FREE = Cost(free=True)
@@ -171,7 +179,7 @@ def _weights_cost(recipe: Recipe, weights: str) -> Cost:
         return FREE
     served = recipe.execution.engine not in _OWN_ENGINES
     setting = _SERVED_FORMATS.get(weights, weights) if served else weights
-    return Cost(find(recipe.model, "weights", setting))
+    return Cost.of(recipe.model, "weights", setting)
 
 
 def _plain_cost(recipe: Recipe, dtype: str) -> Cost:
@@ -179,7 +187,7 @@ def _plain_cost(recipe: Recipe, dtype: str) -> Cost:
     model = recipe.model
     if model.prequantized or DTYPE_BYTES[dtype] >= DTYPE_BYTES.get(model.dtype, 4):
         return FREE
-    return Cost(find(model, "weights", dtype))
+    return Cost.of(model, "weights", dtype)
 
 
 def _asked_kv(recipe: Recipe) -> Setting:
@@ -202,7 +210,7 @@ def _kv_dtypes(recipe: Recipe) -> Iterator[Setting]:
 def _kv_cost(model: ModelSpec, kv_dtype: str, dtype: str) -> Cost:
     if KV_BITS[kv_dtype] >= KV_BITS[dtype]:
         return FREE
-    return Cost(find(model, "kv", kv_dtype))
+    return Cost.of(model, "kv", kv_dtype)
 
 
 def _asked_sparsity(recipe: Recipe) -> Setting:
@@ -227,7 +235,7 @@ def _with(choice: TechniqueChoice) -> Callable[[Recipe], Recipe]:
 
 def _sparsity_cost(model: ModelSpec, choice: TechniqueChoice) -> Cost:
     key, value = next(iter(choice.settings.items()), ("", ""))
-    return Cost(find(model, choice.name, f"{key}={value}"))
+    return Cost.of(model, choice.name, f"{key}={value}")
 
 
 def _runs(choice: TechniqueChoice) -> bool:

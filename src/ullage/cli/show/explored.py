@@ -41,6 +41,7 @@ def candidate_json(found: Candidate) -> dict[str, Any]:
         "cost_percent": found.cost_percent,
         "known_percent": found.known_percent,
         "figures": [cost.figure and asdict(cost.figure) for cost in found.costs],
+        "tails": [cost.tail and asdict(cost.tail) for cost in found.costs],
         "runs": found.runs,
         "hardware": found.hardware,
     }
@@ -106,9 +107,14 @@ def _speed(found: Candidate) -> tuple[str, str]:
 
 
 def _loss(found: Candidate) -> str:
+    known = _percent(found.known_percent)
     if found.cost_percent is not None:
-        return f"{found.cost_percent:.2g}%"
-    return f"{found.known_percent:.2g}% + ?" if found.known_percent else "?"
+        return known
+    return f"{known} + ?" if found.known_percent else "?"
+
+
+def _percent(loss: float) -> str:
+    return f"{loss:.2g}%" if loss < 100 else f"{loss:,.0f}%"
 
 
 def _with(found: Candidate) -> str:
@@ -118,9 +124,10 @@ def _with(found: Candidate) -> str:
 
 
 def _figures(rows: Iterable[Candidate]) -> list[str]:
-    """Each figure once, with its source."""
-    figures = (cost.figure for found in rows for cost in found.costs if cost.figure is not None)
-    found = {f"{row.technique} {row.setting}: {row}; {row.source}." for row in figures}
+    """Each figure once, with its source, those of the tail too."""
+    costs = {cost for found in rows for cost in found.costs}
+    figures = [figure for cost in costs for figure in (cost.figure, cost.tail)]
+    found = {f"{row.technique} {row.setting}: {row}; {row.source}." for row in figures if row}
     return ["", "Losses rest on:", *sorted(found)] if found else []
 
 
