@@ -1,9 +1,12 @@
 """What `ullage run` gives up so that a request fits, and in which order."""
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,6 +20,7 @@ from ullage.specs.gguf_quant import as_gguf
 from ullage.specs.model import Storage
 from ullage.specs.plan import Recipe, TechniqueChoice
 from ullage.specs.quantized import as_checkpoint
+from ullage.specs.sources import catalog
 from ullage.specs.workload import Execution, Workload
 from ullage.units import GIB, MIB, parse_bytes
 
@@ -160,6 +164,26 @@ def test_description_says_the_format_that_the_model_was_given(
     model: ModelSpec, weights: str
 ) -> None:
     assert describe(replace(RECIPE, model=model)).startswith(f"{weights} weights, ")
+
+
+@pytest.mark.parametrize(
+    ("quantization", "weights"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, "int4"),
+        ({"quant_method": "gptq", "bits": 8, "group_size": -1}, "int8"),
+        (None, "fp32"),
+    ],
+)
+def test_description_says_the_format_of_a_quantized_checkpoint(
+    tmp_path: Path, quantization: dict[str, Any] | None, weights: str
+) -> None:
+    config = {**catalog()["llama-3.1-8b"]["config"], "quantization_config": quantization}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    recipe = replace(RECIPE, model=resolve(str(tmp_path)))
+    assert describe(recipe).startswith(f"{weights} weights, ")
+    nf4 = TechniqueChoice("quantization", {"scheme": "nf4"})
+    assert describe(replace(recipe, techniques=(nf4,))).startswith("nf4 weights, ")
 
 
 @pytest.mark.parametrize(("asked", "tried"), [(512, 512), (200, 200), (2048, 2048), (0, 0)])

@@ -26,7 +26,7 @@ def export(plan: Plan) -> str:
 
 def _notes(plan: Plan) -> list[str]:
     lines = plans.notes_of(plan, known("sglang"))
-    stored = plans.storages_of(plan.recipe.model)
+    stored = plan.recipe.model.stored_formats
     model = plan.recipe.model
     if stored and not model.converted and not plans.weights_of(model).gguf:
         lines.append(

@@ -27,7 +27,7 @@ def export(plan: Plan) -> str:
 def notes(plan: Plan) -> list[str]:
     """What no option says."""
     lines = plans.notes_of(plan, known("vllm"))
-    stored = plans.storages_of(plan.recipe.model)
+    stored = plan.recipe.model.stored_formats
     if stored and not plan.recipe.model.converted:
         lines.append(f"{', '.join(stored)} weights: vLLM reads that from the checkpoint's config.")
     if plan.recipe.execution.attention == "eager":

@@ -224,6 +224,15 @@ class ModelSpec:
         """Whether the checkpoint holds quantized weights."""
         return any(tensor.storage is not None for tensor in self.tensors)
 
+    @cached_property
+    def stored_formats(self) -> tuple[str, ...]:
+        """The formats of quantized weights, in lower case, that of most numbers first."""
+        counts = Counter[str]()
+        for tensor in self.tensors:
+            if tensor.storage is not None:
+                counts[tensor.storage.name.lower()] += tensor.elements * tensor.count
+        return tuple(name for name, _ in counts.most_common())
+
     @property
     def kv_width(self) -> int:
         """Numbers that one token adds to the widest layer's KV cache."""
