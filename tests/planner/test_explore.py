@@ -166,6 +166,17 @@ def test_unknown_costs_rank_after_small_ones() -> None:
     assert not all(known)
 
 
+def test_the_front_is_shown_without_what_nobody_would_take() -> None:
+    """One and two bits are on the front too, for their memory."""
+    explored = explore(on_llamacpp("llama-3.1-8b"), None, "latency", FREE)
+    shown = explored.shown_front(10)
+    assert len(shown) == 10 < len(explored.front)
+    assert [found.peak_bytes for found in shown] == sorted(found.peak_bytes for found in shown)
+    assert all(found in explored.front and found.fits for found in shown)
+    assert max(costs(found) for found in shown) <= 5 < max(costs(found) for found in explored.front)
+    assert explored.shown_front(1000) == [found for found in explored.front if found.fits]
+
+
 def dominated(found: Candidate, other: Candidate) -> bool:
     assert found.latency is not None
     assert other.latency is not None

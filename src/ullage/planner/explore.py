@@ -60,6 +60,17 @@ class Candidate:
         """As much of `cost_percent` as is known."""
         return sum(cost.percent or 0.0 for cost in self.costs)
 
+    @property
+    def feared_percent(self) -> float:
+        """What the changes may lose, unknown ones as much as is tolerated; 0 where all is known and
+        tolerable. What was asked for is not held against it."""
+        feared = sum(
+            TOLERABLE_PERCENT if cost.percent is None else cost.percent
+            for cost in self.change_costs
+        )
+        tolerable = feared <= TOLERABLE_PERCENT and not _has_unknown(self.change_costs)
+        return 0.0 if tolerable else feared
+
 
 def _has_unknown(costs: Sequence[Cost]) -> bool:
     return any(cost.percent is None for cost in costs)
@@ -85,6 +96,13 @@ class Exploration:
             if not any(_adds_nothing(candidate, better) for better in found):
                 found.append(candidate)
         return found
+
+    def shown_front(self, count: int) -> list[Candidate]:
+        """Of the front what fits, by memory; of more than `count` those that are feared to lose the
+        least."""
+        fitting = [found for found in self.front if found.fits]
+        least = sorted(fitting, key=lambda found: found.feared_percent)[:count]
+        return sorted(least, key=lambda found: found.peak_bytes)
 
 
 def _adds_nothing(found: Candidate, better: Candidate) -> bool:
@@ -226,23 +244,13 @@ def _rank(found: Candidate) -> tuple[float, ...]:
     fastest, then the least known loss, the fastest, the simplest."""
     step_s = _step_s(found)
     goal = step_s if found.reach is None else -found.reach
-    return (found.hardware, _doubt(found), goal, _loss(found), step_s, len(found.changes))
-
-
-def _doubt(found: Candidate) -> float:
-    """0 where the changes are known to lose little; else what they are feared to lose, in percent:
-    what is not known, as much as is tolerated. What was asked for is not doubted."""
-    feared = sum(
-        TOLERABLE_PERCENT if cost.percent is None else cost.percent for cost in found.change_costs
-    )
-    tolerable = feared <= TOLERABLE_PERCENT and not _has_unknown(found.change_costs)
-    return 0.0 if tolerable else feared
+    return (found.hardware, found.feared_percent, goal, _loss(found), step_s, len(found.changes))
 
 
 def _expense(found: Candidate) -> tuple[float, ...]:
     execution = found.recipe.execution
     devices = execution.tensor_parallel * execution.pipeline_parallel
-    price = (found.hardware, devices, not found.runs, _doubt(found), _loss(found))
+    price = (found.hardware, devices, not found.runs, found.feared_percent, _loss(found))
     return (*price, _step_s(found), len(found.changes))
 
 

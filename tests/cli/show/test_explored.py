@@ -66,7 +66,7 @@ def test_the_table_has_the_ranking_and_the_front(
         assert row.rstrip().endswith("*") is not candidate.runs
         assert ("as asked" in row) is (not candidate.changes)
     listed = [line for line in front.splitlines() if re.match(r"\d+ ", line)]
-    peaks = [format_bytes(found.peak_bytes) for found in explored.front if found.fits][:10]
+    peaks = [format_bytes(found.peak_bytes) for found in explored.shown_front(10)]
     assert [" ".join(line.split()[1:3]) for line in listed] == peaks
     assert "Losses rest on:" in front
 

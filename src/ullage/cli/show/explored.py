@@ -68,7 +68,7 @@ def show_exploration(console: Console, explored: Exploration) -> None:
         f"{explored.goal}: {len(explored.ranked):,} of {len(explored.every):,} combinations fit."
     )
     top = explored.best(TOP)
-    front = [found for found in explored.front if found.fits][:TOP]
+    front = explored.shown_front(TOP)
     if top:
         console.print(_table(top, _REACH[explored.goal]))
         console.print("\nNothing beats these in memory, quality and latency at once:")
