@@ -176,10 +176,10 @@ def test_formats_stand_in_the_order_of_their_numbers(plan: Plan) -> None:
     kinds = {"linear": Storage("FP8", 8), "embedding": Storage("q4_k", 4.5)}
     tensors = tuple(replace(t, storage=kinds.get(t.role)) for t in model.tensors)
     stored = replace(model, tensors=tensors)
-    assert plans.storages_of(stored) == ["fp8", "q4_k"]
+    assert stored.stored_formats == ("fp8", "q4_k")
     assert not plans.gguf_types(stored)  # fp8 is none of GGUF's
     assert plans.gguf_types(model)
-    assert plans.storages_of(model) == []
+    assert model.stored_formats == ()
 
 
 @given(st.integers(1, 1 << 40), st.integers(1, 1 << 40), st.integers(0, 1 << 40))

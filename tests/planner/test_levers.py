@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from ullage import Recipe, TechniqueChoice, Workload, default_execution, find_device, resolve
+from ullage.planner.engines import ENGINES
 from ullage.planner.explore import Candidate, Exploration, _expense
 from ullage.planner.levers import CHUNKS, FREE, Cost, levers_of
 from ullage.planner.search import Freedom
@@ -73,6 +74,13 @@ def test_devices_are_those_that_the_heads_divide_among(model: str, ways: list[in
     assert typed(asked, "tensor parallel") == ["", *(f"--tp {devices}" for devices in ways)]
 
 
+def test_formats_for_models_trained_so_are_no_choice() -> None:
+    formats = typed(recipe("llama.cpp"), "weights")
+    assert "--weights iq1_s" in formats
+    assert "--weights tq1_0" not in formats
+    assert "tq1_0" in ENGINES["llama.cpp"].weights
+
+
 def test_what_is_fixed_has_one_setting() -> None:
     fixed = Freedom(False, False, False, False, False, False)
     for engine in ("ullage", "vllm", "llama.cpp"):
@@ -125,6 +133,11 @@ def test_servers_figures_are_kept_under_the_names_of_their_formats() -> None:
         (Cost(BITS), 1.5, "perplexity +1.5% on m, measured"),
         (Cost(replace(BITS, change=-2.0)), 0.0, "perplexity -2% on m, measured"),
         (Cost(replace(BITS, metric="mean KLD")), None, "mean KLD +1.5 on m, measured"),
+        (
+            Cost(BITS, tail=replace(BITS, metric="99% KLD")),
+            1.5,
+            "perplexity +1.5% on m, measured; 99% KLD +1.5 on m, measured",
+        ),
     ],
 )
 def test_a_cost_is_a_figure_none_or_nothing(cost: Cost, percent: float | None, says: str) -> None:
@@ -134,10 +147,8 @@ def test_a_cost_is_a_figure_none_or_nothing(cost: Cost, percent: float | None, s
 
 def candidate(*changes: str, reach: int = 100, loss: float = 0.0, step_s: float = 1.0) -> Candidate:
     latency = Latency(0.0, 1 / step_s, 1 / step_s, Band(0, 0), Band(0, 0))
-    figure = Cost(replace(BITS, change=loss))
-    return Candidate(
-        recipe(), 10, 5, latency, changes, (figure,) * len(changes), (figure,), True, False, reach
-    )
+    figures = (Cost(replace(BITS, change=loss)), *[FREE] * (len(changes) - 1))
+    return Candidate(recipe(), 10, 5, latency, changes, figures, figures[:1], True, False, reach)
 
 
 @pytest.mark.parametrize(
@@ -160,14 +171,15 @@ def test_the_best_leave_out_what_only_adds_changes(other: Candidate, kept: bool)
 def test_a_sum_of_costs_is_known_where_each_of_them_is() -> None:
     both = replace(candidate("a"), costs=(Cost(BITS), Cost(replace(BITS, change=0.25))))
     assert both.cost_percent == 1.75
-    assert replace(both, costs=(Cost(BITS), Cost())).cost_percent is None
+    some = replace(both, costs=(Cost(BITS), Cost()))
+    assert (some.cost_percent, some.known_percent) == (None, 1.5)
     assert replace(both, costs=()).cost_percent == 0
 
 
 def test_what_can_be_run_goes_before_less_loss_and_the_hardware_last() -> None:
-    runs, planned = candidate("a", loss=5), replace(candidate("b", loss=1), runs=False)
+    runs, planned = candidate("a", loss=2), replace(candidate("b", loss=1), runs=False)
     other = replace(candidate("c"), hardware=True)
-    unknown = replace(candidate("d"), costs=(Cost(),))
-    faster, simpler = candidate("e", "f", loss=5, step_s=0.5), candidate("g", "h", loss=5)
+    unknown = replace(candidate("d"), costs=(Cost(),), change_costs=(Cost(),))
+    faster, simpler = candidate("e", "f", loss=2, step_s=0.5), candidate("g", "h", loss=2)
     found = [other, planned, unknown, simpler, runs, faster]
     assert sorted(found, key=_expense) == [faster, runs, simpler, unknown, planned, other]

@@ -1,6 +1,9 @@
 """How a search's choice is read."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +13,7 @@ from ullage.specs.device import Device
 from ullage.specs.gguf_quant import as_gguf
 from ullage.specs.plan import Recipe, TechniqueChoice
 from ullage.specs.quantized import as_checkpoint
+from ullage.specs.sources import catalog
 from ullage.specs.workload import Execution, Workload
 from ullage.units import GIB
 
@@ -38,3 +42,23 @@ def test_description_says_the_format_that_the_model_was_given(
     model: ModelSpec, weights: str
 ) -> None:
     assert describe(replace(RECIPE, model=model)).startswith(f"{weights} weights, ")
+
+
+@pytest.mark.parametrize(
+    ("quantization", "weights"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, "int4"),
+        ({"quant_method": "gptq", "bits": 8, "group_size": -1}, "int8"),
+        (None, "fp32"),
+    ],
+)
+def test_description_says_the_format_of_a_quantized_checkpoint(
+    tmp_path: Path, quantization: dict[str, Any] | None, weights: str
+) -> None:
+    config = {**catalog()["llama-3.1-8b"]["config"], "quantization_config": quantization}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    recipe = replace(RECIPE, model=resolve(str(tmp_path)))
+    assert describe(recipe).startswith(f"{weights} weights, ")
+    nf4 = TechniqueChoice("quantization", {"scheme": "nf4"})
+    assert describe(replace(recipe, techniques=(nf4,))).startswith("nf4 weights, ")

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from ullage.errors import InputError, ModelError
 from ullage.specs import sources
 from ullage.specs.dtypes import DTYPE_BYTES
-from ullage.specs.gguf_quant import MIXTURES, as_gguf
+from ullage.specs.gguf_mixtures import MIXTURES
+from ullage.specs.gguf_quant import as_gguf
 from ullage.specs.model import LayerCache, ModelSpec, Storage, TensorSpec
 from ullage.specs.quantized import CHECKPOINT_FORMATS, as_checkpoint
 from ullage.specs.sources import catalog, from_catalog, resolve

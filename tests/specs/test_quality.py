@@ -7,7 +7,9 @@ import pytest
 
 from ullage import resolve
 from ullage.specs import quality
-from ullage.specs.quality import COMPARABLE, Quality, figures, find
+from ullage.specs.dtypes import DTYPE_BYTES
+from ullage.specs.gguf_mixtures import MIXTURES, TERNARY
+from ullage.specs.quality import COMPARABLE, Quality, figures, find, find_tail
 
 OWN, LLAMA, LARGE = resolve("smollm2-135m"), resolve("llama-3.1-8b"), resolve("llama-3.1-70b")
 
@@ -74,6 +76,41 @@ def test_what_cannot_be_compared_has_no_cost() -> None:
     camelot = find(LLAMA, "camelot", "slots=512")
     assert camelot is not None
     assert camelot.cost_percent is None
+
+
+def test_the_tail_stands_apart() -> None:
+    """What the worst tokens are in for is shown beside the loss, and not added to it."""
+    mean, tail = find(LLAMA, "kv", "q8_0"), find_tail(LLAMA, "kv", "Q8_0")
+    assert mean is not None
+    assert tail is not None
+    assert (mean.metric, tail.metric) == ("perplexity %", "99.9% KLD")
+    assert tail.cost_percent is None
+    assert str(tail) == "99.9% KLD +0.09303 on qwen3.6-27b, published"
+    assert find_tail(LLAMA, "kv", "iq4_nl") is None
+
+
+@pytest.mark.parametrize(
+    ("metric", "model", "names"),
+    [
+        ("perplexity %", "llama-3-8b", "q8_0 q6_k q5_k_m q5_k_s q4_k_m q3_k_m q3_k_s q2_k q2_k_s"),
+        ("perplexity %", "llama-3-8b", "iq4_xs iq3_m iq3_xxs iq2_m iq2_xs iq2_xxs iq1_m iq1_s"),
+        ("perplexity %", "llama-2-70b", "q6_k q5_k_m q4_k_m q3_k_l q3_k_m q3_k_s q2_k"),
+        ("99% KLD", "mistral-7b", "q3_k_s q2_k q2_k_s iq2_xxs iq1_s"),
+    ],
+)
+def test_a_narrower_format_loses_more(metric: str, model: str, names: str) -> None:
+    rows = {row.setting: row.change for row in figures() if (row.metric, row.model) ==
+            (metric, model)}  # fmt: skip
+    losses = [rows[name] for name in names.split()]
+    assert losses == sorted(losses)
+
+
+def test_every_gguf_type_of_a_search_has_a_figure() -> None:
+    for name in MIXTURES:
+        if name not in (*TERNARY, *DTYPE_BYTES, "mxfp4"):
+            row = find(LLAMA, "weights", name)
+            assert row is not None, name
+            assert row.metric in COMPARABLE
 
 
 def test_a_gain_is_noise_and_costs_nothing() -> None:

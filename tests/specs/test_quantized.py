@@ -22,6 +22,7 @@ CONFIG = {
 }  # fmt: skip
 LINEAR = 2 * 256 * 256 + 2 * 128 * 256 + 3 * 512 * 256  # numbers in a layer's projections
 ROWS = 2 * 256 + 2 * 128 + 2 * 512 + 256
+COLUMNS = 6 * 256 + 512
 
 
 def spec_with(quantization: dict[str, Any]) -> ModelSpec:
@@ -56,6 +57,10 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
     "gptq, 8 bits, a group a row": (
         {"quant_method": "gptq", "bits": 8, "group_size": -1},
         LINEAR + ROWS * 3,
+    ),
+    "gptq in the order of activations": (
+        {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True},
+        LINEAR / 2 + LINEAR / 128 * 2.5 + COLUMNS * 4,
     ),
     "auto-round": (
         {"quant_method": "auto-round", "bits": 2, "group_size": 64},

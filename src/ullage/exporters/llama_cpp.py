@@ -67,7 +67,7 @@ def _mixture(kind: str) -> str:
 def _file_type(plan: Plan) -> str:
     """The file's type: the mixture that was planned, or else that of most weights."""
     model, dtype = plan.recipe.model, plan.recipe.execution.dtype
-    stored = plans.storages_of(model)
+    stored = model.stored_formats
     if not plans.gguf_types(model) or (model.converted and not is_gguf(model)):
         raise InputError(
             f"llama.cpp reads no {stored[0]} checkpoint: plan with --engine llama.cpp "

@@ -19,6 +19,9 @@ from ullage.specs.latency import Latency
 from ullage.specs.plan import Plan, Recipe
 
 Goal = Literal["context", "concurrency", "latency"]
+# What four-bit weights with KV entries of eight bits lose: changes that lose more, or nobody knows
+# what, do not lead for being fast or small.
+TOLERABLE_PERCENT = 5.0
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,27 @@ class Candidate:
     def cost_percent(self) -> float | None:
         """The single costs added up, an estimate: nobody measured the combination. None where one
         of them is not known."""
-        known = [cost.percent for cost in self.costs]
-        return None if None in known else sum(cost for cost in known if cost is not None)
+        return None if _has_unknown(self.costs) else self.known_percent
+
+    @property
+    def known_percent(self) -> float:
+        """As much of `cost_percent` as is known."""
+        return sum(cost.percent or 0.0 for cost in self.costs)
+
+    @property
+    def feared_percent(self) -> float:
+        """What the changes may lose, unknown ones as much as is tolerated; 0 where all is known and
+        tolerable. What was asked for is not held against it."""
+        feared = sum(
+            TOLERABLE_PERCENT if cost.percent is None else cost.percent
+            for cost in self.change_costs
+        )
+        tolerable = feared <= TOLERABLE_PERCENT and not _has_unknown(self.change_costs)
+        return 0.0 if tolerable else feared
+
+
+def _has_unknown(costs: Sequence[Cost]) -> bool:
+    return any(cost.percent is None for cost in costs)
 
 
 @dataclass(frozen=True)
@@ -76,6 +98,13 @@ class Exploration:
                 found.append(candidate)
         return found
 
+    def shown_front(self, count: int) -> list[Candidate]:
+        """Of the front what fits, by memory; of more than `count` those that are feared to lose the
+        least."""
+        fitting = [found for found in self.front if found.fits]
+        least = sorted(fitting, key=lambda found: found.feared_percent)[:count]
+        return sorted(least, key=lambda found: found.peak_bytes)
+
 
 def _adds_nothing(found: Candidate, better: Candidate) -> bool:
     """Whether `found`, ranked after `better`, has all of its changes and more, for nothing."""
@@ -97,7 +126,8 @@ def explore(
 ) -> Exploration:
     """All combinations around `recipe` inside `budget_bytes` of each device (default: what the
     engine takes of it). Ranked by `goal`, then the cost in quality, then latency; what takes other
-    or more devices comes after all that does not.
+    or more devices comes after all that does not, and there the changes that lose more than
+    `TOLERABLE_PERCENT`, or nobody knows how much, after those that do not.
 
     Raises:
         TechniqueError, InputError: `recipe` itself is none that can be planned.
@@ -217,17 +247,17 @@ def _reaching(found: Candidate, goal: Goal, calibration: Calibration | None) -> 
 
 
 def _rank(found: Candidate) -> tuple[float, ...]:
-    """The asked hardware, then the farthest, or without a reach the fastest, then the least known
-    loss, the fastest, the simplest."""
+    """The asked hardware, then what can be trusted, then the farthest, or without a reach the
+    fastest, then the least known loss, the fastest, the simplest."""
     step_s = _step_s(found)
     goal = step_s if found.reach is None else -found.reach
-    return (found.hardware, goal, _loss(found), step_s, len(found.changes))
+    return (found.hardware, found.feared_percent, goal, _loss(found), step_s, len(found.changes))
 
 
 def _expense(found: Candidate) -> tuple[float, ...]:
     execution = found.recipe.execution
     devices = execution.tensor_parallel * execution.pipeline_parallel
-    price = (found.hardware, devices, not found.runs, _loss(found))
+    price = (found.hardware, devices, not found.runs, found.feared_percent, _loss(found))
     return (*price, _step_s(found), len(found.changes))
 
 

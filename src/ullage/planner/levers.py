@@ -9,9 +9,10 @@ from ullage.planner.engines import ENGINES
 from ullage.planner.search import Freedom, as_typed
 from ullage.specs.device import Device
 from ullage.specs.dtypes import DTYPE_BYTES, KV_BITS
+from ullage.specs.gguf_mixtures import TERNARY
 from ullage.specs.model import ModelSpec
 from ullage.specs.plan import Recipe, TechniqueChoice
-from ullage.specs.quality import Quality, find
+from ullage.specs.quality import Quality, find, find_tail
 
 # Tokens a forward pass. Smaller ones read the weights more often.
 CHUNKS = (8192, 2048, 512, 256, 128, 64, 32)
@@ -28,10 +29,17 @@ _OWN_ENGINES = ("ullage", "transformers")
 
 @dataclass(frozen=True)
 class Cost:
-    """What one choice costs: a figure, or none where there is none. `free` changes no result."""
+    """What one choice costs: a figure, or none where there is none, and one of the `tail`. `free`
+    changes no result."""
 
     figure: Quality | None = None
     free: bool = False
+    tail: Quality | None = None
+
+    @classmethod
+    def of(cls, model: ModelSpec, technique: str, setting: str) -> "Cost":
+        """By the nearest figures that there are."""
+        return cls(find(model, technique, setting), tail=find_tail(model, technique, setting))
 
     @property
     def percent(self) -> float | None:
@@ -43,7 +51,8 @@ class Cost:
     def __str__(self) -> str:
         if self.free:
             return "no loss"
-        return "no figure" if self.figure is None else str(self.figure)
+        known = [str(figure) for figure in (self.figure, self.tail) if figure is not None]
+        return "; ".join(known) or "no figure"
 
 
 FREE = Cost(free=True)
@@ -123,9 +132,10 @@ def _on(device: Device) -> Callable[[Recipe], Recipe]:
 
 def _asked_weights(recipe: Recipe) -> Setting:
     """As the engine holds them: it may make a file of its own of a model, which takes a while."""
-    held, scheme = ENGINES[recipe.execution.engine].settle(recipe).model, _scheme(recipe)
-    dtype = recipe.execution.dtype
-    cost = _plain_cost(recipe, dtype) if scheme is None else _weights_cost(recipe, scheme)
+    held = ENGINES[recipe.execution.engine].settle(recipe).model
+    asked = _scheme(recipe) or recipe.model.converted
+    plain = not asked or asked in DTYPE_BYTES
+    cost = _plain_cost(recipe, recipe.execution.dtype) if plain else _weights_cost(recipe, asked)
     return Setting("", lambda changed: replace(changed, model=held), cost)
 
 
@@ -137,13 +147,16 @@ def _scheme(recipe: Recipe) -> str | None:
 
 
 def _weights(recipe: Recipe) -> Iterator[Setting]:
-    """The engine's other formats; of plain ones bf16 alone, beside fp32."""
+    """The engine's other formats; of plain ones bf16 alone, beside fp32, and none that only models
+    bear that were trained so."""
     engine = ENGINES[recipe.execution.engine]
     fixed = recipe.model.prequantized and not engine.converts
     if fixed or _scheme(recipe) not in (None, "none"):
         return
     bare = replace(recipe, techniques=_without(recipe.techniques, ("quantization",)))
     for weights in engine.weights:
+        if weights in TERNARY:
+            continue
         if weights not in DTYPE_BYTES:
             cost = _weights_cost(recipe, weights)
         elif (weights, recipe.execution.dtype) == ("bf16", "fp32"):
@@ -180,7 +193,7 @@ def _weights_cost(recipe: Recipe, weights: str) -> Cost:
         return FREE
     served = recipe.execution.engine not in _OWN_ENGINES
     setting = _SERVED_FORMATS.get(weights, weights) if served else weights
-    return Cost(find(recipe.model, "weights", setting))
+    return Cost.of(recipe.model, "weights", setting)
 
 
 def _plain_cost(recipe: Recipe, dtype: str) -> Cost:
@@ -188,7 +201,7 @@ def _plain_cost(recipe: Recipe, dtype: str) -> Cost:
     model = recipe.model
     if model.prequantized or DTYPE_BYTES[dtype] >= DTYPE_BYTES.get(model.dtype, 4):
         return FREE
-    return Cost(find(model, "weights", dtype))
+    return Cost.of(model, "weights", dtype)
 
 
 def _asked_kv(recipe: Recipe) -> Setting:
@@ -211,7 +224,7 @@ def _kv_dtypes(recipe: Recipe) -> Iterator[Setting]:
 def _kv_cost(model: ModelSpec, kv_dtype: str, dtype: str) -> Cost:
     if KV_BITS[kv_dtype] >= KV_BITS[dtype]:
         return FREE
-    return Cost(find(model, "kv", kv_dtype))
+    return Cost.of(model, "kv", kv_dtype)
 
 
 def _asked_sparsity(recipe: Recipe) -> Setting:
@@ -236,7 +249,7 @@ def _with(choice: TechniqueChoice) -> Callable[[Recipe], Recipe]:
 
 def _sparsity_cost(model: ModelSpec, choice: TechniqueChoice) -> Cost:
     key, value = next(iter(choice.settings.items()), ("", ""))
-    return Cost(find(model, choice.name, f"{key}={value}"))
+    return Cost.of(model, choice.name, f"{key}={value}")
 
 
 def _runs(choice: TechniqueChoice) -> bool:

@@ -32,18 +32,23 @@ def as_typed(choice: TechniqueChoice) -> str:
 def describe(recipe: Recipe) -> str:
     """The recipe's settings in one line, as a user reads them."""
     execution = recipe.execution
-    schemes = [
-        choice.settings.get("scheme", "int8")
-        for choice in recipe.techniques
-        if choice.name == "quantization"
-    ]
     others = [as_typed(choice) for choice in recipe.techniques if choice.name != "quantization"]
     chunk = f"in chunks of {execution.prefill_chunk}" if execution.prefill_chunk else "in one pass"
     parts = [
-        f"{(schemes or [recipe.model.converted or execution.dtype])[0]} weights",
+        f"{_weights_format(recipe)} weights",
         *others,
         f"{execution.kv_dtype} KV",
         f"{execution.attention} attention",
         f"prompt {chunk}",
     ]
     return ", ".join(parts)
+
+
+def _weights_format(recipe: Recipe) -> str:
+    """What the weights are quantized to while they are read, else what the model was given here,
+    else what most of a quantized checkpoint is in, else the arithmetic's own."""
+    for choice in recipe.techniques:
+        if choice.name == "quantization":
+            return str(choice.settings.get("scheme", "int8"))
+    model = recipe.model
+    return model.converted or next(iter(model.stored_formats), recipe.execution.dtype)

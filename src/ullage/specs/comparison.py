@@ -172,7 +172,7 @@ def _least_bytes(tensor: TensorSpec) -> int:
     storage = tensor.storage
     if storage is None:
         return 0
-    narrow = replace(storage, group_bytes=storage.group_bytes / 4)
+    narrow = replace(storage, group_bytes=storage.group_bytes / 4, column_bytes=0.0)
     return narrow.nbytes(tensor.stored_shape)
 
 

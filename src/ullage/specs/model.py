@@ -18,14 +18,16 @@ Role = Literal["embedding", "head", "linear", "expert", "other"]
 
 @dataclass(frozen=True)
 class Storage:
-    """How a quantized checkpoint stores a weight: `bits` a number, and `group_bytes` of scales and
-    zeros for each group of `group_rows` x `group_columns` numbers. A group of 0 spans that side."""
+    """How a quantized checkpoint stores a weight: `bits` a number, `group_bytes` of scales and
+    zeros for each group of `group_rows` x `group_columns` numbers, and `column_bytes` for each
+    column. A group of 0 spans that side."""
 
     name: str
     bits: float
     group_rows: int = 0
     group_columns: int = 0
     group_bytes: float = 0.0
+    column_bytes: float = 0.0
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of one weight ``[..., out, in]`` with its side data."""
@@ -33,7 +35,8 @@ class Storage:
         groups = ceil(rows / (self.group_rows or rows)) * ceil(
             columns / (self.group_columns or columns)
         )
-        return prod(stack) * ceil(rows * columns * self.bits / 8 + groups * self.group_bytes)
+        beside = groups * self.group_bytes + columns * self.column_bytes
+        return prod(stack) * ceil(rows * columns * self.bits / 8 + beside)
 
 
 @dataclass(frozen=True)
@@ -223,6 +226,15 @@ class ModelSpec:
     def prequantized(self) -> bool:
         """Whether the checkpoint holds quantized weights."""
         return any(tensor.storage is not None for tensor in self.tensors)
+
+    @cached_property
+    def stored_formats(self) -> tuple[str, ...]:
+        """The formats of quantized weights, in lower case, that of most numbers first."""
+        counts = Counter[str]()
+        for tensor in self.tensors:
+            if tensor.storage is not None:
+                counts[tensor.storage.name.lower()] += tensor.elements * tensor.count
+        return tuple(name for name, _ in counts.most_common())
 
     @property
     def kv_width(self) -> int:

@@ -13,12 +13,16 @@ Metric = Literal[
     "perplexity %",
     "task score %",
     "mean KLD",
+    "99% KLD",
+    "99.9% KLD",
     "text similarity %",
     "perplexity % against the window alone",
 ]
 # What can be compared and, roughly, added: the share of a figure that is lost against the same
 # model without the choice.
 COMPARABLE: tuple[Metric, ...] = ("perplexity %", "task score %")
+# What the worst tokens are in for, which a mean hides: the divergence that so many stay below.
+TAIL: tuple[Metric, ...] = ("99% KLD", "99.9% KLD")
 _SAME_SIZE = 1.0  # a model of half to twice the size
 
 
@@ -51,8 +55,8 @@ class Quality:
         return max(0.0, self.change) if self.metric in COMPARABLE else None
 
     def __str__(self) -> str:
-        unit = self.metric.replace("%", "").replace("  ", " ").strip()
-        percent = "%" if "%" in self.metric else ""
+        unit = self.metric.replace(" %", "")
+        percent = "%" if " %" in self.metric else ""
         sign = -1 if self.metric in ("task score %", "text similarity %") else 1
         where = f" on {self.model}" if self.model else ""
         return f"{unit} {sign * self.change + 0.0:+.4g}{percent}{where}, {self.label}"
@@ -66,15 +70,24 @@ def figures() -> tuple[Quality, ...]:
 
 
 def find(model: ModelSpec, technique: str, setting: str) -> Quality | None:
-    """The figure nearest to `setting` of `technique` on `model`, None where there is none.
+    """The figure nearest to `setting` of `technique` on `model`, None where there is none; those of
+    the tail apart.
 
     One that can be compared goes before one that cannot; of those the same model before one of
     about its size, before the nearest in size; and there our own before a published one.
     """
-    parameters = model.parameters
-    found = [
-        row for row in figures() if (row.technique, row.setting) == (technique, setting.lower())
-    ]
+    return _nearest(model, technique, setting, tail=False)
+
+
+def find_tail(model: ModelSpec, technique: str, setting: str) -> Quality | None:
+    """The figure of the tail nearest to `setting` of `technique` on `model`, None where there is
+    none."""
+    return _nearest(model, technique, setting, tail=True)
+
+
+def _nearest(model: ModelSpec, technique: str, setting: str, tail: bool) -> Quality | None:
+    parameters, wanted = model.parameters, (technique, setting.lower(), tail)
+    found = [row for row in figures() if (row.technique, row.setting, row.metric in TAIL) == wanted]
     return min(found, key=lambda row: _distance(row, model.name, parameters), default=None)
 
 

@@ -152,6 +152,14 @@ def _awq(settings: Mapping[str, Any]) -> Quantized:
     return _one(storage, _names(settings, "modules_to_not_convert"))
 
 
+def _gptq(settings: Mapping[str, Any]) -> Quantized:
+    """AWQ's bytes; with columns in the order of their activations (`desc_act`) also the group of
+    each column in 32 bits, which engines drop without it."""
+    ordered, plain = settings.get("desc_act") is True, _awq(settings)
+    (rule,) = plain.rules
+    return _one(replace(rule.storage, column_bytes=4.0 * ordered), plain.ignored)
+
+
 def _bitsandbytes(settings: Mapping[str, Any]) -> Quantized:
     """NF4 or FP4: a scale for 64 numbers, perhaps itself in 8 bits; int8: a scale a row."""
     ignored = _names(settings, "llm_int8_skip_modules")
@@ -239,7 +247,7 @@ _METHODS: Mapping[str, Callable[[Mapping[str, Any]], Quantized]] = {
         Storage("fp8", 8, 1, 0, 4.0), _names(settings, "modules_to_not_convert")
     ),
     "awq": _awq,
-    "gptq": _awq,  # the same bytes but for an index of the columns
+    "gptq": _gptq,
     "auto-round": _awq,
     "compressed-tensors": _compressed,
     "modelopt": _modelopt,

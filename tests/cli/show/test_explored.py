@@ -112,7 +112,7 @@ def test_the_table_has_the_ranking_and_the_front(
         assert row.rstrip().endswith("*") is not candidate.runs
         assert ("as asked" in row) is (not candidate.changes)
     listed = [line for line in front.splitlines() if re.match(r"\d+ ", line)]
-    peaks = [format_bytes(found.peak_bytes) for found in explored.front if found.fits][:10]
+    peaks = [format_bytes(found.peak_bytes) for found in explored.shown_front(10)]
     assert [" ".join(line.split()[1:3]) for line in listed] == peaks
     assert "Losses are added up, and rest on:" in front
 
@@ -139,6 +139,16 @@ def test_a_narrow_catalog_has_a_line_an_entry(
     assert typed("plan", what).stdout.splitlines()[0].rstrip().endswith("from")
     monkeypatch.setenv("COLUMNS", "80")
     assert len(typed("plan", what).stdout.splitlines()) == count + 1
+
+
+def test_a_loss_that_is_not_known_is_said(typed: Typed) -> None:
+    words = [*PLAN, "--engine", "llama.cpp", "--goal", "latency", "--kv-cache-dtype", "iq4_nl"]
+    shown = typed(*words).stdout
+    assert re.search(r" [\d.]+% \+ \?  ", shown)
+    assert "? no figure that can be compared" in shown
+    row = json.loads(typed(*words, "--json").stdout)["ranked"][0]
+    assert row["cost_percent"] is None
+    assert row["known_percent"] <= 5
 
 
 def test_each_change_is_said_in_few_words(typed: Typed) -> None:

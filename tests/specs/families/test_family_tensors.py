@@ -10,8 +10,13 @@ import torch
 from family_cases import CASES, ELSEWHERE
 from transformers import DynamicCache
 
+from ullage.planner.engines import ENGINES
+from ullage.planner.memory import kv_bytes_per_token
+from ullage.specs.device import Device
 from ullage.specs.families import FAMILIES, spec_from_config
 from ullage.specs.model import ModelSpec
+from ullage.specs.plan import Recipe
+from ullage.specs.workload import Engine, Execution, Workload
 
 HfModel = Callable[[dict[str, Any]], Any]
 HfShapes = Callable[[Any], dict[str, tuple[int, ...]]]
@@ -139,6 +144,16 @@ def test_a_real_cache_holds_what_is_planned(case: str) -> None:
         for kept in spec.caches
     )
     assert held_bytes(CASES[case], tokens) == planned
+
+
+@pytest.mark.parametrize("case", ["falcon-grouped", "falcon-one-norm", "falcon"])
+@pytest.mark.parametrize("engine", ["ullage", "transformers"])
+def test_new_falcons_are_planned_as_transformers_caches_them(case: str, engine: Engine) -> None:
+    spec, cpu = spec_from_config(CASES[case]), Device("cpu", "cpu", 1 << 34)
+    recipe = Recipe(spec, cpu, Workload(30, 10), Execution(engine, dtype="fp32", kv_dtype="fp32"))
+    settled = ENGINES[engine].settle(recipe)
+    assert 40 * kv_bytes_per_token(settled) == held_bytes(CASES[case], 40)
+    assert ENGINES[engine].settle(settled) == settled
 
 
 def held_bytes(config: dict[str, Any], tokens: int) -> int:

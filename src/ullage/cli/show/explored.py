@@ -41,7 +41,9 @@ def candidate_json(found: Candidate) -> dict[str, Any]:
         "device": found.recipe.device.name,
         "latency": found.latency and asdict(found.latency),
         "cost_percent": found.cost_percent,
+        "known_percent": found.known_percent,
         "figures": [cost.figure and asdict(cost.figure) for cost in found.costs],
+        "tails": [cost.tail and asdict(cost.tail) for cost in found.costs],
         "runs": found.runs,
         "hardware": found.hardware,
     }
@@ -68,7 +70,7 @@ def show_exploration(console: Console, explored: Exploration) -> None:
         f"{explored.goal}: {len(explored.ranked):,} of {len(explored.every):,} combinations fit."
     )
     top = explored.best(TOP)
-    front = [found for found in explored.front if found.fits][:TOP]
+    front = explored.shown_front(TOP)
     if top:
         wide = is_wide(console)
         console.print(_table(top, _REACH[explored.goal], wide))
@@ -76,6 +78,8 @@ def show_exploration(console: Console, explored: Exploration) -> None:
         console.print(_table(front, "", wide))
         if not all(found.runs for found in (*top, *front)):
             console.print("* planned only: `ullage run` does not do it yet.")
+        if any(found.cost_percent is None for found in (*top, *front)):
+            console.print("? no figure that can be compared: ranked after a known small loss.")
     for line in _figures([*top, *front]):
         console.print(line)
 
@@ -109,7 +113,14 @@ def _speed(found: Candidate) -> tuple[str, str]:
 
 
 def _loss(found: Candidate) -> str:
-    return "no figure" if found.cost_percent is None else f"{found.cost_percent:.2g}%"
+    known = _percent(found.known_percent)
+    if found.cost_percent is not None:
+        return known
+    return f"{known} + ?" if found.known_percent else "?"
+
+
+def _percent(loss: float) -> str:
+    return f"{loss:.2g}%" if loss < 100 else f"{loss:,.0f}%"
 
 
 def _with(found: Candidate) -> str:
@@ -119,9 +130,10 @@ def _with(found: Candidate) -> str:
 
 
 def _figures(rows: Iterable[Candidate]) -> list[str]:
-    """Each figure once, with its source."""
-    figures = (cost.figure for found in rows for cost in found.costs if cost.figure is not None)
-    found = {f"{row.technique} {row.setting}: {row}; {row.source}." for row in figures}
+    """Each figure once, with its source, those of the tail too."""
+    costs = {cost for found in rows for cost in found.costs}
+    figures = [figure for cost in costs for figure in (cost.figure, cost.tail)]
+    found = {f"{row.technique} {row.setting}: {row}; {row.source}." for row in figures if row}
     return ["", "Losses are added up, and rest on:", *sorted(found)] if found else []
 
 

@@ -73,19 +73,9 @@ def scheme_of(plan: Plan) -> str:
     return "none"
 
 
-def storages_of(model: ModelSpec) -> list[str]:
-    """The formats of quantized weights in the checkpoint, those of most tensors first."""
-    counts: dict[str, int] = {}
-    for tensor in model.tensors:
-        if tensor.storage is not None:
-            name = tensor.storage.name.lower()
-            counts[name] = counts.get(name, 0) + tensor.elements * tensor.count
-    return sorted(counts, key=lambda name: -counts[name])
-
-
 def gguf_types(model: ModelSpec) -> bool:
     """Whether every quantized weight is of a type that GGUF has."""
-    return all(_GGUF_TYPE.fullmatch(name) for name in storages_of(model))
+    return all(_GGUF_TYPE.fullmatch(name) for name in model.stored_formats)
 
 
 def refuse_gguf_types(plan: Plan, engine: str) -> None:
@@ -94,7 +84,7 @@ def refuse_gguf_types(plan: Plan, engine: str) -> None:
     Raises:
         InputError: there are some.
     """
-    own = [name for name in storages_of(plan.recipe.model) if name != "mxfp4"]
+    own = [name for name in plan.recipe.model.stored_formats if name != "mxfp4"]
     for name in own:
         if _GGUF_TYPE.fullmatch(name):
             raise InputError(
@@ -119,7 +109,7 @@ def refuse_bitsandbytes(plan: Plan, known: Known) -> None:
     Raises:
         InputError: it is one.
     """
-    for name in storages_of(plan.recipe.model):
+    for name in plan.recipe.model.stored_formats:
         if name in _BITSANDBYTES:
             raise _no_weights(known, name)
 

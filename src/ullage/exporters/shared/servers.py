@@ -10,7 +10,7 @@ from ullage.specs.plan import Plan
 def notes(plan: Plan, known: Known, server: str) -> list[str]:
     """What no option of `server`, as it is written, says."""
     model, lines = plan.recipe.model, plans.notes_of(plan, known)
-    stored = plans.storages_of(model)
+    stored = model.stored_formats
     if stored and not model.converted and not plans.weights_of(model).gguf:
         lines.append(
             f"{', '.join(stored)} weights: {server} reads that from the checkpoint's config."

@@ -13,7 +13,8 @@ from ullage.specs.device import Device
 from ullage.specs.dtypes import DTYPE_BYTES, KV_BITS
 from ullage.specs.footprint import Label, Term
 from ullage.specs.gguf import read_header
-from ullage.specs.gguf_quant import MIXTURES, as_gguf, as_stored, is_gguf
+from ullage.specs.gguf_mixtures import MIXTURES
+from ullage.specs.gguf_quant import as_gguf, as_stored, is_gguf
 from ullage.specs.model import LayerCache, ModelSpec
 from ullage.specs.plan import DeviceShare, Recipe
 from ullage.specs.workload import Execution, PhaseName, Step

@@ -10,7 +10,7 @@ from ullage.specs.blocks import BLOCK_TOKENS
 from ullage.specs.device import Device
 from ullage.specs.dtypes import DTYPE_BYTES
 from ullage.specs.footprint import Term
-from ullage.specs.model import ModelSpec
+from ullage.specs.model import LayerCache, ModelSpec
 from ullage.specs.plan import Recipe, TechniqueChoice
 from ullage.specs.workload import Attention, Execution, PhaseName, Step
 
@@ -37,6 +37,15 @@ class Ullage(EngineArithmetic):
             return replace(recipe, execution=execution)
         choice = TechniqueChoice("quantization", {"scheme": weights})
         return replace(recipe, techniques=(choice, *recipe.techniques))
+
+    def settle(self, recipe: Recipe) -> Recipe:
+        """The model with the KV heads that its modules hand to the cache.
+
+        Raises:
+            InputError: something that the engine does not have.
+        """
+        recipe = super().settle(recipe)
+        return replace(recipe, model=_as_cached(recipe.model))
 
     def step(self, recipe: Recipe, phase: PhaseName) -> Step:
         """Room for prompt and output is reserved at the door; prompts are read one at a time."""
@@ -83,6 +92,17 @@ class Ullage(EngineArithmetic):
     def attention_term(self, recipe: Recipe, step: Step) -> Term:
         """Scratch of attention where no score matrix is built."""
         return attention.scratch_term(recipe, step)
+
+
+def _as_cached(model: ModelSpec) -> ModelSpec:
+    """Falcon's grouped heads are repeated to all query heads before they are cached:
+    `FalconAttention._split_heads` of transformers 5.23. Its older models have one KV head, or one
+    for each query head, and repeat none."""
+    grouped = 1 < model.num_kv_heads < model.num_heads
+    if model.family != "falcon" or not grouped:
+        return model
+    cache = LayerCache(2 * model.num_heads * model.head_dim, heads=model.num_heads)
+    return replace(model, num_kv_heads=model.num_heads, caches=(cache,) * model.num_layers)
 
 
 def _blocks(tokens: int) -> int:

@@ -103,8 +103,7 @@ def _falcon_norms(config: Config) -> tuple[str, ...]:
 
 
 def _falcon_heads(config: Config) -> Heads:
-    """Grouped in the new architecture (where transformers, unlike other engines, repeats K and V to
-    all query heads before it caches them); before it one KV head, or as many as of queries."""
+    """Grouped in the new architecture; before it one KV head, or as many as of queries."""
     heads = config.size("num_attention_heads")
     dim = split_evenly(config.size("hidden_size"), heads)
     if config.flag("new_decoder_architecture"):
