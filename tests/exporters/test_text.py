@@ -43,8 +43,9 @@ def test_what_cannot_be_seen_is_refused(name: str) -> None:
         text.writable(name, "name")
 
 
-@given(names.filter(written))
+@given(names.filter(written).filter(lambda name: " \\\n" not in name))
 def test_shlex_reads_the_words_back(name: str) -> None:
+    """Unlike bash, shlex knows no continued lines: they are joined for it first."""
     options = [Option("--model", name, name), Option("--flag", None, "why")]
     command = text.shell([name], [Option("A", "b:c", "why")], ["serve", name], options)
     joined = command.replace(" \\\n", " ")
