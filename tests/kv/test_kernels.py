@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from ullage.kv.kernels import Kernel, Piece, cpu, merge, reference
+from ullage.kv.kernels import Joined, Kernel, Piece, cpu, reference
 from ullage.specs.tiles import TILE_TOKENS, tile_scores
 
 KERNELS = {"reference": reference.attend, "cpu": cpu.attend}
@@ -160,20 +160,47 @@ def test_stored_entries_and_query_are_left_as_they_were(kernel: Kernel) -> None:
 
 
 @pytest.mark.parametrize("split", [1, 7, 19])
-def test_merge_of_two_halves_is_the_whole(split: int) -> None:
+def test_two_halves_joined_are_the_whole(split: int) -> None:
     scores, values = entries(1, 3, 2, 20), entries(2, 3, 20, 8)
 
     def part(span: slice) -> tuple[torch.Tensor, torch.Tensor]:
         chosen = scores[..., span]
         return chosen.softmax(-1) @ values[:, span], chosen.logsumexp(-1)
 
-    output, lse = merge(*part(slice(split)), *part(slice(split, None)))
-    torch.testing.assert_close(output, scores.softmax(-1) @ values)
-    torch.testing.assert_close(lse, scores.logsumexp(-1))
+    joined = Joined(torch.empty(3, 2, 8))
+    joined.add(None, *part(slice(split)))
+    joined.add(None, *part(slice(split, None)))
+    torch.testing.assert_close(joined.output, scores.softmax(-1) @ values)
 
 
-def test_merge_with_a_negligible_part_changes_nothing() -> None:
-    output, lse = entries(1, 2, 1, 8), torch.full((2, 1), 200.0)
-    merged, total = merge(output.clone(), lse, entries(2, 2, 1, 8), torch.full((2, 1), -200.0))
-    assert torch.equal(merged, output)
-    assert torch.equal(total, lse)
+def test_a_negligible_part_changes_nothing() -> None:
+    output = entries(1, 2, 1, 8)
+    joined = Joined(output)
+    joined.add(None, output.clone(), torch.full((2, 1), 200.0))
+    joined.add(None, entries(2, 2, 1, 8), torch.full((2, 1), -200.0))
+    assert torch.equal(joined.output, output)
+
+
+@kernels
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("queries", [1, 6])
+def test_heads_attend_to_entries_of_their_own(
+    kernel: Kernel, queries: int, softcap: float | None
+) -> None:
+    """A head's own entries, of any number, first or after those of all: as if each group of query
+    heads had attended alone."""
+    query = entries(1, 6, queries, 8)
+    shared = piece(2, queries, causal=True)
+    own = [piece(4, 9, 1), piece(6, 70, 1, mask=entries(7, queries, 70) > 0)]
+    groups = [slice(0, 3), slice(3, 6)]
+    for order in (1, -1):
+        mine = [
+            Piece(part.keys, part.values, mask=part.mask, heads=group)
+            for part, group in zip(own, groups, strict=True)
+        ]
+        output = kernel(query, [shared, *mine][::order], SCALE, softcap)
+        for head, group in enumerate(groups):
+            here = slice(head, head + 1)
+            alone = Piece(shared.keys[here], shared.values[here], causal=True)
+            expected = by_hand(query[group], [alone, own[head]], softcap)
+            torch.testing.assert_close(output[group].double(), expected, atol=1e-5, rtol=1e-5)

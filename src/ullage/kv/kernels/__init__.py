@@ -18,13 +18,15 @@ class Piece:
     """Entries that a query attends to: K and V, [Hkv, T, D] each, in the pool's format.
 
     `causal`: the entries are the queries' own, T = N, and a query sees those up to itself. `mask`:
-    bool [N, T], True where a query sees an entry. Neither: every query sees every entry.
+    bool [N, T], True where a query sees an entry. Neither: every query sees every entry. `heads`:
+    the query heads that see them, where not all do; K and V are then of those heads' KV head alone.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     causal: bool = False
     mask: torch.Tensor | None = None
+    heads: slice | None = None
 
 
 class Kernel(Protocol):
@@ -36,12 +38,32 @@ class Kernel(Protocol):
     ) -> torch.Tensor: ...
 
 
-def merge(
-    output: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over two sets of entries from attention over each: outputs [Hq, N, D] and their
-    log-sum-exps [Hq, N]. Overwrites `output` and `other`."""
-    total = torch.logaddexp(lse, other_lse)
-    output *= (lse - total).exp_()[..., None]
-    other *= (other_lse - total).exp_()[..., None]
-    return output.add_(other), total
+class Joined:
+    """Attention over the tiles seen so far, by their log-sum-exps: `output` [Hq, N, D] in fp32."""
+
+    def __init__(self, query: torch.Tensor) -> None:
+        self._query = query
+        self._output: torch.Tensor | None = None
+        self._lse: torch.Tensor | None = None  # [Hq, N]
+
+    def add(self, heads: slice | None, output: torch.Tensor, lse: torch.Tensor) -> None:
+        """Attention over one more tile, of the query heads `heads`: overwrites `output`, fp32."""
+        if self._output is None or self._lse is None:
+            if heads is None:
+                self._output, self._lse = output, lse
+                return
+            self._output = torch.zeros_like(self._query, dtype=torch.float32)
+            self._lse = self._output.new_full(self._query.shape[:2], float("-inf"))
+        here = slice(None) if heads is None else heads
+        before, before_lse = self._output[here], self._lse[here]
+        total = torch.logaddexp(before_lse, lse)
+        before.mul_((before_lse - total).exp_()[..., None])
+        before.add_(output.mul_((lse - total).exp_()[..., None]))
+        self._lse[here] = total
+
+    @property
+    def output(self) -> torch.Tensor:
+        """In the query's format."""
+        if self._output is None:
+            raise ValueError("attention over no entries at all")
+        return self._output.to(self._query.dtype)

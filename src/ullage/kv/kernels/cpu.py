@@ -6,7 +6,7 @@ the log-sum-exp too, and it takes grouped query heads without copies of K and V.
 
 import torch
 
-from ullage.kv.kernels import Piece, merge, reference
+from ullage.kv.kernels import Joined, Piece, reference
 from ullage.specs.tiles import TILE_TOKENS
 
 
@@ -16,11 +16,12 @@ def attend(
     """See `ullage.kv.kernels.Kernel`."""
     if softcap is not None:  # the flash kernel has no cap
         return reference.attend(query, pieces, scale, softcap)
-    tiles = [tile for piece in pieces for tile in _tiles(query, piece)]
-    joined = _flash(query, tiles[0], scale)
-    for tile in tiles[1:]:
-        joined = merge(*joined, *_flash(query, tile, scale))
-    return joined[0].to(query.dtype)
+    joined = Joined(query)
+    for piece in pieces:
+        seeing = query if piece.heads is None else query[piece.heads]
+        for tile in _tiles(query, piece):
+            joined.add(piece.heads, *_flash(seeing, tile, scale))
+    return joined.output
 
 
 def _flash(query: torch.Tensor, tile: Piece, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,15 +29,20 @@ def _flash(query: torch.Tensor, tile: Piece, scale: float) -> tuple[torch.Tensor
     format."""
     # what is added to a score: log 1 = 0 where it is seen, log 0 = -inf where it is not
     bias = None if tile.mask is None else tile.mask.to(query.dtype).log_()
+    packed = query
+    if query.shape[1] == 1 and bias is None:
+        # a group's heads as queries of one head: their K and V are read once, in bf16 seven times
+        # as fast
+        packed = query.reshape(tile.keys.shape[0], -1, query.shape[2])  # [Hkv, G, D]
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query[None],
+        packed[None],
         tile.keys[None].to(query.dtype),
         tile.values[None].to(query.dtype),
-        is_causal=tile.causal,
+        is_causal=tile.causal and query.shape[1] > 1,
         attn_mask=bias,
         scale=scale,
     )
-    return output[0].float(), lse[0]
+    return output[0].float().view(query.shape), lse[0].reshape(query.shape[:2])
 
 
 def _tiles(query: torch.Tensor, piece: Piece) -> list[Piece]:

@@ -6,7 +6,7 @@ Scores are built for a tile of entries at a time and overwritten in place: the w
 
 import torch
 
-from ullage.kv.kernels import Piece, merge
+from ullage.kv.kernels import Joined, Piece
 from ullage.specs.tiles import tile_tokens
 
 _FP32 = torch.finfo(torch.float32)
@@ -17,15 +17,13 @@ def attend(
 ) -> torch.Tensor:
     """See `ullage.kv.kernels.Kernel`."""
     size = tile_tokens(query.shape[0] * query.shape[1])
-    tiles = [
-        (piece, slice(start, start + size))
-        for piece in pieces
-        for start in range(0, piece.keys.shape[1], size)
-    ]
-    joined = _attend_tile(query, *tiles[0], scale, softcap)
-    for tile in tiles[1:]:
-        joined = merge(*joined, *_attend_tile(query, *tile, scale, softcap))
-    return joined[0].to(query.dtype)
+    joined = Joined(query)
+    for piece in pieces:
+        seeing = query if piece.heads is None else query[piece.heads]
+        for start in range(0, piece.keys.shape[1], size):
+            tile = slice(start, start + size)
+            joined.add(piece.heads, *_attend_tile(seeing, piece, tile, scale, softcap))
+    return joined.output
 
 
 def _attend_tile(
