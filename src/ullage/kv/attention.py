@@ -6,7 +6,8 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
-from ullage.kv.kernels import Kernel, cpu, reference
+from ullage.kv.kernels import Kernel, Piece, cpu, reference
+from ullage.kv.rows import NewTokens
 
 if TYPE_CHECKING:
     from ullage.kv.cache import PagedLayer
@@ -51,15 +52,24 @@ def attention_forward(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = query.new_zeros((query.shape[0], query.shape[2], query.shape[1], query.shape[3]))
     kernel = kernel_for(query.device)
+
+    def attend(queries: torch.Tensor, pieces: list[Piece]) -> torch.Tensor:
+        return kernel(queries, pieces, scale, softcap)
+
     new_tokens = query.shape[2]
     real = None if attention_mask is None else attention_mask[:, -new_tokens:]
+    inputs = layer.take_inputs()
     for index, row in enumerate(layer.rows_of_step(query.shape[0], new_tokens)):
         tokens = slice(None) if real is None else real[index].nonzero()[:, 0]
-        row_query = query[index][:, tokens]  # [Hq, n, D], padding left out
-        if row_query.shape[1]:
-            pieces = row.extend(key[index][:, tokens], value[index][:, tokens])
-            attended = kernel(row_query, pieces, scale, softcap)
-            output[index, tokens] = attended.transpose(0, 1)
+        new = NewTokens(
+            query[index][:, tokens],  # [Hq, n, D], padding left out
+            key[index][:, tokens],
+            value[index][:, tokens],
+            scale,
+            *(part[min(index, len(part) - 1), tokens] for part in inputs),
+        )
+        if len(new):
+            output[index, tokens] = row.attend(new, attend).transpose(0, 1)
     return output, None
 
 

@@ -1,7 +1,7 @@
 """PagedCache: a transformers Cache whose entries live in a KVPool."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache as cached
 from typing import Any
 
@@ -10,25 +10,31 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ullage.kv.attention import tag
-from ullage.kv.pool import KVPool
+from ullage.kv.pool import Blocks
 from ullage.kv.rows import FullRow, Row, SlidingRow
 from ullage.specs.model import ModelSpec
+
+MakeRow = Callable[[Blocks, int], Row]  # from the pool and the number of KV heads
 
 
 class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer of a PagedCache: a row for each sequence of the batch. Padding is never stored."""
 
-    def __init__(self, pool: KVPool, num_kv_heads: int, window: int | None) -> None:
+    def __init__(self, pool: Blocks, num_kv_heads: int, window: int | None) -> None:
         super().__init__()
         self.pool, self.num_kv_heads, self.window = pool, num_kv_heads, window
         self.is_sliding = window is not None
         self.is_initialized = True
         self.rows: list[Row] = []
         self.seen_tokens = 0  # positions of the batch, padding counted
+        self.make_row: MakeRow | None = None  # a technique's; None: as the model says
         self._waiting = False
+        self._inputs: tuple[torch.Tensor, ...] = ()
 
     def new_row(self) -> Row:
         """An empty row for one sequence."""
+        if self.make_row is not None:
+            return self.make_row(self.pool, self.num_kv_heads)
         if self.window is None:
             return FullRow(self.pool, self.num_kv_heads)
         return SlidingRow(self.pool, self.num_kv_heads, self.window)
@@ -49,6 +55,16 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         if not self.rows:
             self.rows = [self.new_row() for _ in range(key_states.shape[0])]
         return tag(key_states, self), value_states
+
+    def give_inputs(self, *inputs: torch.Tensor) -> None:
+        """What the rows of the next step get beside query, keys and values: the attention module's
+        input, [B, N, hidden], then cos and sin of the positions, [1 or B, N, D] each."""
+        self._inputs = inputs
+
+    def take_inputs(self) -> tuple[torch.Tensor, ...]:
+        """What `give_inputs` was given for this step."""
+        inputs, self._inputs = self._inputs, ()
+        return inputs
 
     def rows_of_step(self, batch: int, new_tokens: int) -> list[Row]:
         """The rows that the attention of this step extends, one for each of `batch`."""
@@ -103,10 +119,15 @@ class PagedCache(Cache):  # type: ignore[misc]
 
     Inside plain `model.generate(**cache_argument(model, cache))` it grows by itself. The engine
     opens each sequence with all the room it will need and chooses with `activate` whose turn it is.
+    `rows` says what keeps a sequence's entries in a layer where they are not all kept.
     """
 
-    def __init__(self, model: ModelSpec, pool: KVPool) -> None:
+    def __init__(
+        self, model: ModelSpec, pool: Blocks, rows: Mapping[int, MakeRow] | None = None
+    ) -> None:
         self.paged = [PagedLayer(pool, model.num_kv_heads, window) for window in model.windows]
+        for layer, make_row in (rows or {}).items():
+            self.paged[layer].make_row = make_row
         super().__init__(layers=self.paged)
         self.pool = pool
 
@@ -133,8 +154,8 @@ class PagedCache(Cache):  # type: ignore[misc]
             layer._waiting = False
 
     def nbytes(self) -> int:
-        """Bytes of the blocks that are taken."""
-        return (self.pool.num_blocks - self.pool.free_blocks) * self.pool.block_bytes
+        """Bytes of the blocks that are taken or promised."""
+        return self.pool.taken_bytes
 
 
 def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:

@@ -7,6 +7,7 @@ ever gathered.
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -20,6 +21,31 @@ class Run:
 
     start: int
     count: int
+
+
+class Blocks(Protocol):
+    """Where a row has its blocks from."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of an entry's numbers."""
+
+    @property
+    def taken_bytes(self) -> int:
+        """Bytes of the blocks that somebody has or was promised."""
+
+    def take(self, count: int, multiple: int = 1) -> list[Run]:
+        """`count` blocks in few runs, each a multiple of `multiple`.
+
+        Raises:
+            BudgetExceeded: there are fewer; nothing is taken.
+        """
+
+    def give_back(self, runs: list[Run]) -> None:
+        """Return `runs`; their contents are gone."""
+
+    def entries(self, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of a run, [count, BLOCK_TOKENS, D] each, where they lie."""
 
 
 class KVPool:
@@ -41,6 +67,12 @@ class KVPool:
         self.values = torch.empty(shape, dtype=dtype, device=device)
         self.num_blocks = num_blocks
         self._free = [Run(0, num_blocks)] if num_blocks else []  # sorted, never adjacent
+        self._promised = 0  # to reservations
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of an entry's numbers."""
+        return self.keys.dtype
 
     @property
     def block_bytes(self) -> int:
@@ -53,9 +85,29 @@ class KVPool:
         return self.num_blocks * self.block_bytes
 
     @property
+    def taken_bytes(self) -> int:
+        """Bytes of the blocks that somebody has or was promised."""
+        return (self.num_blocks - self.free_blocks) * self.block_bytes
+
+    @property
     def free_blocks(self) -> int:
-        """Blocks that `take` can hand out."""
-        return sum(run.count for run in self._free)
+        """Blocks that nobody has and nobody was promised."""
+        return sum(run.count for run in self._free) - self._promised
+
+    def promise(self, count: int) -> "Reservation":
+        """`count` blocks for one holder to take and give back as it likes.
+
+        Raises:
+            BudgetExceeded: fewer than `count` are free; nothing is promised.
+        """
+        self._refuse_more_than_free(count)
+        self._promised += count
+        return Reservation(self, count)
+
+    def entries(self, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Blocks`."""
+        blocks = slice(run.start, run.start + run.count)
+        return self.keys[blocks], self.values[blocks]
 
     def take(self, count: int, multiple: int = 1) -> list[Run]:
         """`count` blocks in as few runs as the free space allows, each a multiple of `multiple`.
@@ -63,6 +115,10 @@ class KVPool:
         Raises:
             BudgetExceeded: fewer than `count` are free; nothing is taken.
         """
+        self._refuse_more_than_free(count)
+        return self._hand_out(count, multiple)
+
+    def _hand_out(self, count: int, multiple: int) -> list[Run]:
         runs = self._whole(count) or self._pieces(count, multiple)
         for run in runs:
             self._remove(run)
@@ -87,6 +143,13 @@ class KVPool:
             end = run.start + run.count
         if all_free and self.free_blocks < self.num_blocks:
             raise RuntimeError(f"{self.num_blocks - self.free_blocks} blocks were not given back")
+
+    def _refuse_more_than_free(self, count: int) -> None:
+        if count > self.free_blocks:
+            raise BudgetExceeded(
+                f"The KV pool has {self.free_blocks} of {self.num_blocks} blocks free; "
+                f"{count} are needed."
+            )
 
     def _whole(self, count: int) -> list[Run]:
         """The smallest free run that holds `count`, so that long runs stay for long sequences."""
@@ -131,3 +194,77 @@ class KVPool:
         if at < len(self._free) and run.start + run.count == self._free[at].start:
             count, last = count + self._free[at].count, at + 1
         self._free[first:last] = [Run(start, count)]
+
+
+class Reservation:
+    """Blocks of a pool promised to one holder: no more than that, and never refused."""
+
+    def __init__(self, pool: KVPool, count: int) -> None:
+        self._pool, self.left = pool, count
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See `Blocks`."""
+        return self._pool.dtype
+
+    @property
+    def taken_bytes(self) -> int:
+        """See `Blocks`: of the whole pool."""
+        return self._pool.taken_bytes
+
+    def take(self, count: int, multiple: int = 1) -> list[Run]:
+        """See `Blocks`."""
+        if count > self.left:
+            raise BudgetExceeded(f"{self.left} blocks are left of those promised; {count} needed.")
+        runs = self._pool._hand_out(count, multiple)
+        self._settle(-count)
+        return runs
+
+    def give_back(self, runs: list[Run]) -> None:
+        """See `Blocks`: they can be taken again."""
+        self._pool.give_back(runs)
+        self._settle(sum(run.count for run in runs))
+
+    def entries(self, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Blocks`."""
+        return self._pool.entries(run)
+
+    def release(self) -> None:
+        """Let others have what is left; what was taken must have been given back."""
+        self._settle(-self.left)
+
+    def _settle(self, change: int) -> None:
+        self.left += change
+        self._pool._promised += change
+
+
+class HeapBlocks:
+    """Blocks straight from torch's allocator, as many as there is memory for: where nobody set a
+    budget. They are freed when they are given back."""
+
+    def __init__(self, head_dim: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.head_dim, self.dtype, self.device = head_dim, dtype, device
+        self._runs: dict[Run, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._next = 0
+
+    @property
+    def taken_bytes(self) -> int:
+        """See `Blocks`."""
+        return sum(keys.nbytes + values.nbytes for keys, values in self._runs.values())
+
+    def take(self, count: int, multiple: int = 1) -> list[Run]:
+        """See `Blocks`; never refused by us."""
+        run, shape = Run(self._next, count), (count, BLOCK_TOKENS, self.head_dim)
+        keys, values = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        self._runs[run] = keys, values
+        self._next += count
+        return [run]
+
+    def give_back(self, runs: list[Run]) -> None:
+        """See `Blocks`."""
+        for run in runs:
+            del self._runs[run]
+
+    def entries(self, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Blocks`."""
+        return self._runs[run]

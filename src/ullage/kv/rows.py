@@ -5,31 +5,63 @@ matter to attention; a sliding layer overwrites its oldest entry in place.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from ullage.errors import BudgetExceeded
 from ullage.kv.kernels import Piece
-from ullage.kv.pool import KVPool, Run
+from ullage.kv.pool import Blocks, Run
 from ullage.specs.blocks import BLOCK_TOKENS
+
+Attend = Callable[[torch.Tensor, list[Piece]], torch.Tensor]  # query and output [Hq, N, D]
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """What N tokens of one sequence bring to one layer. `hidden`, the attention module's input, and
+    `cos` and `sin` of their positions are there where a technique asks for them."""
+
+    query: torch.Tensor  # [Hq, N, D]
+    keys: torch.Tensor  # [Hkv, N, D]
+    values: torch.Tensor  # [Hkv, N, D]
+    scale: float  # of a query's product with a key
+    hidden: torch.Tensor | None = None  # [N, hidden]
+    cos: torch.Tensor | None = None  # [N, D], or narrower where not all of a head is rotated
+    sin: torch.Tensor | None = None  # [N, D], likewise
+
+    def __len__(self) -> int:
+        return self.keys.shape[1]
+
+    def part(self, start: int, stop: int) -> "NewTokens":
+        """The tokens from `start` up to `stop`, as views."""
+        span = slice(start, stop)
+        return NewTokens(
+            self.query[:, span],
+            self.keys[:, span],
+            self.values[:, span],
+            self.scale,
+            *(None if part is None else part[span] for part in (self.hidden, self.cos, self.sin)),
+        )
 
 
 class Segment:
     """A run of the pool seen as one stretch of slots for all KV heads."""
 
-    def __init__(self, pool: KVPool, run: Run, num_kv_heads: int) -> None:
+    def __init__(self, pool: Blocks, run: Run, num_kv_heads: int) -> None:
         self.run = run
         self.slots = run.count // num_kv_heads * BLOCK_TOKENS
-        blocks = slice(run.start, run.start + run.count)
-        shape = (num_kv_heads, self.slots, pool.keys.shape[-1])
-        self.keys = pool.keys[blocks].view(shape)  # [Hkv, slots, D]
-        self.values = pool.values[blocks].view(shape)
+        keys, values = pool.entries(run)
+        shape = (num_kv_heads, self.slots, keys.shape[-1])
+        self.keys = keys.view(shape)  # [Hkv, slots, D]
+        self.values = values.view(shape)
 
 
 class Slots:
     """The blocks of one row, as slots numbered from 0; a slot holds one token for all KV heads."""
 
-    def __init__(self, pool: KVPool, num_kv_heads: int) -> None:
+    def __init__(self, pool: Blocks, num_kv_heads: int) -> None:
         self.pool, self.num_kv_heads = pool, num_kv_heads
         self.segments: list[Segment] = []
 
@@ -49,6 +81,22 @@ class Slots:
             blocks = self.num_kv_heads * -(-missing // BLOCK_TOKENS)
             runs = self.pool.take(blocks, multiple=self.num_kv_heads)
             self.segments += [Segment(self.pool, run, self.num_kv_heads) for run in runs]
+
+    def trim(self, slots: int) -> None:
+        """Give the blocks beyond the first `slots` slots back."""
+        spare = (self.capacity - slots) // BLOCK_TOKENS  # blocks of each head
+        while spare > 0:
+            segment = self.segments.pop()
+            blocks = segment.run.count // self.num_kv_heads
+            if self.num_kv_heads > 1 and spare < blocks:
+                self.segments.append(segment)  # heads lie one after the other: all or nothing
+                return
+            kept = Run(segment.run.start, max(0, blocks - spare))
+            gone = Run(kept.start + kept.count, segment.run.count - kept.count)
+            self.pool.give_back([gone])
+            if kept.count:
+                self.segments.append(Segment(self.pool, kept, self.num_kv_heads))
+            spare -= blocks
 
     def release(self) -> None:
         """Give all blocks back."""
@@ -81,7 +129,7 @@ class Slots:
 class Row(ABC):
     """One sequence in one layer. `length` counts the tokens seen."""
 
-    def __init__(self, pool: KVPool, num_kv_heads: int) -> None:
+    def __init__(self, pool: Blocks, num_kv_heads: int) -> None:
         self.slots = Slots(pool, num_kv_heads)
         self.length = 0
 
@@ -92,6 +140,10 @@ class Row(ABC):
         Raises:
             BudgetExceeded: the pool has too few; nothing is taken.
         """
+
+    def attend(self, new: NewTokens, attention: Attend) -> torch.Tensor:
+        """Store the entries of `new` and let its queries attend: [Hq, N, D]."""
+        return attention(new.query, self.extend(new.keys, new.values))
 
     @abstractmethod
     def extend(self, keys: torch.Tensor, values: torch.Tensor) -> list[Piece]:
@@ -118,7 +170,7 @@ class FullRow(Row):
         if keys.shape[1] == 1:
             return self.slots.read(0, length)
         # rounded as the pool rounds them, so that results do not hang on the chunk size
-        stored = self.slots.pool.keys.dtype
+        stored = self.slots.pool.dtype
         new = Piece(keys.to(stored), values.to(stored), causal=True)
         return [*self.slots.read(0, past), new]
 
@@ -134,7 +186,7 @@ class FullRow(Row):
 class SlidingRow(Row):
     """A query sees the `window` newest entries up to its own; entry p lies in slot p mod window."""
 
-    def __init__(self, pool: KVPool, num_kv_heads: int, window: int) -> None:
+    def __init__(self, pool: Blocks, num_kv_heads: int, window: int) -> None:
         super().__init__(pool, num_kv_heads)
         self.window = window
 
@@ -145,16 +197,16 @@ class SlidingRow(Row):
         if keys.shape[1] == 1:
             self._write(keys, values)
             return self.slots.read(0, min(self.length, self.window))
-        past, stored = self._in_order(), self.slots.pool.keys.dtype
-        span_keys = _side_by_side([piece.keys for piece in past], keys, stored)
-        span_values = _side_by_side([piece.values for piece in past], values, stored)
+        past, stored = self._in_order(), self.slots.pool.dtype
+        span_keys = side_by_side([piece.keys for piece in past], keys, stored)
+        span_values = side_by_side([piece.values for piece in past], values, stored)
         self._write(keys, values)
         mask = _band(keys.shape[1], span_keys.shape[1], self.window, keys.device)
         return [Piece(span_keys, span_values, mask=mask)]  # [Hkv, past + N, D]
 
     def _write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Overwrite the oldest slots with the newest of `keys` and `values`."""
-        self.reserve(self.length + keys.shape[1])
+        self.slots.reserve(min(self.length + keys.shape[1], self.window))
         self.length += keys.shape[1]
         kept = min(keys.shape[1], self.window)
         keys, values = keys[:, -kept:], values[:, -kept:]
@@ -173,7 +225,7 @@ class SlidingRow(Row):
         return [*self.slots.read(turn, self.window), *self.slots.read(0, turn)]
 
 
-def _side_by_side(past: list[torch.Tensor], new: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
+def side_by_side(past: list[torch.Tensor], new: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
     """Stored entries and new ones in one tensor, [Hkv, past + N, D] in the new ones' format, the
     new ones rounded as the pool rounds them, so that results do not hang on the chunk size."""
     parts = [*past, new.to(stored)]

@@ -1,7 +1,7 @@
 """How many blocks of KV entries a sequence takes: one arithmetic for the planner and the pool."""
 
 from ullage.specs.dtypes import DTYPE_BYTES
-from ullage.specs.model import ModelSpec
+from ullage.specs.model import LayerCache, ModelSpec
 
 # Small enough that a sequence wastes under 1% of a thousand tokens, large enough that a block's
 # bookkeeping is nothing beside its bytes.
@@ -26,13 +26,19 @@ def block_bytes(model: ModelSpec, kv_dtype: str) -> int:
     return 2 * BLOCK_TOKENS * model.head_dim * DTYPE_BYTES[kv_dtype]
 
 
-def full_layers(model: ModelSpec) -> int:
-    """How many layers keep K and V of every token, head by head: what techniques for KV entries act
+def full_layer_numbers(model: ModelSpec) -> list[int]:
+    """The layers that keep K and V of every token, head by head: what techniques for KV entries act
     on. Sliding layers keep few, latent attention has no heads in its cache."""
-    width = 2 * model.num_kv_heads * model.head_dim
-    return sum(
-        count for cache, count in model.cache_kinds if cache.window is None and cache.width == width
-    )
+    return [layer for layer, cache in enumerate(model.caches) if _is_full(model, cache)]
+
+
+def full_layers(model: ModelSpec) -> int:
+    """How many such layers there are."""
+    return sum(count for cache, count in model.cache_kinds if _is_full(model, cache))
+
+
+def _is_full(model: ModelSpec, cache: LayerCache) -> bool:
+    return cache.window is None and cache.width == 2 * model.num_kv_heads * model.head_dim
 
 
 def dense_layer_bytes(model: ModelSpec, tokens: int, kv_dtype: str) -> int:

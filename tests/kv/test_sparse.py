@@ -1,0 +1,205 @@
+"""A sparse row against attention under a mask that is written out by hand."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from ullage.errors import BudgetExceeded
+from ullage.kv.kernels import Piece, reference
+from ullage.kv.pool import HeapBlocks, KVPool
+from ullage.kv.rows import NewTokens
+from ullage.kv.sparse import SparseRow
+from ullage.specs.survivors import SPAN_TOKENS, Survival
+
+HEADS, GROUP, DIM = 2, 3, 4
+LONG = 300  # tokens
+SURVIVALS = [
+    Survival(kept, window, min(every, window), sinks)
+    for window, every in ((16, 8), (16, 16), (7, 5), (128, 64), (1, 1))
+    for kept, sinks in ((1.0, 4), (0.5, 0), (0.125, 4), (0.0, 2))
+]
+chunk_sizes = st.lists(st.integers(1, 90), min_size=1, max_size=12)
+
+
+class Table:
+    """A scorer that knows every entry's worth, [HEADS, T], beforehand."""
+
+    def __init__(self, worth: torch.Tensor) -> None:
+        self.worth, self.seen = worth, 0
+
+    def see(self, new: NewTokens) -> None:
+        self.seen += len(new)
+
+    def scores(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        assert torch.equal(keys[:, :, 0], values[:, :, 0])
+        return self.worth[:, self.seen - keys.shape[1] : self.seen].clone()
+
+
+def tokens_of(count: int, seed: int = 1) -> NewTokens:
+    random = torch.Generator().manual_seed(seed)
+    query = torch.randn(HEADS * GROUP, count, DIM, generator=random)
+    keys = torch.randn(HEADS, count, DIM, generator=random)
+    values = torch.randn(HEADS, count, DIM, generator=random)
+    values[:, :, 0] = keys[:, :, 0]
+    return NewTokens(query, keys, values, scale=0.7)
+
+
+def worth_of(count: int, seed: int = 2) -> torch.Tensor:
+    return torch.randn(HEADS, count, generator=torch.Generator().manual_seed(seed))
+
+
+def staying(worth: torch.Tensor, survival: Survival) -> torch.Tensor:
+    """Bool [HEADS, T] by the definition: of each `every` tokens the worthiest, over all heads,
+    until the heads together hold the share that is kept of all tokens so far."""
+    flags, held = torch.ones_like(worth, dtype=torch.bool), 0
+    for end in range(survival.every, worth.shape[1] + 1, survival.every):
+        span = range(end - survival.every, end)
+        entries = [(head, token) for head in range(HEADS) for token in span]
+        entries.sort(key=lambda at: (at[1] >= survival.sinks, -float(worth[at])))
+        stay = survival.entries(end, HEADS) - held
+        held += stay
+        for at in entries:
+            flags[at] = False
+        for at in entries[:stay]:
+            flags[at] = True
+    return flags
+
+
+def by_hand(new: NewTokens, stays: torch.Tensor, window: int) -> torch.Tensor:
+    """[HEADS * GROUP, T, DIM] under a mask over the whole square."""
+    count = len(new)
+    query, entry = torch.arange(count)[:, None], torch.arange(count)[None, :]
+    output = torch.empty_like(new.query)
+    for head in range(HEADS * GROUP):
+        kept = stays[head // GROUP][None, :]
+        visible = (entry <= query) & (kept | (query - entry < window))
+        scores = new.query[head] @ new.keys[head // GROUP].T * new.scale
+        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+        output[head] = weights @ new.values[head // GROUP]
+    return output
+
+
+def attend(query: torch.Tensor, pieces: list[Piece]) -> torch.Tensor:
+    return reference.attend(query, pieces, 0.7)
+
+
+def fed(row: SparseRow, new: NewTokens, sizes: list[int]) -> torch.Tensor:
+    """The outputs of all tokens, fed in chunks of `sizes`, the last again and again."""
+    parts, at = [], 0
+    while at < len(new):
+        size = sizes[min(len(parts), len(sizes) - 1)]
+        parts.append(row.attend(new.part(at, at + size), attend))
+        at += size
+    return torch.cat(parts, dim=1)
+
+
+def heap_row(survival: Survival, worth: torch.Tensor) -> SparseRow:
+    return SparseRow(HeapBlocks(DIM, torch.float32, "cpu"), HEADS, survival, Table(worth))
+
+
+@pytest.mark.parametrize("survival", SURVIVALS, ids=str)
+@pytest.mark.parametrize("sizes", [[1], [LONG], [64], [100, 1], [13]], ids=str)
+def test_it_attends_to_the_window_and_the_survivors(survival: Survival, sizes: list[int]) -> None:
+    new, worth = tokens_of(LONG), worth_of(LONG)
+    expected = by_hand(new, staying(worth, survival), survival.window)
+    output = fed(heap_row(survival, worth), new, sizes)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+
+
+@given(chunk_sizes)
+@hypothesis_settings(max_examples=30)
+def test_the_same_entries_stay_however_the_prompt_is_cut(sizes: list[int]) -> None:
+    survival, new, worth = Survival(0.3, 32, 20, 4), tokens_of(LONG), worth_of(LONG)
+    whole, cut = heap_row(survival, worth), heap_row(survival, worth)
+    fed(whole, new, [1])
+    fed(cut, new, sizes)
+    for one, other in zip(whole.survivors, cut.survivors, strict=True):
+        assert one.length == other.length
+        kept = [
+            torch.cat([piece.keys for piece in survivors.read(slice(0, 1))], dim=1)
+            for survivors in (one, other)
+            if survivors.length
+        ]
+        assert not kept or torch.equal(*kept)
+
+
+def test_a_prompt_in_one_piece_is_read_in_spans() -> None:
+    """Longer than a span: the mask does not grow with the prompt."""
+    survival, count = Survival(0.25, 64, 64, 4), 2 * SPAN_TOKENS + 100
+    new, worth = tokens_of(count), worth_of(count)
+    row, widest = heap_row(survival, worth), 0
+
+    def watched(query: torch.Tensor, pieces: list[Piece]) -> torch.Tensor:
+        nonlocal widest
+        masks = [piece.mask for piece in pieces if piece.mask is not None]
+        widest = max([widest, *(mask.shape[1] for mask in masks)])
+        return attend(query, pieces)
+
+    output = row.attend(new, watched)
+    assert widest == SPAN_TOKENS + 64
+    expected = by_hand(new, staying(worth, survival), 64)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_entry_leaves_exactly_window_tokens_after_it_was_written() -> None:
+    survival = Survival(0.0, 10, 5, 0)
+    row = heap_row(survival, worth_of(LONG))
+    new, seen = tokens_of(LONG), []
+
+    def watched(query: torch.Tensor, pieces: list[Piece]) -> torch.Tensor:
+        keys = torch.cat([piece.keys[0] for piece in pieces])
+        positions = (keys[:, None] == new.keys[0][None]).all(-1).nonzero()[:, 1]
+        seen.append(sorted(positions.tolist()))
+        return attend(query, pieces)
+
+    for at in range(30):
+        row.attend(new.part(at, at + 1), watched)
+    assert seen == [list(range(max(0, at - 9), at + 1)) for at in range(30)]
+
+
+@given(
+    st.integers(1, 400),
+    st.sampled_from(SURVIVALS),
+    chunk_sizes,
+    st.floats(-5, 5),
+)
+@hypothesis_settings(max_examples=60)
+def test_what_was_reserved_is_enough_whoever_stays(
+    count: int, survival: Survival, sizes: list[int], lean: float
+) -> None:
+    """Also where one head keeps all and the other nothing; and no block more is ever held."""
+    worth = worth_of(count) + torch.tensor([[0.0], [lean]])
+    blocks = survival.blocks(count, HEADS)
+    pool = KVPool(blocks, DIM, torch.float32)
+    row = SparseRow(pool, HEADS, survival, Table(worth))
+    row.reserve(count)
+    fed(row, tokens_of(count), sizes)
+    assert pool.free_blocks == 0 or blocks > survival.blocks(count - 1, HEADS)
+    row.release()
+    pool.check_integrity(all_free=True)
+
+
+def test_a_pool_that_is_too_small_refuses_at_the_door() -> None:
+    survival = Survival(0.5, 16, 16, 4)
+    pool = KVPool(survival.blocks(200, HEADS) - 1, DIM, torch.float32)
+    row = SparseRow(pool, HEADS, survival, Table(worth_of(200)))
+    with pytest.raises(BudgetExceeded):
+        row.reserve(200)
+    row.release()
+    pool.check_integrity(all_free=True)
+
+
+def test_blocks_come_back_as_they_are_given() -> None:
+    """Without a reservation, as under plain `generate`."""
+    source = HeapBlocks(DIM, torch.float32, "cpu")
+    survival = Survival(0.5, 16, 16, 4)
+    row = SparseRow(source, HEADS, survival, Table(worth_of(LONG)))
+    fed(row, tokens_of(LONG), [50])
+    held: Any = sum(survivors.slots.capacity for survivors in row.survivors)
+    assert source.taken_bytes == (held + HEADS * 16) * 2 * DIM * 4
+    row.release()
+    assert source.taken_bytes == 0
