@@ -39,9 +39,13 @@ IDS = torch.randint(6, 64, (2, 24), generator=torch.Generator().manual_seed(1))
 SHORT = 9  # tokens of the second sequence, where it is shorter
 
 
+# What acts on texts as short as these; elsewhere the defaults do.
+SMALL: dict[str, dict[str, Any]] = {"dms": {"kept": 0.25, "window": 4}}
+
+
 def settings_of(name: str) -> Iterator[Technique]:
-    """The technique with its defaults, and with every choice of its Literal and bool settings."""
-    default = create(TechniqueChoice(name, {}))
+    """The technique with small settings, and with every choice of its Literal and bool ones."""
+    default = create(TechniqueChoice(name, SMALL.get(name, {})))
     kinds = get_type_hints(type(default))
     choices = [
         get_args(kinds[field.name])
@@ -178,6 +182,20 @@ def test_planned_weights_are_the_live_bytes(
             assert planned[phase].weights_bytes == pytest.approx(live_bytes, rel=0.005), family
 
 
+@every_active
+def test_planned_kv_entries_are_the_live_bytes(tiny_spec: TinySpec, technique: Technique) -> None:
+    skip_unless_it_runs(technique.name)
+    spec = tiny_spec("llama")
+    for tokens in (3, 24, 60):
+        made = recipe(spec, technique, Workload(tokens - 1, 1), FP32)
+        planned_bytes = phase_footprints(made)["decode"].kv_bytes
+        pool = KVPool(sequence_blocks(spec, 64), spec.head_dim, torch.float32)
+        with closing(PagedCache(spec, pool, technique.rows(spec)).open(tokens)):
+            state_bytes = planned_bytes - pool.taken_bytes
+            assert 0 <= state_bytes < 0.4 * planned_bytes
+            assert pool.taken_bytes == techniques.sequence_blocks(made, tokens) * pool.block_bytes
+
+
 @every_name
 def test_its_neutral_setting_changes_no_bit(name: str, tiny_model: TinyModel) -> None:
     skip_unless_it_runs(name)
@@ -268,8 +286,6 @@ def test_it_changes_the_model_while_it_is_attached(
 ) -> None:
     """Else the promises of restoring would say nothing."""
     skip_unless_it_runs(technique.name)
-    if technique.acts_on != "weights":
-        pytest.skip("acts when memory is short")
     model, spec = tiny_model("llama")
     before = logits(model, spec, IDS)
     with technique.attach(model):

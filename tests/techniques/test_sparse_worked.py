@@ -33,7 +33,13 @@ def change(
 @pytest.mark.parametrize(
     ("tokens", "kept", "window", "live"),
     # 256 of the window and an eighth of the 1,000 before it; shorter texts are kept whole
-    [(1256, 0.125, 256, 381), (256, 0.125, 256, 256), (257, 0.125, 256, 257), (100, 0.5, 10, 55)],
+    [
+        (1256, 0.125, 256, 381),
+        (256, 0.125, 256, 256),
+        (257, 0.125, 256, 257),
+        (100, 0.5, 10, 55),
+        (20, 0.1, 10, 14),
+    ],
 )
 def test_a_head_keeps_the_window_and_a_share(
     tokens: int, kept: float, window: int, live: int
@@ -41,25 +47,34 @@ def test_a_head_keeps_the_window_and_a_share(
     assert DMS(kept, window).live_tokens(tokens) == live
 
 
+STATE = 8 * 256 + 2 * 32 * 128 * 4  # a flag a head and token of the window; sums over queries
+
+
 def test_a_layer_of_dms() -> None:
-    """8 heads x 381 tokens are 191 blocks, and each of 8 heads may leave one almost empty; a ring
-    of 8 B for each head and token of the window. Dense: 8 x 79 blocks."""
-    layer = (191 + 8) * BLOCK + 8 * 256 * 8
+    """8 heads x 16 blocks of window. Of the 1,000 tokens that left it 1,024 are decided: 8 heads
+    keep 1,024 entries of them, 64 blocks, and each may leave 15 slots of one empty. Dense: 8 x 79
+    blocks."""
+    layer = (8 * 16 + (1024 + 8 * 15) // 16) * BLOCK + STATE
     dense = 8 * 79 * BLOCK
     after = change(DMS(0.125, 256), "decode", 1256, sequences=3)
-    assert after == Footprint(kv_bytes=KV - 3 * 32 * (dense - layer))
+    assert after.kv_bytes == KV - 3 * 32 * (dense - layer)
 
 
-def test_dms_holds_one_layer_whole_while_it_reads() -> None:
-    layer, dense = 199 * BLOCK + 8 * 256 * 8, 8 * 79 * BLOCK
-    after = change(DMS(0.125, 256), "prefill", 1256, new=512)
-    assert after.activation_bytes == dense - layer
+def test_dms_lays_out_the_window_and_a_span_of_the_prompt() -> None:
+    """K and V twice, masks of bools for 8 heads twice and one in bf16, scores of 64 entries."""
+    span = 512 + 256
+    laid_out = 2 * span * 2 * 8 * 128 * 2
+    masks = 512 * span * (2 * 8 + 2)
+    scored = 5 * 32 * 64 * 128 * 4
+    for new in (512, 4000):
+        after = change(DMS(0.125, 256), "prefill", 12560, new=new)
+        assert after.activation_bytes == laid_out + masks + scored
 
 
-def test_a_text_inside_the_window_pays_the_ring_and_saves_nothing() -> None:
+def test_a_text_inside_the_window_pays_for_the_flags_and_saves_nothing() -> None:
     """100 tokens in 7 blocks a head, kept whole."""
     after = change(DMS(0.125, 256), "prefill", 100, new=100)
-    assert after == Footprint(kv_bytes=KV + 32 * 8 * 100 * 8)
+    assert after.kv_bytes == KV + 32 * STATE
 
 
 def test_a_layer_of_camelot() -> None:

@@ -11,15 +11,16 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ullage import techniques
 from ullage.errors import DoesNotFit, PromptError, UllageError
-from ullage.kv.cache import PagedCache, Sequence, cache_argument
+from ullage.kv.cache import MakeRow, PagedCache, Sequence, cache_argument
 from ullage.kv.pool import KVPool
 from ullage.runtime.budget import Budget
 from ullage.runtime.load import TORCH_DTYPES, LoadedModel, device_of
 from ullage.runtime.memory import held_bytes
 from ullage.runtime.temperature import refuse_temperature
-from ullage.specs.blocks import block_bytes, sequence_blocks
-from ullage.specs.plan import Plan
+from ullage.specs.blocks import block_bytes
+from ullage.specs.plan import Plan, Recipe
 from ullage.units import format_bytes
 
 OnPrefill = Callable[[int, int], None]  # tokens read, tokens of the prompt
@@ -78,12 +79,13 @@ class Engine:
         self.loaded, self.plan = loaded, plan
         self.budget = Budget(plan.budget_bytes)
         self.device = device_of(plan.recipe)
-        self.cache = PagedCache(plan.recipe.model, self._pool())
+        self.pool = self._new_pool()
+        self.cache = PagedCache(plan.recipe.model, self.pool, _rows(plan.recipe))
         self._waiting: deque[Request] = deque()
         self._reading: _Running | None = None
         self._writing: list[_Running] = []
 
-    def _pool(self) -> KVPool:
+    def _new_pool(self) -> KVPool:
         """The budget less what is there and less the largest workspace; no larger than the plan's
         sequences need."""
         recipe = self.plan.recipe
@@ -97,7 +99,7 @@ class Engine:
             ),
         )
         model, work = recipe.model, recipe.workload
-        blocks = work.sequences * sequence_blocks(model, work.context_tokens)
+        blocks = work.sequences * techniques.sequence_blocks(recipe, work.context_tokens)
         self.budget.claim("KV pool", blocks * block_bytes(model, recipe.execution.kv_dtype))
         return KVPool(blocks, model.head_dim, TORCH_DTYPES[recipe.execution.kv_dtype], self.device)
 
@@ -121,8 +123,8 @@ class Engine:
                 f"The model was loaded with rotary frequencies for {most_tokens:,} tokens at most; "
                 f"this sequence would have {request.capacity_tokens:,}."
             )
-        pool = self.cache.pool
-        blocks = sequence_blocks(model, request.capacity_tokens)
+        pool = self.pool
+        blocks = techniques.sequence_blocks(self.plan.recipe, request.capacity_tokens)
         if blocks > pool.num_blocks:
             raise DoesNotFit(
                 f"The request needs {format_bytes(blocks * pool.block_bytes)} of KV entries; the "
@@ -153,7 +155,7 @@ class Engine:
         if writing:
             self._decode(writing)
         if self.idle:
-            self.cache.pool.check_integrity(all_free=True)
+            self.pool.check_integrity(all_free=True)
 
     def generate(self, request: Request) -> Iterator[int]:
         """The new tokens of `request` as they come, its end token included. Blocks go back when the
@@ -192,9 +194,9 @@ class Engine:
         if self._reading is not None or not self._waiting:
             return
         request = self._waiting[0]
-        blocks = sequence_blocks(self.plan.recipe.model, request.capacity_tokens)
+        blocks = techniques.sequence_blocks(self.plan.recipe, request.capacity_tokens)
         batch_full = len(self._writing) >= self.plan.recipe.workload.sequences
-        if batch_full or blocks > self.cache.pool.free_blocks:
+        if batch_full or blocks > self.pool.free_blocks:
             return
         sequence = self.cache.open(request.capacity_tokens)
         generator = torch.Generator(self.device).manual_seed(request.seed)
@@ -250,6 +252,16 @@ class Engine:
         running.request.finished = True
         running.sequence.close()
         self._writing.remove(running)
+
+
+def _rows(recipe: Recipe) -> dict[int, MakeRow]:
+    """The rows of the layers that a technique keeps its own way."""
+    chain = [techniques.create(choice) for choice in recipe.techniques]
+    return {
+        layer: make_row
+        for technique in chain
+        for layer, make_row in technique.rows(recipe.model).items()
+    }
 
 
 def _sample(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> int:

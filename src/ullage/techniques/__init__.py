@@ -9,10 +9,12 @@ from functools import cache
 from typing import Any
 
 from ullage.errors import TechniqueError
-from ullage.specs.plan import TechniqueChoice
+from ullage.specs.blocks import BLOCK_TOKENS, full_layers
+from ullage.specs.blocks import sequence_blocks as blocks_of_all
+from ullage.specs.plan import Recipe, TechniqueChoice
 from ullage.techniques.base import Technique
 
-__all__ = ["Technique", "choice_of", "create", "names", "parse"]
+__all__ = ["Technique", "choice_of", "create", "names", "parse", "sequence_blocks"]
 
 
 def names() -> list[str]:
@@ -37,6 +39,18 @@ def create(choice: TechniqueChoice) -> Technique:
 def choice_of(technique: Technique) -> TechniqueChoice:
     """The technique as data, for a plan."""
     return TechniqueChoice(technique.name, asdict(technique))
+
+
+def sequence_blocks(recipe: Recipe, tokens: int) -> int:
+    """Blocks that one sequence of `tokens` takes in all layers, as the recipe's techniques keep
+    them."""
+    model = recipe.model
+    heads, full = model.num_kv_heads, full_layers(model)
+    blocks = blocks_of_all(model, tokens)
+    for choice in recipe.techniques:
+        kept = create(choice).layer_blocks(model, tokens)
+        blocks += full * (kept - heads * -(-tokens // BLOCK_TOKENS))
+    return blocks
 
 
 def parse(text: str) -> Technique:

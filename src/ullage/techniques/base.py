@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from ullage.errors import TechniqueError
-from ullage.specs.blocks import dense_layer_bytes, full_layers
+from ullage.specs.blocks import BLOCK_TOKENS, dense_layer_bytes, full_layers
 from ullage.specs.device import Device
 from ullage.specs.footprint import Footprint
 from ullage.specs.model import ModelSpec
@@ -16,6 +16,8 @@ from ullage.specs.workload import Engine, Step
 if TYPE_CHECKING:
     from torch.nn import Module
     from transformers import PreTrainedModel
+
+    from ullage.kv.cache import MakeRow
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,16 @@ class Technique(ABC):
             TechniqueError: the model is one that `unsupported` names, or the technique is one that
                 is planned only.
         """
+
+    def rows(self, model: ModelSpec) -> "Mapping[int, MakeRow]":
+        """What keeps one sequence's KV entries in a layer, by the layer's number, where they are
+        not all kept."""
+        return {}
+
+    def layer_blocks(self, model: ModelSpec, tokens: int) -> int:
+        """Blocks that a sequence of `tokens` takes, at most, in a layer that would keep all of
+        them."""
+        return model.num_kv_heads * -(-tokens // BLOCK_TOKENS)
 
     def while_loading(
         self, model: "PreTrainedModel"

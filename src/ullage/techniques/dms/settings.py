@@ -1,49 +1,69 @@
 """Settings of Dynamic Memory Sparsification and its bytes. No torch.
 
-Each KV head decides for each token whether it stays; one that goes is still seen for `window`
-tokens more, then its slot is free. Of T tokens a head keeps window + kept (T - window) on average.
+Each KV head decides for each token whether it stays; one that goes is still seen until `window`
+tokens more are written, then its slot is free. Of T tokens a head keeps window + kept (T - window)
+on average.
 """
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 
 from ullage.errors import TechniqueError
-from ullage.specs.blocks import BLOCK_TOKENS, block_bytes, dense_layer_bytes, full_layers
+from ullage.specs.blocks import block_bytes, full_layer_numbers, full_layers
+from ullage.specs.dtypes import DTYPE_BYTES
 from ullage.specs.footprint import Footprint
 from ullage.specs.model import ModelSpec
+from ullage.specs.survivors import SPAN_TOKENS, Survival
 from ullage.specs.workload import Engine, Step
 from ullage.techniques.base import Technique, with_full_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-RING_BYTES = 8  # a token of the window and a head: its slot and its decision, 4 B each
+    from ullage.kv.cache import MakeRow
+
+Predictor = Literal["expected-attention", "window"]
+
+SINKS = 4  # first tokens, which attention falls back on: StreamingLLM (arXiv 2309.17453)
+DECIDED_TOKENS = 64  # at once
+FLAG_BYTES = 1  # a token of the window and a head: whether it stays
 
 
 @dataclass(frozen=True)
 class DMS(Technique):
-    """`kept` is the share of tokens that stay once they leave the window, over all heads; `window`
-    is in tokens. Needs a model that was trained for it, about a thousand steps."""
+    """`kept` is the share of tokens that stay once they leave the `window`, in tokens, over all
+    heads. Which, `predictor` says: by the attention that they can expect, without training; or none
+    but the first few, the baseline."""
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2506.05345"
     acts_on: ClassVar[Literal["kv"]] = "kv"
-    runs: ClassVar[bool] = False
     engines: ClassVar[tuple[Engine, ...]] = ("ullage",)
 
-    kept: float = 0.125
-    window: int = 256
+    kept: float = 0.5
+    window: int = 512
+    predictor: Predictor = "expected-attention"
 
     def __post_init__(self) -> None:
         if type(self.kept) not in (int, float) or not 0 < self.kept <= 1:
             raise TechniqueError(f"dms: kept is above 0 and at most 1, not {self.kept!r}.")
         if type(self.window) is not int or self.window < 1:
             raise TechniqueError(f"dms: window is a positive count of tokens, not {self.window!r}.")
+        if self.predictor not in get_args(Predictor):
+            known = ", ".join(get_args(Predictor))
+            raise TechniqueError(f"dms: predictor is one of {known}, not {self.predictor!r}.")
 
     @classmethod
     def neutral(cls) -> Self:
         return cls(kept=1.0)
+
+    @property
+    def survival(self) -> Survival:
+        """Who survives the window."""
+        kept = 0.0 if self.predictor == "window" else self.kept
+        return Survival(kept, self.window, min(DECIDED_TOKENS, self.window), SINKS)
 
     def unsupported(self, model: ModelSpec) -> str | None:
         if self.kept == 1 or full_layers(model):
@@ -53,27 +73,65 @@ class DMS(Technique):
     def footprint(self, before: Footprint, model: ModelSpec, work: Step) -> Footprint:
         if self.kept == 1:
             return before
-        layer_bytes = self._layer_bytes(model, work)
-        after = with_full_layers(before, model, work, layer_bytes)
-        if work.phase != "prefill":
+        blocks_bytes = self.layer_blocks(model, work.held_tokens) * block_bytes(
+            model, work.execution.kv_dtype
+        )
+        after = with_full_layers(before, model, work, blocks_bytes + self._state_bytes(model, work))
+        if work.phase == "load":
             return after
-        # a layer is read whole before its decisions are carried out; prompts are read one at a time
-        whole_bytes = dense_layer_bytes(model, work.held_tokens, work.execution.kv_dtype)
-        extra_bytes = max(0, whole_bytes - layer_bytes)
-        return replace(after, activation_bytes=after.activation_bytes + extra_bytes)
+        scratch_bytes = self._scratch_bytes(model, work)
+        return replace(after, activation_bytes=after.activation_bytes + scratch_bytes)
+
+    def layer_blocks(self, model: ModelSpec, tokens: int) -> int:
+        if self.kept == 1:
+            return super().layer_blocks(model, tokens)
+        return self.survival.blocks(tokens, model.num_kv_heads)
 
     def live_tokens(self, tokens: int) -> int:
         """Of `tokens`, those that a head keeps on average, rounded up."""
-        return min(tokens, self.window + ceil(self.kept * max(0, tokens - self.window)))
+        left = max(0, tokens - self.window)
+        return tokens - left + min(left, max(SINKS, ceil(self.survival.kept * left)))
 
-    def _layer_bytes(self, model: ModelSpec, work: Step) -> int:
-        """One layer of one sequence. Heads keep different numbers, so that each may leave its last
-        block almost empty."""
-        heads, tokens = model.num_kv_heads, work.held_tokens
-        dense_blocks = heads * -(-tokens // BLOCK_TOKENS)
-        blocks = heads + -(-heads * self.live_tokens(tokens) // BLOCK_TOKENS)
-        ring_bytes = heads * min(tokens, self.window) * RING_BYTES
-        return min(blocks, dense_blocks) * block_bytes(model, work.execution.kv_dtype) + ring_bytes
+    def _state_bytes(self, model: ModelSpec, work: Step) -> int:
+        """What a row keeps beside its blocks: flags of the window, and the scorer's sums over the
+        queries and their squares in fp32, [Hq, D] each."""
+        if not work.held_tokens:
+            return 0
+        flags_bytes = model.num_kv_heads * self.window * FLAG_BYTES
+        sums_bytes = 2 * model.num_heads * model.head_dim * 4
+        return flags_bytes + (sums_bytes if self.predictor == "expected-attention" else 0)
 
-    def attach(self, model: "PreTrainedModel") -> AbstractContextManager[None]:
-        raise TechniqueError(f"{self.name} can be planned, and is not run yet.")
+    def _scratch_bytes(self, model: ModelSpec, work: Step) -> int:
+        """While one row of one layer attends: window and new tokens side by side under a mask for
+        each head and, as numbers, for the one that the kernel is at; and what the scorer makes of
+        the entries that it decides on."""
+        new = min(SPAN_TOKENS, work.new_tokens) if work.phase == "prefill" else 0
+        span = self.window + new
+        number_bytes = DTYPE_BYTES[work.execution.dtype]
+        laid_out = 2 * span * 2 * model.num_kv_heads * model.head_dim * number_bytes
+        masks = new * span * (2 * model.num_kv_heads + number_bytes)
+        scored = 5 * model.num_heads * min(DECIDED_TOKENS, self.window) * model.head_dim * 4
+        return laid_out + masks + scored
+
+    @contextmanager
+    def attach(self, model: "PreTrainedModel") -> Iterator[None]:
+        from ullage.specs.families import spec_from_config
+        from ullage.techniques.dms.attach import sparse
+
+        spec = spec_from_config(model.config.get_text_config().to_dict())
+        reason = self.unsupported(spec)
+        if reason is not None:
+            raise TechniqueError(f"{self.name} cannot act on this model: {reason}")
+        rows = self.rows(spec)
+        if not rows:
+            yield
+            return
+        with sparse(model, rows):
+            yield
+
+    def rows(self, model: ModelSpec) -> "Mapping[int, MakeRow]":
+        if self.kept == 1:
+            return {}
+        from ullage.techniques.dms.rows import row_maker
+
+        return dict.fromkeys(full_layer_numbers(model), row_maker(self))

@@ -1,0 +1,91 @@
+"""Expected attention (arXiv 2510.00636): what queries to come will look for, from those so far.
+
+Queries before their rotation are taken as normal over the sequence so far, each number on its own;
+a key's worth is the attention that it can expect from them over the next positions. No training.
+
+Left out of the paper's, because SmolLM2-135M's perplexity was better without: the whole covariance
+(D times as large), the length of the value as a factor, and shares of attention compared across
+heads. So each head keeps as many entries as any other.
+"""
+
+import torch
+
+from ullage.kv.rows import NewTokens
+
+FUTURE_TOKENS = 512  # positions ahead over which the rotation is averaged
+
+
+class ExpectedAttention:
+    """A `Scorer`: sums over the queries seen and over their squares, [Hq, D] each in fp32."""
+
+    def __init__(self) -> None:
+        self._scale = 1.0
+        self._count = 0
+        self._sum: torch.Tensor | None = None
+        self._squares: torch.Tensor | None = None
+        self._angles: torch.Tensor | None = None  # [rot / 2], a token's turn
+        self._cos: torch.Tensor | None = None  # [1, rot], of the newest token
+        self._sin: torch.Tensor | None = None
+
+    def see(self, new: NewTokens) -> None:
+        self._scale = new.scale
+        query = new.query.float()  # [Hq, N, D]
+        if new.cos is not None and new.sin is not None:
+            cos, sin = _normed(new.cos.float(), new.sin.float())
+            query = rotated(query, cos, -sin)
+            self._turn(cos, sin)
+        sums, squares = query.sum(1), query.square().sum(1)
+        self._sum = sums if self._sum is None else self._sum + sums
+        self._squares = squares if self._squares is None else self._squares.add_(squares)
+        self._count += query.shape[1]
+
+    def scores(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        if self._sum is None or self._squares is None:
+            raise RuntimeError("scores are asked for before any token was seen")
+        heads, tokens, _ = keys.shape
+        mean = self._sum / self._count  # [Hq, D]
+        spread = self._squares / self._count - mean.square()  # [Hq, D]
+        key = self._as_future_queries_see(keys.float())  # [Hkv, R, D]
+        key = key.repeat_interleave(mean.shape[0] // heads, dim=0) * self._scale  # [Hq, R, D]
+        # log E exp(q k), [Hq, R]
+        expected = (key @ mean[:, :, None] + key.square() @ spread[:, :, None] / 2)[..., 0]
+        share = expected.softmax(-1).view(heads, -1, tokens).mean(1)  # [Hkv, R]
+        return share.argsort(-1).argsort(-1).float()  # each head's own order
+
+    def _turn(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """Remember where the newest token stands, and, from two that follow each other, how far a
+        token turns."""
+        if self._cos is not None and self._sin is not None:
+            cos = torch.cat([self._cos, cos])
+            sin = torch.cat([self._sin, sin])
+        if self._angles is None and cos.shape[0] > 1:
+            half = cos.shape[1] // 2
+            (c0, c1), (s0, s1) = cos[:2, :half], sin[:2, :half]
+            self._angles = torch.atan2(s1 * c0 - c1 * s0, c1 * c0 + s1 * s0)
+        self._cos, self._sin = cos[-1:], sin[-1:]
+
+    def _as_future_queries_see(self, keys: torch.Tensor) -> torch.Tensor:
+        """Keys turned back by the mean rotation of the positions ahead."""
+        if self._cos is None or self._sin is None or self._angles is None:
+            return keys
+        ahead = torch.arange(1, FUTURE_TOKENS + 1, device=keys.device)[:, None] * self._angles
+        cos, sin = ahead.cos().mean(0).repeat(2), ahead.sin().mean(0).repeat(2)  # [rot]
+        # the angle addition of the mean turn to where the newest token stands
+        return rotated(
+            keys, self._cos * cos - self._sin * sin, -(self._sin * cos + self._cos * sin)
+        )
+
+
+def rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """[H, N, D] turned by the angles of `cos` and `sin`, [N, rot]; the rest of D stays as it is."""
+    width = cos.shape[-1]
+    turned = states[..., :width]
+    half = torch.cat([-turned[..., width // 2 :], turned[..., : width // 2]], dim=-1)
+    turned = turned * cos + half * sin
+    return torch.cat([turned, states[..., width:]], dim=-1) if width < states.shape[-1] else turned
+
+
+def _normed(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Without the factor by which some models lengthen what they rotate."""
+    length = (cos.square() + sin.square()).sqrt()
+    return cos / length, sin / length

@@ -1,0 +1,187 @@
+"""DMS in whole models: the same text however it is read, batched, or generated."""
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from ullage import ModelSpec
+from ullage.errors import TechniqueError
+from ullage.kv import attention
+from ullage.kv.cache import PagedCache, cache_argument
+from ullage.kv.pool import HeapBlocks
+from ullage.kv.sparse import SparseRow
+from ullage.specs.families import RUNNING
+from ullage.techniques.dms.settings import DMS, SINKS
+
+TinyModel = Callable[..., tuple[Any, ModelSpec]]
+TEXT = torch.randint(6, 64, (3, 150), generator=torch.Generator().manual_seed(1))
+FAMILIES = [family for family in RUNNING if family != "mistral"]  # each of its layers slides
+SWEEP = [DMS(kept, window) for window in (16, 128) for kept in (1.0, 0.5, 0.125)]
+
+
+def cache_of(model: Any, spec: ModelSpec, technique: DMS) -> PagedCache:
+    pool = HeapBlocks(spec.head_dim, model.dtype, model.device)
+    return PagedCache(spec, pool, technique.rows(spec))
+
+
+@torch.inference_mode()
+def logits(model: Any, cache: PagedCache, ids: torch.Tensor, *sizes: int) -> torch.Tensor:
+    """Logits [B, T, V] after reading `ids` in chunks of `sizes`, the last again and again."""
+    attention.register()
+    model.set_attn_implementation(attention.NAME)
+    parts: list[torch.Tensor] = []
+    at = 0
+    while at < ids.shape[1]:
+        size = sizes[min(len(parts), len(sizes) - 1)]
+        parts.append(model(ids[:, at : at + size], **cache_argument(model, cache)).logits)
+        at += size
+    return torch.cat(parts, dim=1)
+
+
+def live_tokens(cache: PagedCache) -> list[list[int]]:
+    """What each head of each sparse row keeps beyond the window."""
+    return [
+        [survivors.length for survivors in row.survivors]
+        for layer in cache.paged
+        for row in layer.rows
+        if isinstance(row, SparseRow)
+    ]
+
+
+@pytest.mark.parametrize("technique", SWEEP, ids=str)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_text_is_the_same_however_it_is_read(
+    tiny_model: TinyModel, technique: DMS, batch: int
+) -> None:
+    model, spec = tiny_model("llama")
+    ids = TEXT[:batch]
+    with technique.attach(model):
+        caches = [cache_of(model, spec, technique) for _ in range(3)]
+        whole = logits(model, caches[0], ids, 150)
+        chunks = logits(model, caches[1], ids, 40)
+        tokens = logits(model, caches[2], ids, 100, 1)
+    torch.testing.assert_close(chunks, whole, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(tokens, whole, atol=1e-4, rtol=1e-4)
+    assert live_tokens(caches[0]) == live_tokens(caches[1]) == live_tokens(caches[2])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_forgets_and_goes_on(tiny_model: TinyModel, family: str) -> None:
+    model, spec = tiny_model(family)
+    technique = DMS(0.25, 16)
+    dense = logits(model, cache_of(model, spec, technique.neutral()), TEXT[:1], 50)
+    with technique.attach(model):
+        cache = cache_of(model, spec, technique)
+        sparse = logits(model, cache, TEXT[:1], 50)
+        one_by_one = logits(model, cache_of(model, spec, technique), TEXT[:1], 1)
+    assert torch.isfinite(sparse).all()
+    assert not torch.allclose(sparse, dense, atol=1e-3)
+    torch.testing.assert_close(one_by_one, sparse, atol=2e-3, rtol=1e-3)
+    left = 150 - 16
+    for heads in live_tokens(cache):
+        assert 0 < sum(heads) <= 0.25 * (left + 64) * len(heads)
+
+
+def test_the_baseline_keeps_the_first_few_and_the_window(tiny_model: TinyModel) -> None:
+    model, spec = tiny_model("llama")
+    technique = DMS(0.5, 16, "window")
+    cache = cache_of(model, spec, technique)
+    with technique.attach(model):
+        logits(model, cache, TEXT[:1], 50)
+    assert live_tokens(cache) == [[SINKS] * spec.num_kv_heads] * spec.num_layers
+
+
+def generate(model: Any, **arguments: Any) -> torch.Tensor:
+    return model.generate(  # type: ignore[no-any-return]
+        max_new_tokens=20, do_sample=False, pad_token_id=0, **arguments
+    )
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_plain_generate_and_padding(tiny_model: TinyModel, side: str) -> None:
+    """As three texts alone; right padding leaves a gap between prompt and output, as in
+    transformers, so that there only the first new token is compared."""
+    model, _ = tiny_model("llama")
+    lengths = [150, 90, 40]
+    ids, mask = torch.zeros_like(TEXT), torch.zeros_like(TEXT)
+    for row, length in enumerate(lengths):
+        span = slice(150 - length, None) if side == "left" else slice(length)
+        ids[row, span] = TEXT[row, :length]
+        mask[row, span] = 1
+    with DMS(0.25, 16).attach(model):
+        alone = [generate(model, inputs=TEXT[row : row + 1, :n]) for row, n in enumerate(lengths)]
+        if side == "left":
+            together = generate(model, inputs=ids, attention_mask=mask)
+            for row, length in enumerate(lengths):
+                assert torch.equal(together[row, 150:], alone[row][0, length:])
+            return
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        output = model(ids, attention_mask=mask, position_ids=positions)
+    for row, length in enumerate(lengths):
+        assert int(output.logits[row, length - 1].argmax()) == int(alone[row][0, length])
+
+
+def test_generate_goes_on_from_the_cache_of_an_earlier_turn(tiny_model: TinyModel) -> None:
+    model, spec = tiny_model("llama")
+    technique = DMS(0.25, 16)
+    with technique.attach(model):
+        cache = cache_of(model, spec, technique)
+        first = generate(model, inputs=TEXT[:1, :90], **cache_argument(model, cache))
+        turn = torch.cat([first, TEXT[:1, 90:]], dim=1)
+        second = generate(model, inputs=turn, **cache_argument(model, cache))
+        fresh = generate(model, inputs=turn)
+    assert torch.equal(second, fresh)
+
+
+def test_bytes_fall_with_what_is_kept_and_end_with_the_text(tiny_model: TinyModel) -> None:
+    model, spec = tiny_model("llama")
+    held = []
+    ids = TEXT.flatten()[None]
+    for kept in (1.0, 0.5, 0.125):
+        technique = DMS(kept, 16)
+        cache = cache_of(model, spec, technique)
+        with technique.attach(model):
+            logits(model, cache, ids, 150)
+        held.append(cache.nbytes())
+        cache.reset()
+        assert cache.nbytes() == 0
+    assert held[1] < 0.75 * held[0]
+    assert held[2] < 0.45 * held[0]
+
+
+def test_a_cache_that_generate_made_is_gone_with_it(tiny_model: TinyModel) -> None:
+    model, _ = tiny_model("llama")
+    with DMS(0.25, 16).attach(model):
+        output = generate(model, inputs=TEXT[:1], return_dict_in_generate=True)
+        cache = output.past_key_values
+        assert isinstance(cache, PagedCache)
+        assert cache.nbytes() > 0
+        seen = weakref.ref(cache)
+        del output, cache
+        gc.collect()
+        assert seen() is None
+
+
+def test_a_full_cache_of_transformers_is_our_error(tiny_model: TinyModel) -> None:
+    model, spec = tiny_model("llama")
+    full = DynamicCache()
+    full.update(torch.zeros(1, 2, 3, spec.head_dim), torch.zeros(1, 2, 3, spec.head_dim), 0)
+    with DMS(0.25, 16).attach(model), pytest.raises(TechniqueError, match="PagedCache"):
+        model(TEXT[:1], **cache_argument(model, full))
+
+
+def test_beams_are_our_error(tiny_model: TinyModel) -> None:
+    model, _ = tiny_model("llama")
+    with DMS(0.25, 16).attach(model), pytest.raises(NotImplementedError, match="beam"):
+        generate(model, inputs=TEXT[:1], num_beams=2)
+
+
+@pytest.mark.parametrize("predictor", ["best", "", 3])
+def test_a_predictor_that_there_is_not(predictor: Any) -> None:
+    with pytest.raises(TechniqueError, match="predictor is one of"):
+        DMS(0.5, 16, predictor)
