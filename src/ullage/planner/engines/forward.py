@@ -30,6 +30,7 @@ def layer_term(model: ModelSpec, step: Step) -> Term:
     return Term("activation", "hidden states of one layer", nbytes, "exact", source)
 
 
+@lru_cache  # a search would count the cache kinds each time
 def always_width(model: ModelSpec) -> int:
     """Numbers a token that live through all layers: the embedded tokens, and their embedded
     positions or the rotary cosines and sines, of which sliding and full layers may have their
@@ -40,7 +41,7 @@ def always_width(model: ModelSpec) -> int:
     return model.hidden_size + 2 * model.head_dim * max(1, tables)
 
 
-@lru_cache  # the names of all tensors, which a search would go through each time
+@lru_cache  # a search would go through the names of all tensors each time
 def _learns_positions(model: ModelSpec) -> bool:
     return any(tensor.name.endswith("wpe.weight") for tensor in model.tensors)
 
