@@ -30,24 +30,8 @@ def change(
     return technique.footprint(Footprint(kv_bytes=KV), LLAMA, work)
 
 
-@pytest.mark.parametrize(
-    ("tokens", "kept", "window", "live"),
-    # 256 of the window and an eighth of the 1,000 before it; shorter texts are kept whole
-    [
-        (1256, 0.125, 256, 381),
-        (256, 0.125, 256, 256),
-        (257, 0.125, 256, 257),
-        (100, 0.5, 10, 55),
-        (20, 0.1, 10, 14),
-    ],
-)
-def test_a_head_keeps_the_window_and_a_share(
-    tokens: int, kept: float, window: int, live: int
-) -> None:
-    assert DMS(kept, window).live_tokens(tokens) == live
-
-
-STATE = 8 * 256 + 2 * 32 * 128 * 4  # a flag a head and token of the window; sums over queries
+# a flag a head and token of the window; sums over queries, and how positions turn
+STATE = 8 * 256 + (2 * 32 + 3) * 128 * 4
 
 
 def test_a_layer_of_dms() -> None:
@@ -65,7 +49,7 @@ def test_dms_lays_out_the_window_and_a_span_of_the_prompt() -> None:
     span = 512 + 256
     laid_out = 2 * span * 2 * 8 * 128 * 2
     masks = 512 * span * (2 * 8 + 2)
-    scored = 5 * 32 * 64 * 128 * 4
+    scored = (5 * 32 * 64 * 128 + 2 * 512 * 128) * 4
     for new in (512, 4000):
         after = change(DMS(0.125, 256), "prefill", 12560, new=new)
         assert after.activation_bytes == laid_out + masks + scored

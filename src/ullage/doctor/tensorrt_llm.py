@@ -162,10 +162,15 @@ def _too_short(log: Log, start: Start) -> Diagnosis | None:
     found = log.first(_SHORT)
     if found is None:
         return None
-    share = min(0.95, round((start.run.utilization or 0.9) + 0.05, 2))
+    share = round((start.run.utilization or 0.9) + 0.05, 2)
     said = found if found.text("tokens") else start.kv
     tokens = said.count("tokens") if said else 0
     pool = f"of {tokens:,} tokens " if tokens else ""
+    larger = (
+        (Change(f"--kv_cache_free_gpu_memory_fraction {share:.2f}", "a larger KV pool"),)
+        if share <= 0.95
+        else ()
+    )
     shorter = (
         (Change(f"--max_seq_len {tokens}", "the longest request that the pool holds"),)
         if tokens
@@ -176,10 +181,7 @@ def _too_short(log: Log, start: Start) -> Diagnosis | None:
         f"The KV pool {pool}does not hold one request of the longest kind.",
         phase="profile",
         culprit="kv",
-        changes=(
-            Change(f"--kv_cache_free_gpu_memory_fraction {share:.2f}", "a larger KV pool"),
-            *shorter,
-        ),
+        changes=(*larger, *shorter),
         evidence=evidence(found, start.before_kv, start.kv),
     )
 

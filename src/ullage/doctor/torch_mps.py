@@ -40,13 +40,10 @@ def _refused(log: Log, found: Found) -> Diagnosis:
     allowed = found.size("allowed") if found.text("allowed") else None
     taken, wanted = found.size("allocated") + found.size("other"), found.size("wanted")
     free = None if allowed is None else max(0, allowed - taken)
-    in_pieces = free is None or free >= wanted
+    in_pieces = free is not None and free >= wanted
     limit = "" if allowed is None else f" of the {format_bytes(allowed)} that PyTorch may take"
-    cause = (
-        "There was as much, but in no single piece."
-        if in_pieces
-        else "RAM is shared with everything else on the machine: PyTorch stops before it is gone."
-    )
+    shared = "RAM is shared with everything else on the machine: PyTorch stops before it is gone."
+    cause = "There was as much, but in no single piece." if in_pieces else shared
     return pytorch_failure(
         log,
         found,
@@ -57,7 +54,7 @@ def _refused(log: Log, found: Found) -> Diagnosis:
         free_bytes=free,
         total_bytes=allowed,
         fragmentation=in_pieces,
-        causes=(cause,),
+        causes=() if free is None else (cause,),
         changes=_CHANGES if allowed is None else (*_CHANGES, _NO_LIMIT),
     )
 

@@ -29,7 +29,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.seen_tokens = 0  # positions of the batch, padding counted
         self.make_row: MakeRow | None = None  # a technique's; None: as the model says
         self._waiting = False
-        self._inputs: tuple[torch.Tensor, ...] = ()
+        self._rotary: tuple[torch.Tensor, ...] = ()
 
     def new_row(self) -> Row:
         """An empty row for one sequence."""
@@ -56,15 +56,14 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             self.rows = [self.new_row() for _ in range(key_states.shape[0])]
         return tag(key_states, self), value_states
 
-    def give_inputs(self, *inputs: torch.Tensor) -> None:
-        """What the rows of the next step get beside query, keys and values: the attention module's
-        input, [B, N, hidden], then cos and sin of the positions, [1 or B, N, D] each."""
-        self._inputs = inputs
+    def give_rotary(self, *rotary: torch.Tensor) -> None:
+        """Cos and sin of the next step's positions, [1 or B, N, D] each, where there are any."""
+        self._rotary = rotary
 
-    def take_inputs(self) -> tuple[torch.Tensor, ...]:
-        """What `give_inputs` was given for this step."""
-        inputs, self._inputs = self._inputs, ()
-        return inputs
+    def take_rotary(self) -> tuple[torch.Tensor, ...]:
+        """What `give_rotary` was given for this step."""
+        rotary, self._rotary = self._rotary, ()
+        return rotary
 
     def rows_of_step(self, batch: int, new_tokens: int) -> list[Row]:
         """The rows that the attention of this step extends, one for each of `batch`."""

@@ -170,8 +170,8 @@ class KVPool:
                 missing -= usable
         if missing:
             raise BudgetExceeded(
-                f"The KV pool has {self.free_blocks} of {self.num_blocks} blocks free; "
-                f"{count} are needed."
+                f"The KV pool has {self.free_blocks} of {self.num_blocks} blocks free, in pieces "
+                f"too small: {count} are needed, {multiple} side by side at least."
             )
         return pieces
 

@@ -20,14 +20,13 @@ Attend = Callable[[torch.Tensor, list[Piece]], torch.Tensor]  # query and output
 
 @dataclass(frozen=True)
 class NewTokens:
-    """What N tokens of one sequence bring to one layer. `hidden`, the attention module's input, and
-    `cos` and `sin` of their positions are there where a technique asks for them."""
+    """What N tokens of one sequence bring to one layer. `cos` and `sin` of their positions are
+    there where a technique asks for them."""
 
     query: torch.Tensor  # [Hq, N, D]
     keys: torch.Tensor  # [Hkv, N, D]
     values: torch.Tensor  # [Hkv, N, D]
     scale: float  # of a query's product with a key
-    hidden: torch.Tensor | None = None  # [N, hidden]
     cos: torch.Tensor | None = None  # [N, D], or narrower where not all of a head is rotated
     sin: torch.Tensor | None = None  # [N, D], likewise
 
@@ -42,7 +41,7 @@ class NewTokens:
             self.keys[:, span],
             self.values[:, span],
             self.scale,
-            *(None if part is None else part[span] for part in (self.hidden, self.cos, self.sin)),
+            *(None if part is None else part[span] for part in (self.cos, self.sin)),
         )
 
 

@@ -77,6 +77,8 @@ class SparseRow(SlidingRow):
         return len(self.survivors)
 
     def reserve(self, tokens: int) -> None:
+        if self.reservation is not None:
+            raise RuntimeError("a sparse row is reserved once")
         super().reserve(tokens)
         window = self.heads * -(-min(tokens, self.window) // BLOCK_TOKENS)
         blocks = self.survival.blocks(tokens, self.heads) - window
@@ -94,6 +96,10 @@ class SparseRow(SlidingRow):
         self.reservation, self.share = None, 0
         self.survivors = [Survivors(self.pool) for _ in range(self.heads)]
 
+    def extend(self, keys: torch.Tensor, values: torch.Tensor) -> list[Piece]:
+        """Never: who survives hangs on the queries too."""
+        raise RuntimeError("a sparse row attends by itself")
+
     def attend(self, new: NewTokens, attention: Attend) -> torch.Tensor:
         """A span at a time, so that the mask does not grow with the prompt."""
         if len(new) == 1:
@@ -107,7 +113,10 @@ class SparseRow(SlidingRow):
         if self.length >= self.window:
             slot = self.length % self.window
             leaving = self.slots.read(slot, slot + 1)[0]
-            self._settle(leaving.keys, leaving.values, self.stays[:, slot : slot + 1])
+            for head in self.stays[:, slot].nonzero()[:, 0].tolist():
+                here = slice(head, head + 1)
+                self._make_room(head, 1)
+                self.survivors[head].append(leaving.keys[here], leaving.values[here])
         self._write(new.keys, new.values)
         self._mark(torch.ones(self.heads, 1, dtype=torch.bool))
         self.scorer.see(new)

@@ -1,7 +1,7 @@
 """The levers of a recipe: what can be changed, one dimension at a time, and what it costs."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from ullage import techniques
 from ullage.errors import InputError
@@ -248,8 +248,12 @@ def _with(choice: TechniqueChoice) -> Callable[[Recipe], Recipe]:
 
 
 def _sparsity_cost(model: ModelSpec, choice: TechniqueChoice) -> Cost:
-    key, value = next(iter(choice.settings.items()), ("", ""))
-    return Cost.of(model, choice.name, f"{key}={value}")
+    """By the first setting; a figure counts where the others are as usual."""
+    technique = techniques.create(choice)
+    first, *others = asdict(technique).items()
+    usual = asdict(type(technique)())
+    told = [first, *(pair for pair in others if usual[pair[0]] != pair[1])]
+    return Cost.of(model, choice.name, ",".join(f"{key}={value}" for key, value in told))
 
 
 def _runs(choice: TechniqueChoice) -> bool:

@@ -4,6 +4,6 @@ from ullage.runtime import quiet as quiet
 from ullage.runtime.allocator import expand_segments
 from ullage.runtime.threads import give_way
 
-# here, because every way to torch leads through this package
+# here, because every command comes to torch through this package
 expand_segments()
 give_way()

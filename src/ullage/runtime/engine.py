@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ullage import techniques
-from ullage.errors import DoesNotFit, PromptError, UllageError
+from ullage.errors import BudgetExceeded, DoesNotFit, PromptError, UllageError
 from ullage.kv.cache import MakeRow, PagedCache, Sequence, cache_argument
 from ullage.kv.pool import KVPool
 from ullage.runtime.budget import Budget
@@ -100,7 +100,10 @@ class Engine:
         )
         model, work = recipe.model, recipe.workload
         blocks = work.sequences * techniques.sequence_blocks(recipe, work.context_tokens)
-        self.budget.claim("KV pool", blocks * block_bytes(model, recipe.execution.kv_dtype))
+        pool_bytes = blocks * block_bytes(model, recipe.execution.kv_dtype)
+        self.budget.claim("KV pool", pool_bytes)
+        beside_bytes = self.plan.phases["decode"].kv_bytes - pool_bytes
+        self.budget.claim("what techniques keep beside it", max(0, beside_bytes))
         return KVPool(blocks, model.head_dim, TORCH_DTYPES[recipe.execution.kv_dtype], self.device)
 
     def submit(self, request: Request) -> None:
@@ -190,7 +193,8 @@ class Engine:
             self._finish(running)
 
     def _admit(self) -> None:
-        """Let the longest-waiting request in when nobody reads and the pool has room."""
+        """Let the longest-waiting request in when nobody reads and the pool has room; where nothing
+        runs, it has."""
         if self._reading is not None or not self._waiting:
             return
         request = self._waiting[0]
@@ -198,7 +202,10 @@ class Engine:
         batch_full = len(self._writing) >= self.plan.recipe.workload.sequences
         if batch_full or blocks > self.pool.free_blocks:
             return
-        sequence = self.cache.open(request.capacity_tokens)
+        try:
+            sequence = self.cache.open(request.capacity_tokens)
+        except BudgetExceeded:  # enough is free, in pieces too small: those that write end one day
+            return
         generator = torch.Generator(self.device).manual_seed(request.seed)
         self._reading = _Running(self._waiting.popleft(), sequence, generator)
 

@@ -8,7 +8,7 @@ take 0.6 to 1.1 s when waiting threads give way soon.
 
 import os
 
-_TURNS = 1000  # microseconds: longer than the gaps inside a forward pass
+_TURNS = 1000  # some microseconds: longer than the gaps inside a forward pass
 
 
 def give_way() -> None:

@@ -26,7 +26,7 @@ def tokens_of(width: int, factor: float = 1.0) -> tuple[NewTokens, torch.Tensor]
     keys, values = randn(3, HEADS, SEEN, DIM), randn(4, HEADS, SEEN, DIM)
     cos, sin = angles_at(torch.arange(10.0, 10 + SEEN), width, factor)
     turned = [rotated(states, cos, sin) for states in (raw, keys)]
-    return NewTokens(turned[0], turned[1], values, SCALE, randn(5, SEEN, 4), cos, sin), raw
+    return NewTokens(turned[0], turned[1], values, SCALE, cos, sin), raw
 
 
 @pytest.mark.parametrize("width", [8, 4])
@@ -65,7 +65,7 @@ def test_a_factor_on_rotated_states_changes_no_order() -> None:
     orders = []
     for new, scale in ((plain, SCALE), (longer, SCALE / 1.3**2)):
         scorer = ExpectedAttention()
-        scorer.see(NewTokens(new.query, new.keys, new.values, scale, None, new.cos, new.sin))
+        scorer.see(NewTokens(new.query, new.keys, new.values, scale, new.cos, new.sin))
         orders.append(scorer.scores(new.keys, new.values))
     assert torch.equal(*orders)
 

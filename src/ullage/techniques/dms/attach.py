@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from ullage.errors import TechniqueError
 from ullage.kv import attention
-from ullage.kv.cache import MakeRow, PagedCache, PagedLayer, cache_argument
+from ullage.kv.cache import MakeRow, PagedCache, cache_argument
 from ullage.kv.pool import HeapBlocks
 from ullage.specs.families import spec_from_config
 
@@ -29,6 +29,7 @@ def sparse(model: "PreTrainedModel", makers: Mapping[int, MakeRow]) -> Iterator[
     with ExitStack() as undo:
         undo.callback(model.set_attn_implementation, before)
         model.set_attn_implementation(attention.NAME)
+        _refuse_others(model)
         hooks: list[tuple[torch.nn.Module, Callable[..., Any]]] = [(model, partial(_page, model))]
         hooks += [
             (module, partial(_prepare, makers[module.layer_idx]))
@@ -49,7 +50,7 @@ def _page(
         return args, kwargs
     if given is not None and not (isinstance(given, DynamicCache) and not given.get_seq_length()):
         raise TechniqueError(
-            "DMS keeps entries in a PagedCache: it cannot go on from a full "
+            "DMS keeps entries in a PagedCache: it cannot go on from a given "
             f"{type(given).__name__}."
         )
     spec = spec_from_config(model.config.get_text_config().to_dict())
@@ -59,12 +60,17 @@ def _page(
 
 
 def _prepare(
-    make_row: MakeRow, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    make_row: MakeRow, module: torch.nn.Module, _: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """Give the cache layer of this step its kind of rows and the inputs of the module."""
-    cache = next(kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None)
-    layer: PagedLayer = cache.layers[module.layer_idx]
+    """Give the cache layer of this step its kind of rows and the rotation of its tokens."""
+    cache = next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
+    if not isinstance(cache, PagedCache):
+        raise TechniqueError("DMS is attached to the whole model: call that, not a part of it.")
+    layer = cache.paged[module.layer_idx]  # type: ignore[index]
     layer.make_row = make_row
-    hidden = args[0] if args else kwargs["hidden_states"]
-    rotary = kwargs.get("position_embeddings") or ()
-    layer.give_inputs(hidden, *rotary)
+    layer.give_rotary(*(kwargs.get("position_embeddings") or ()))
+
+
+def _refuse_others(model: "PreTrainedModel") -> None:
+    if model.config._attn_implementation != attention.NAME:
+        raise TechniqueError(f"{type(model).__name__} takes no attention but its own.")

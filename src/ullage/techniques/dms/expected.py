@@ -11,8 +11,7 @@ heads. So each head keeps as many entries as any other.
 import torch
 
 from ullage.kv.rows import NewTokens
-
-FUTURE_TOKENS = 512  # positions ahead over which the rotation is averaged
+from ullage.techniques.dms.settings import FUTURE_TOKENS
 
 
 class ExpectedAttention:
@@ -62,7 +61,7 @@ class ExpectedAttention:
             half = cos.shape[1] // 2
             (c0, c1), (s0, s1) = cos[:2, :half], sin[:2, :half]
             self._angles = torch.atan2(s1 * c0 - c1 * s0, c1 * c0 + s1 * s0)
-        self._cos, self._sin = cos[-1:], sin[-1:]
+        self._cos, self._sin = cos[-1:].clone(), sin[-1:].clone()  # a view would keep them all
 
     def _as_future_queries_see(self, keys: torch.Tensor) -> torch.Tensor:
         """Keys turned back by the mean rotation of the positions ahead."""

@@ -8,7 +8,6 @@ on average.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import ceil
 from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 
 from ullage.errors import TechniqueError
@@ -29,14 +28,15 @@ Predictor = Literal["expected-attention", "window"]
 
 SINKS = 4  # first tokens, which attention falls back on: StreamingLLM (arXiv 2309.17453)
 DECIDED_TOKENS = 64  # at once
+FUTURE_TOKENS = 512  # positions ahead that expected attention averages the rotation over
 FLAG_BYTES = 1  # a token of the window and a head: whether it stays
 
 
 @dataclass(frozen=True)
 class DMS(Technique):
     """`kept` is the share of tokens that stay once they leave the `window`, in tokens, over all
-    heads. Which, `predictor` says: by the attention that they can expect, without training; or none
-    but the first few, the baseline."""
+    heads. Which, `predictor` says: by the attention that they can expect, without training; or,
+    whatever `kept` is below 1, none but the first few, the baseline."""
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2506.05345"
     acts_on: ClassVar[Literal["kv"]] = "kv"
@@ -87,18 +87,14 @@ class DMS(Technique):
             return super().layer_blocks(model, tokens)
         return self.survival.blocks(tokens, model.num_kv_heads)
 
-    def live_tokens(self, tokens: int) -> int:
-        """Of `tokens`, those that a head keeps on average, rounded up."""
-        left = max(0, tokens - self.window)
-        return tokens - left + min(left, max(SINKS, ceil(self.survival.kept * left)))
-
     def _state_bytes(self, model: ModelSpec, work: Step) -> int:
         """What a row keeps beside its blocks: flags of the window, and the scorer's sums over the
-        queries and their squares in fp32, [Hq, D] each."""
+        queries and their squares in fp32, [Hq, D] each, with where the newest token stands and how
+        far one turns, [D], [D] and [D / 2]."""
         if not work.held_tokens:
             return 0
         flags_bytes = model.num_kv_heads * self.window * FLAG_BYTES
-        sums_bytes = 2 * model.num_heads * model.head_dim * 4
+        sums_bytes = (2 * model.num_heads + 3) * model.head_dim * 4
         return flags_bytes + (sums_bytes if self.predictor == "expected-attention" else 0)
 
     def _scratch_bytes(self, model: ModelSpec, work: Step) -> int:
@@ -110,7 +106,9 @@ class DMS(Technique):
         number_bytes = DTYPE_BYTES[work.execution.dtype]
         laid_out = 2 * span * 2 * model.num_kv_heads * model.head_dim * number_bytes
         masks = new * span * (2 * model.num_kv_heads + number_bytes)
-        scored = 5 * model.num_heads * min(DECIDED_TOKENS, self.window) * model.head_dim * 4
+        decided = min(DECIDED_TOKENS, self.window)
+        ahead = FUTURE_TOKENS * model.head_dim  # their angles, and what is made of these
+        scored = (5 * model.num_heads * decided * model.head_dim + 2 * ahead) * 4
         return laid_out + masks + scored
 
     @contextmanager
@@ -120,6 +118,8 @@ class DMS(Technique):
 
         spec = spec_from_config(model.config.get_text_config().to_dict())
         reason = self.unsupported(spec)
+        if reason is None and not spec.runs and self.kept < 1:
+            reason = f"ullage plans {spec.family} models and does not run them yet."
         if reason is not None:
             raise TechniqueError(f"{self.name} cannot act on this model: {reason}")
         rows = self.rows(spec)
