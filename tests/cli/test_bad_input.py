@@ -156,6 +156,8 @@ def interrupted(
         [sys.executable, "-m", "ullage", *words],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment,
         start_new_session=True,
+        # a shell's background jobs ignore it, and would hand that down
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert process.stderr is not None
     lines = []

@@ -106,6 +106,19 @@ def test_a_technique_that_was_asked_for_costs_what_it_costs() -> None:
     assert sparsity.settings[0].cost.figure.technique == "dms"
 
 
+@pytest.mark.parametrize(
+    ("settings", "known"),
+    [({"kept": 0.5}, True), ({"kept": 0.5, "predictor": "window"}, False),
+     ({"kept": 0.5, "window": 8}, False), ({"kept": 0.5, "window": 512}, True)],
+)  # fmt: skip
+def test_a_figure_counts_for_the_settings_that_it_was_taken_with(
+    settings: dict[str, Any], known: bool
+) -> None:
+    asked = replace(recipe(), techniques=(TechniqueChoice("dms", settings),))
+    (sparsity,) = [x for x in levers_of(asked, Freedom(sparsity=False)) if x.name == "sparsity"]
+    assert (sparsity.settings[0].cost.figure is not None) is known
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_a_plain_format_as_wide_as_the_checkpoints_is_free(dtype: str) -> None:
     (weights,) = [x for x in levers_of(recipe(dtype=dtype), ALL_FREE) if x.name == "weights"]

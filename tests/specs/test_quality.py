@@ -46,7 +46,7 @@ def test_no_figure_is_there_twice() -> None:
         (resolve("llama-3.2-1b"), "weights", "nf4", "llama-7b"),  # the nearest in size
         (LARGE, "weights", "Q4_K_M", "llama-2-70b"),
         (LLAMA, "weights", "Q4_K_M", "llama-3-8b"),
-        (LLAMA, "dms", "kept=0.125", "qwen3-8b"),
+        (resolve("qwen3-14b"), "dms", "kept=0.5", "qwen3-8b"),
     ],
 )
 def test_the_nearest_model_goes_first(

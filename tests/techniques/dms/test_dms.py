@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from ullage import ModelSpec
 from ullage.errors import TechniqueError
@@ -173,6 +173,23 @@ def test_a_full_cache_of_transformers_is_our_error(tiny_model: TinyModel) -> Non
     full.update(torch.zeros(1, 2, 3, spec.head_dim), torch.zeros(1, 2, 3, spec.head_dim), 0)
     with DMS(0.25, 16).attach(model), pytest.raises(TechniqueError, match="PagedCache"):
         model(TEXT[:1], **cache_argument(model, full))
+
+
+def test_a_part_of_a_model_is_our_error(tiny_model: TinyModel) -> None:
+    model, _ = tiny_model("llama")
+    with DMS(0.25, 16).attach(model), pytest.raises(TechniqueError, match="the whole model"):
+        model.model(TEXT[:1])
+
+
+def test_a_model_that_is_planned_only_is_our_error() -> None:
+    """Its attention may turn in another way, or be no function of ours."""
+    config = AutoConfig.for_model("olmo2", hidden_size=32, intermediate_size=48, vocab_size=64,
+                                  num_hidden_layers=1, num_attention_heads=4)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(TechniqueError, match="plans olmo2"), DMS(0.25, 16).attach(model):
+        pass
+    with DMS.neutral().attach(model):
+        pass
 
 
 def test_beams_are_our_error(tiny_model: TinyModel) -> None:
