@@ -12,7 +12,7 @@ from ullage.doctor.diagnosis import Evidence, Run, evidence
 from ullage.doctor.fit import plan_of, with_plan
 from ullage.doctor.frames import place_of
 from ullage.doctor.learn import learn
-from ullage.doctor.llamacpp import smaller_cache
+from ullage.doctor.llamacpp_changes import fitting_cache, smaller_cache
 from ullage.doctor.log import Found, Line, Log
 from ullage.doctor.torch_cuda import Refusal, blame, remedy
 from ullage.doctor.vllm_facts import GRAPHS, NON_TORCH, PROFILE_PEAK, Start
@@ -177,6 +177,17 @@ def test_a_quantized_cache_is_not_quantized_again(kv_dtype: str, offered: int) -
     assert len(changes) == offered
     # q8_0 holds 32 numbers in 34 bytes, f16 in 64
     assert all(change.frees_bytes == 64 * MIB * 30 // 64 for change in changes)
+
+
+@given(st.integers(256, 1 << 20), sizes, sizes)
+def test_a_shorter_context_fits_by_the_figures(context: int, wanted: int, left: int) -> None:
+    run = Run(max_model_len=context)
+    for change in fitting_cache(run, wanted, left):
+        assert change.frees_bytes is not None
+        if "not enough" not in change.why:
+            assert wanted - change.frees_bytes <= left
+        if "longest" in change.why:
+            assert int(change.flags.removeprefix("-c ")) % 256 == 0
 
 
 FRAMES = {

@@ -31,6 +31,8 @@ def with_plan(diagnosis: Diagnosis) -> Diagnosis:
     if plan is None:
         return diagnosis
     changes = diagnosis.changes
+    if diagnosis.engine == "llama.cpp" and diagnosis.wanted_bytes:
+        changes = tuple(_no_longer(change, plan) for change in changes)
     if diagnosis.failed and not any(change.flags.startswith(_LENGTH) for change in changes):
         changes += _shorter(plan)
     return replace(diagnosis, planned=_sentence(plan), changes=changes)
@@ -127,6 +129,15 @@ def _pool(plan: Plan) -> str:
         f"leaves {pool} for KV entries: {share.max_concurrency:,.2f} requests of "
         f"{work.context_tokens:,} tokens at once; {most}"
     )
+
+
+def _no_longer(change: Change, plan: Plan) -> Change:
+    """llama.cpp fails before its log has the compute buffer, which the plan counts."""
+    flag, _, tokens = change.flags.partition(" ")
+    longest = plan.cliff.max_model_len
+    if flag != "-c" or not longest or int(tokens) <= longest:
+        return change
+    return next(iter(_shorter(plan)), change)
 
 
 def _shorter(plan: Plan) -> tuple[Change, ...]:
