@@ -236,7 +236,18 @@ def test_evidence_is_in_the_logs_order_once_and_short() -> None:
     late, early = (
         Found(Line(number, "y" * 999), place().match) for number in (9, 2)
     )  # fmt: skip
-    assert evidence(late, None, early, late) == (Evidence(2, "y" * 240), Evidence(9, "y" * 240))
+    shown = "y" * 238 + " …"
+    assert evidence(late, None, early, late) == (Evidence(2, shown), Evidence(9, shown))
+
+
+@given(st.text("0123456789. ", max_size=300).map(str.strip))
+def test_evidence_never_cuts_a_figure_into_another(text: str) -> None:
+    (line,) = evidence(Found(Line(1, text), place().match))
+    assert len(line.text) <= 240
+    if line.text != text:
+        kept = line.text.removesuffix(" …")
+        assert text.startswith(kept)
+        assert text[len(kept)] == " " or " " not in kept
 
 
 MEASURED = (
