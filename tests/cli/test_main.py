@@ -137,3 +137,13 @@ def test_a_terminal_without_the_signs_still_gets_the_table(
     done = ullage(*PLAN[3:], PYTHONIOENCODING="ascii", COLUMNS="120")
     assert done.returncode == 0
     assert "???" in done.stdout
+
+
+def test_a_choice_that_is_none_is_refused_in_our_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ullage", "plan", "smollm2-135m", "--engine", "ollama"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert "'--engine': 'ollama' is not one of 'ullage'," in capsys.readouterr().err

@@ -12,7 +12,7 @@ from ullage.doctor.diagnosis import Evidence, Run, evidence
 from ullage.doctor.fit import plan_of, with_plan
 from ullage.doctor.frames import place_of
 from ullage.doctor.learn import learn
-from ullage.doctor.llamacpp import smaller_cache
+from ullage.doctor.llamacpp_changes import fitting_cache, smaller_cache
 from ullage.doctor.log import Found, Line, Log
 from ullage.doctor.torch_cuda import Refusal, blame, remedy
 from ullage.doctor.vllm_facts import GRAPHS, NON_TORCH, PROFILE_PEAK, Start
@@ -179,6 +179,17 @@ def test_a_quantized_cache_is_not_quantized_again(kv_dtype: str, offered: int) -
     assert all(change.frees_bytes == 64 * MIB * 30 // 64 for change in changes)
 
 
+@given(st.integers(256, 1 << 20), sizes, sizes)
+def test_a_shorter_context_fits_by_the_figures(context: int, wanted: int, left: int) -> None:
+    run = Run(max_model_len=context)
+    for change in fitting_cache(run, wanted, left):
+        assert change.frees_bytes is not None
+        if "not enough" not in change.why:
+            assert wanted - change.frees_bytes <= left
+        if "longest" in change.why:
+            assert int(change.flags.removeprefix("-c ")) % 256 == 0
+
+
 FRAMES = {
     "_get_prompt_logprobs_dict": ("prefill", "logits"),
     "_dummy_sampler_run": ("profile", "logits"),
@@ -225,7 +236,18 @@ def test_evidence_is_in_the_logs_order_once_and_short() -> None:
     late, early = (
         Found(Line(number, "y" * 999), place().match) for number in (9, 2)
     )  # fmt: skip
-    assert evidence(late, None, early, late) == (Evidence(2, "y" * 240), Evidence(9, "y" * 240))
+    shown = "y" * 238 + " …"
+    assert evidence(late, None, early, late) == (Evidence(2, shown), Evidence(9, shown))
+
+
+@given(st.text("0123456789. ", max_size=300).map(str.strip))
+def test_evidence_never_cuts_a_figure_into_another(text: str) -> None:
+    (line,) = evidence(Found(Line(1, text), place().match))
+    assert len(line.text) <= 240
+    if line.text != text:
+        kept = line.text.removesuffix(" …")
+        assert text.startswith(kept)
+        assert text[len(kept)] == " " or " " not in kept
 
 
 MEASURED = (

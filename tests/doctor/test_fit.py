@@ -132,3 +132,16 @@ def test_a_log_may_call_a_model_by_any_name_of_the_catalog(name: str, known: str
     plan = plan_of(replace(NAMED, run=Run(model=name, dtype="bfloat16", max_model_len=2048)))
     assert plan is not None
     assert plan.recipe.model.name == known
+
+
+def test_a_pool_of_nothing_holds_no_fraction_of_a_request() -> None:
+    run = Run("qwen2.5-7b-instruct", "bfloat16", max_model_len=8192, utilization=0.6)
+    found = with_plan(Diagnosis("", True, "vllm", total_bytes=int(23.64 * GIB), run=run))
+    assert found.planned == "By the plan, qwen2.5-7b-instruct leaves nothing for KV entries."
+
+
+def test_a_pool_that_does_not_fit_is_not_called_left() -> None:
+    run = Run("qwen3-8b", "bfloat16", quantization="q4_k_m", max_model_len=40960)
+    found = with_plan(Diagnosis("", True, "llama.cpp", total_bytes=8 * GIB, run=run))
+    assert "wants 5.62 GiB of KV entries for 40,960 tokens, which do not fit" in found.planned
+    assert "at once" not in found.planned

@@ -144,6 +144,31 @@ def test_a_cache_wants_smaller_entries(diagnosed: Diagnosed) -> None:
     assert found.changes[1].flags == "-c 65536"
 
 
+# the same refusal on a card of 8 GiB, with the lines of a Llama 3.1 8B before it
+SMALL_CARD = """\
+using device CUDA0 (NVIDIA GeForce RTX 4060) (0000:01:00.0) - 7500 MiB free
+llama_model_loader: - kv   2: general.name str = Meta Llama 3.1 8B Instruct
+print_info: file type   = Q4_K - Medium
+load_tensors: offloaded 33/33 layers to GPU
+load_tensors:        CUDA0 model buffer size =  4403.49 MiB
+"""
+
+
+def test_only_what_fits_beside_the_weights_is_advised(diagnosed: Diagnosed) -> None:
+    unnamed = SMALL_CARD.replace("general.name", "general.type")
+    longest, smaller = diagnosed(unnamed + CACHE).changes
+    # 131,072 x 0.9 x (7,500 - 4,403.49) / 16,384, in steps of 256
+    assert longest.flags == "-c 22272"
+    assert smaller.flags.startswith("-ctk q8_0")
+    assert smaller.why.endswith("not enough alone")
+
+
+def test_no_longer_context_is_advised_than_the_plan_has(diagnosed: Diagnosed) -> None:
+    found = diagnosed(SMALL_CARD.replace("7500 MiB", "8100 MiB") + CACHE)
+    tokens = int(found.changes[0].flags.removeprefix("-c "))
+    assert f"the longest that fits has {tokens:,} tokens" in found.planned
+
+
 def test_a_failure_that_was_retried_is_a_healthy_start(diagnosed: Diagnosed) -> None:
     found = diagnosed(RETRIED)
     assert not found.failed

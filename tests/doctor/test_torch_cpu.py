@@ -32,3 +32,12 @@ def test_the_bytes_are_those_of_the_message(
     assert found.wanted_bytes == wanted_bytes
     assert found.culprit == "host memory"
     assert found.changes
+
+
+def test_eager_attention_is_replaced_by_one_without_scores(diagnosed: Diagnosed) -> None:
+    found = diagnosed(
+        'File "x.py", line 190, in eager_attention_forward\n'
+        "RuntimeError: [enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't "
+        "allocate memory: you tried to allocate 25769803776 bytes. Error code 12"
+    )
+    assert found.changes[0].flags == 'attn_implementation="sdpa"'

@@ -131,6 +131,15 @@ def test_weights_are_blamed_where_the_traceback_loads_them(diagnosed: Diagnosed)
     assert (found.phase, found.culprit) == ("load", "weights")
 
 
+def test_eager_attention_is_replaced_by_one_without_scores(diagnosed: Diagnosed) -> None:
+    frame = '  File "/x/models/llama/modeling_llama.py", line 190, in %s\n'
+    found = diagnosed(frame % "generate" + frame % "eager_attention_forward" + WITH_PROCESS)
+    assert found.changes[0].flags == 'attn_implementation="sdpa"'
+    assert found.changes[0].frees_bytes == found.wanted_bytes
+    found = diagnosed(frame % "generate" + frame % "sdpa_attention_forward" + WITH_PROCESS)
+    assert not any("sdpa" in change.flags for change in found.changes)
+
+
 def test_an_error_without_figures_is_still_an_error(diagnosed: Diagnosed) -> None:
     found = diagnosed("RuntimeError: CUDA error: out of memory\n")
     assert (found.failed, found.engine) == (True, "pytorch")

@@ -77,3 +77,11 @@ def test_a_buffer_larger_than_metal_has(diagnosed: Diagnosed) -> None:
     assert found.wanted_bytes == round(74.51 * GIB)
     assert (found.phase, found.culprit) == ("prefill", "activation")
     assert "scoring attention" in found.happened
+
+
+def test_eager_attention_is_replaced_by_one_without_scores(diagnosed: Diagnosed) -> None:
+    found = diagnosed(
+        'File "x.py", line 190, in eager_attention_forward\n'
+        "RuntimeError: Invalid buffer size: 24.00 GiB"
+    )
+    assert found.changes[0].flags == 'attn_implementation="sdpa"'

@@ -168,6 +168,19 @@ def test_no_share_is_advised_that_would_not_be_enough(diagnosed: Diagnosed) -> N
     assert not any("utilization" in change.flags for change in found.changes)
 
 
+@pytest.mark.parametrize("pool", ["", "(0.60) = 14.18GiB\nAvailable KV cache memory: -1.54 GiB\n"])
+def test_a_share_that_is_clearly_small_is_raised_first(diagnosed: Diagnosed, pool: str) -> None:
+    # vllm/worker/worker.py; without its lines nobody knows how much is missing
+    total = "the current vLLM instance can use total_gpu_memory (23.64GiB) x " if pool else ""
+    found = diagnosed(
+        f"INFO gpu_memory_utilization: 0.6\n{total}{pool}"
+        "ValueError: No available memory for the cache blocks.\n"
+    )
+    assert found.changes[0].flags == "--gpu-memory-utilization 0.9"
+    assert found.changes[0].frees_bytes == (round(0.3 * round(23.64 * GIB)) if pool else None)
+    assert found.changes[1].flags == "--max-num-seqs 128"
+
+
 @pytest.mark.parametrize(
     ("text", "wanted", "context"),
     [

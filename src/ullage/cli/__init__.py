@@ -37,6 +37,14 @@ class _Commands(TyperGroup):
         command.command(name=cmd_name)(getattr(module, cmd_name))
         return typer.main.get_command(command)
 
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            # what the library that checks choices puts before each of its messages
+            error.message = error.message.removeprefix("Value error, ")
+            raise
+
 
 app = typer.Typer(
     cls=_Commands,

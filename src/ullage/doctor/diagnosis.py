@@ -90,4 +90,13 @@ def measured(part: Part, what: str, nbytes: int, found: Found) -> Term:
 def evidence(*places: Found | None) -> tuple[Evidence, ...]:
     """The lines of what was found, in the log's order, each once."""
     lines = {found.line.number: found.line.text for found in places if found is not None}
-    return tuple(Evidence(number, lines[number][:_LONGEST_EVIDENCE]) for number in sorted(lines))
+    return tuple(Evidence(number, _shown(lines[number])) for number in sorted(lines))
+
+
+def _shown(text: str) -> str:
+    """A long line up to a blank, where it has one, so that no figure is cut into another."""
+    if len(text) <= _LONGEST_EVIDENCE:
+        return text
+    cut = text[: _LONGEST_EVIDENCE - len(" …")]
+    whole = cut if text[len(cut)] == " " else cut.rpartition(" ")[0] or cut
+    return f"{whole} …"

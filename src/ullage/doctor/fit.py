@@ -31,6 +31,8 @@ def with_plan(diagnosis: Diagnosis) -> Diagnosis:
     if plan is None:
         return diagnosis
     changes = diagnosis.changes
+    if diagnosis.engine == "llama.cpp" and diagnosis.wanted_bytes:
+        changes = tuple(_no_longer(change, plan) for change in changes)
     if diagnosis.failed and not any(change.flags.startswith(_LENGTH) for change in changes):
         changes += _shorter(plan)
     return replace(diagnosis, planned=_sentence(plan), changes=changes)
@@ -105,15 +107,37 @@ def _execution(diagnosis: Diagnosis, device: Device) -> Execution:
 
 
 def _sentence(plan: Plan) -> str:
-    share, work, cliff = plan.share, plan.recipe.workload, plan.cliff
-    longest = "any" if cliff.max_model_len is None else f"{cliff.max_model_len:,}"
     model = plan.recipe.model
     weights = f" in {model.converted}" if model.converted else ""
+    return f"By the plan, {model.name}{weights} {_pool(plan)}"
+
+
+def _pool(plan: Plan) -> str:
+    """What of KV entries there is room for: nothing, less than was asked for, or so many times
+    that."""
+    share, work, longest = plan.share, plan.recipe.workload, plan.cliff.max_model_len
+    if longest == 0:
+        return "leaves nothing for KV entries."
+    most = f"the longest that fits has {'any' if longest is None else f'{longest:,}'} tokens."
+    pool = format_bytes(share.kv_pool_bytes)
+    if not plan.fits and share.max_concurrency >= 1:  # a pool that is asked for, not what is left
+        return (
+            f"wants {pool} of KV entries for {work.context_tokens:,} tokens, which do not fit; "
+            f"{most}"
+        )
     return (
-        f"By the plan, {model.name}{weights} leaves {format_bytes(share.kv_pool_bytes)} for KV "
-        f"entries: {share.max_concurrency:,.2f} requests of {work.context_tokens:,} tokens at "
-        f"once; the longest that fits has {longest} tokens."
+        f"leaves {pool} for KV entries: {share.max_concurrency:,.2f} requests of "
+        f"{work.context_tokens:,} tokens at once; {most}"
     )
+
+
+def _no_longer(change: Change, plan: Plan) -> Change:
+    """llama.cpp fails before its log has the compute buffer, which the plan counts."""
+    flag, _, tokens = change.flags.partition(" ")
+    longest = plan.cliff.max_model_len
+    if flag != "-c" or not longest or int(tokens) <= longest:
+        return change
+    return next(iter(_shorter(plan)), change)
 
 
 def _shorter(plan: Plan) -> tuple[Change, ...]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ullage.doctor.diagnosis import Culprit, Diagnosis, Phase, evidence
+from ullage.doctor.diagnosis import Change, Culprit, Diagnosis, Phase, evidence
 from ullage.doctor.log import Found, Log
 
 WORDS = (", in ", "self.sampler", "lm_head")
@@ -50,6 +50,15 @@ def place_of(log: Log) -> Place | None:
         if found is not None:
             return Place(phase, culprit, doing, found)
     return None
+
+
+def scoreless_attention(log: Log, score_bytes: int | None = None) -> tuple[Change, ...]:
+    """Another attention, where the traceback shows the one of transformers that builds the score
+    matrix, of `score_bytes` if those are known."""
+    if log.first(r"line \d+, in eager_attention_forward\b") is None:
+        return ()
+    why = "in from_pretrained: eager attention builds every score of a prompt, SDPA in pieces"
+    return (Change('attn_implementation="sdpa"', why, score_bytes),)
 
 
 def pytorch_failure(

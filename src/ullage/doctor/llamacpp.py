@@ -5,11 +5,16 @@ ggml/src/ggml-alloc.c and common/fit.cpp, of 2024 to build 11434.
 """
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from ullage.doctor.diagnosis import Change, Culprit, Diagnosis, Phase, Run, evidence, measured
+from ullage.doctor.llamacpp_changes import (
+    fitting_cache,
+    less_context,
+    smaller_batch,
+    smaller_cache,
+)
 from ullage.doctor.log import Found, Log
 from ullage.specs.footprint import Part, Term
 from ullage.units import MIB, format_bytes
@@ -72,12 +77,21 @@ class Start:
     free_bytes: int | None
     total_bytes: int | None
     layers: Found | None
+    devices: int
 
     def size(self, part: Part) -> int:
         """Bytes of a part on accelerators."""
         return sum(
             term.nbytes for term in self.parts if term.part == part and "host" not in term.what
         )
+
+    @property
+    def left_bytes(self) -> int | None:
+        """Bytes beside the weights and what the cache has already, or None where the log names
+        several devices, or none with its free bytes: compute buffers come after."""
+        if self.free_bytes is None or self.devices != 1:
+            return None
+        return max(0, self.free_bytes - self.size("weights") - self.size("kv"))
 
 
 def recognise(log: Log) -> Diagnosis | None:
@@ -105,7 +119,14 @@ def read_start(log: Log) -> Start:
         free_bytes=None if free is None else free.count("free") * MIB,
         total_bytes=None if total is None else total.count("total") * MIB,
         layers=log.last(_LAYERS),
+        devices=_devices(log),
     )
+
+
+def _devices(log: Log) -> int:
+    """Accelerators that hold weights, by the log's own buffers."""
+    names = {place.text("device") for place in log.every(_BUFFERS[0][2])}
+    return sum(_where(name) == "GPU" for name in names)
 
 
 def _model(log: Log) -> str:
@@ -206,36 +227,16 @@ def _role(log: Log) -> tuple[Culprit, Found] | None:
 def _changes(culprit: Culprit, start: Start, wanted: int | None) -> tuple[Change, ...]:
     """The cheapest first: what keeps the quality and the speed."""
     if culprit == "kv":
-        return (*smaller_cache(start.run, wanted), *_less_context(start.run, wanted))
+        return fitting_cache(start.run, wanted, start.left_bytes)
     if culprit == "activation":
         return (
-            *_smaller_batch(start, wanted),
+            *smaller_batch(start.run, wanted),
             Change("-fa on", "flash attention builds no score matrix"),
-            *_less_context(start.run, None),
+            *less_context(start.run, None),
         )
     return (Change("-fit on", "lets llama.cpp itself choose what goes onto the device"),
             *_fewer_layers(start, wanted),
             Change("-ncmoe 99", "keeps the experts of a mixture in RAM"))  # fmt: skip
-
-
-def smaller_cache(run: Run, cache_bytes: int | None) -> tuple[Change, ...]:
-    """A KV cache of 8.5 bits a number instead of 16, unless it is quantized already."""
-    if run.kv_dtype.startswith("q"):
-        return ()
-    freed = cache_bytes * 15 // 32 if cache_bytes else None  # q8_0: 34 bytes of 64
-    return (Change("-ctk q8_0 -ctv q8_0 -fa on", "8.5 bits a KV number instead of 16", freed),)
-
-
-def _less_context(run: Run, cache_bytes: int | None) -> tuple[Change, ...]:
-    half = (run.max_model_len or 8192) // 2
-    freed = cache_bytes // 2 if cache_bytes else None
-    return (Change(f"-c {max(256, half)}", "half of the context", freed),)
-
-
-def _smaller_batch(start: Start, wanted: int | None) -> Iterable[Change]:
-    ubatch = max(32, (start.run.prefill_chunk or 512) // 2)
-    freed = wanted // 2 if wanted else None
-    return (Change(f"-ub {ubatch}", "the compute buffer grows with the micro-batch", freed),)
 
 
 def _fewer_layers(start: Start, wanted: int | None) -> tuple[Change, ...]:
@@ -265,10 +266,10 @@ def _while_serving(log: Log, start: Start) -> Diagnosis | None:
             "context and with the batch.",
         ),
         changes=(
-            *_smaller_batch(start, None),
+            *smaller_batch(start.run, None),
             *smaller_cache(start.run, start.size("kv") or None),
             Change("-fitt 2048", "keeps 2 GiB free instead of 1"),
-            *_less_context(start.run, start.size("kv") or None),
+            *less_context(start.run, start.size("kv") or None),
         ),
         evidence=evidence(found),
     )

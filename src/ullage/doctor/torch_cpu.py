@@ -4,7 +4,7 @@ https://github.com/pytorch/pytorch/blob/main/c10/core/impl/alloc_cpu.cpp
 """
 
 from ullage.doctor.diagnosis import Change, Diagnosis
-from ullage.doctor.frames import pytorch_failure
+from ullage.doctor.frames import pytorch_failure, scoreless_attention
 from ullage.doctor.log import Log
 from ullage.units import format_bytes
 
@@ -30,6 +30,7 @@ def recognise(log: Log) -> Diagnosis | None:
         wanted_bytes=wanted,
         causes=("A single tensor of this size: the scores, logits or weights of one step.",),
         changes=(
+            *scoreless_attention(log, wanted),
             Change("--prefill-chunk 128", "in `ullage run`: the prompt is read in pieces, so that "
                    "scores and activations stop growing with it"),
             Change("--weights int8", "in `ullage run`: about half of the weights' bytes"),

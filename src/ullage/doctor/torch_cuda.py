@@ -6,7 +6,7 @@ https://github.com/pytorch/pytorch/blob/main/c10/cuda/CUDACachingAllocator.cpp
 from dataclasses import dataclass, replace
 
 from ullage.doctor.diagnosis import Change, Culprit, Diagnosis, evidence, measured
-from ullage.doctor.frames import pytorch_failure
+from ullage.doctor.frames import pytorch_failure, scoreless_attention
 from ullage.doctor.log import Found, Log
 from ullage.specs.footprint import Term
 from ullage.units import GIB, MIB, format_bytes
@@ -141,7 +141,7 @@ def recognise(log: Log) -> Diagnosis | None:
         fragmentation=refused.fragmented,
         cold_start_spike=_spike(refused),
         causes=causes,
-        changes=_changes(refused, loading=diagnosis.phase == "load"),
+        changes=_changes(log, refused, loading=diagnosis.phase == "load"),
     )
 
 
@@ -211,7 +211,7 @@ def _spike(refused: Refusal) -> bool:
     return refused.wanted_bytes * 4 >= refused.allocated_bytes
 
 
-def _changes(refused: Refusal, loading: bool) -> tuple[Change, ...]:
+def _changes(log: Log, refused: Refusal, loading: bool) -> tuple[Change, ...]:
     if loading:
         return (
             *remedy(refused),
@@ -221,6 +221,7 @@ def _changes(refused: Refusal, loading: bool) -> tuple[Change, ...]:
     spike_bytes = refused.wanted_bytes if _spike(refused) else None
     return (
         *remedy(refused),
+        *scoreless_attention(log, refused.wanted_bytes),
         Change("--prefill-chunk 512", "in `ullage run`: the prompt is read in pieces, so that "
                "activations stop growing with it", spike_bytes),
         Change(f"--memory {refused.total_bytes * 95 // 100 >> 20}MiB", "in `ullage run`: a budget "

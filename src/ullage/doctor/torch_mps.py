@@ -4,7 +4,7 @@ https://github.com/pytorch/pytorch/blob/main/aten/src/ATen/mps/MPSAllocator.mm
 """
 
 from ullage.doctor.diagnosis import Change, Diagnosis, measured
-from ullage.doctor.frames import pytorch_failure
+from ullage.doctor.frames import pytorch_failure, scoreless_attention
 from ullage.doctor.log import Found, Log
 from ullage.specs.footprint import Term
 from ullage.units import format_bytes
@@ -55,7 +55,11 @@ def _refused(log: Log, found: Found) -> Diagnosis:
         total_bytes=allowed,
         fragmentation=in_pieces,
         causes=() if free is None else (cause,),
-        changes=_CHANGES if allowed is None else (*_CHANGES, _NO_LIMIT),
+        changes=(
+            *scoreless_attention(log, wanted),
+            *_CHANGES,
+            *(() if allowed is None else (_NO_LIMIT,)),
+        ),
     )
 
 
@@ -78,5 +82,5 @@ def _too_large(log: Log, found: Found) -> Diagnosis:
         "activation",
         wanted_bytes=wanted,
         causes=("A single tensor of this size: the scores or logits of a whole prompt.",),
-        changes=_CHANGES[:1],
+        changes=(*scoreless_attention(log, wanted), *_CHANGES[:1]),
     )

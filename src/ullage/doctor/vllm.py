@@ -15,6 +15,7 @@ from ullage.doctor.vllm_changes import (
     shorter,
     smaller_entries,
     smaller_start,
+    usual_share,
 )
 from ullage.doctor.vllm_facts import BLOCKS, TOKENS, Start, read_start
 from ullage.units import GIB, format_bytes
@@ -145,7 +146,7 @@ def _no_pool(log: Log, start: Start) -> Diagnosis | None:
         culprit=culprit,
         wanted_bytes=missing or None,
         free_bytes=0,
-        changes=(*raise_share(start, missing), *smaller_start(start)),
+        changes=(*usual_share(start, missing), *smaller_start(start)),
         evidence=evidence(found, start.weights, start.activation, start.pool),
     )
 

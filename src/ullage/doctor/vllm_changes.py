@@ -6,6 +6,8 @@ from ullage.doctor.vllm_facts import Start
 from ullage.units import format_bytes
 
 _MOST_SHARE = 0.95  # beyond it there is no room for what vLLM does not measure
+_USUAL_SHARE = 0.9  # what vLLM takes where nobody says otherwise
+_CLEARLY = 0.03  # below the usual share: less is not worth a start
 
 
 def changes_at(
@@ -72,6 +74,19 @@ def raise_share(start: Start, missing_bytes: int) -> tuple[Change, ...]:
     freed = round((needed - share) * total)
     why = "enough for what is missing, if nothing else runs on the device"
     return (Change(f"--gpu-memory-utilization {needed:.2f}", why, freed),)
+
+
+def usual_share(start: Start, missing_bytes: int) -> tuple[Change, ...]:
+    """The usual share of the device where the log states a clearly smaller one; without that, or
+    where it gives less than the `missing_bytes`, as `raise_share`."""
+    share, total = start.run.utilization, start.total_bytes
+    if share is None or share > _USUAL_SHARE - _CLEARLY:
+        return raise_share(start, missing_bytes)
+    freed = round((_USUAL_SHARE - share) * total) if total else None
+    if freed is not None and freed <= missing_bytes:
+        return raise_share(start, missing_bytes)
+    why = f"the log's {share:.2f} leaves the rest of the device unused, if nothing else runs on it"
+    return (Change(f"--gpu-memory-utilization {_USUAL_SHARE}", why, freed),)
 
 
 def shorter(tokens: int) -> tuple[Change, ...]:

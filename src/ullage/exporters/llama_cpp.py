@@ -86,7 +86,9 @@ def _sizes(plan: Plan) -> list[Option]:
         Option(
             "--ctx-size",
             work.context_tokens * work.sequences,
-            f"{work.context_tokens:,} tokens for each of {work.sequences:,} slots",
+            f"{work.context_tokens:,} tokens for each of {work.sequences:,} slots"
+            if work.sequences > 1
+            else f"{work.context_tokens:,} tokens for the only slot",
         ),
         Option("--parallel", work.sequences, "slots: sequences at the same time"),
         Option("--ubatch-size", chunk_tokens, why),

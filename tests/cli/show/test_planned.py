@@ -1,6 +1,7 @@
 """A plan in words: every figure in it is the plan's."""
 
 import re
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -134,6 +135,13 @@ def test_latency_is_given_with_its_band() -> None:
     assert f"{plan.latency.sequence_tokens_per_s:,.0f} for each of 3 sequences" in text
     assert "for each of" not in shown(plan_of())
     assert "Latency" not in shown(plan_of(device=Device("x", "cuda", 80 * GIB)))
+
+
+def test_a_low_rate_has_a_digit_more() -> None:
+    plan = plan_of()
+    assert plan.latency is not None
+    slow = replace(plan, latency=replace(plan.latency, tokens_per_s=1.24))
+    assert "then about 1.2 tokens/s" in shown(slow)
 
 
 @pytest.mark.parametrize(

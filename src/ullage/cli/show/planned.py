@@ -86,12 +86,17 @@ def _latency_lines(plan: Plan) -> list[str]:
     first, rate = latency.ttft_band_s, latency.tokens_per_s_band
     each = ""
     if work.sequences > 1:
-        each = f", {latency.sequence_tokens_per_s:,.0f} for each of {work.sequences:,} sequences"
+        each = f", {_rate(latency.sequence_tokens_per_s)} for each of {work.sequences:,} sequences"
     return [
         f"Latency: first token of a prompt in about {latency.ttft_s:,.2f} s ({first.low:,.2f} to "
-        f"{first.high:,.2f}), then about {latency.tokens_per_s:,.0f} tokens/s ({rate.low:,.0f} to "
-        f"{rate.high:,.0f}){each}."
+        f"{first.high:,.2f}), then about {_rate(latency.tokens_per_s)} tokens/s ({_rate(rate.low)} "
+        f"to {_rate(rate.high)}){each}."
     ]
+
+
+def _rate(tokens_per_s: float) -> str:
+    """With a digit more where a whole number would say little."""
+    return f"{tokens_per_s:,.{0 if tokens_per_s >= 10 else 1}f}"
 
 
 def _pool_lines(plan: Plan) -> list[str]:
