@@ -18,7 +18,7 @@ from ullage import exporters
 from ullage.errors import InputError
 from ullage.exporters.shared.options import known
 from ullage.planner.engines import ENGINES
-from ullage.specs.device import Device
+from ullage.specs.device import Device, DeviceKind
 from ullage.specs.dtypes import DTYPE_BYTES, KV_BITS
 from ullage.specs.gguf_quant import as_gguf
 from ullage.specs.model import ModelSpec, Storage
@@ -378,6 +378,17 @@ def test_plain_weights_are_never_served_for_others(
 ) -> None:
     with pytest.raises(InputError, match=f"makes no {weights} weights of a plain checkpoint: name"):
         exporters.export(converted(make_plan(**changes), weights), target)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize("kind", ["cuda", "rocm"])
+def test_what_an_engine_is_said_to_make_is_served(
+    make_plan: MakePlan, engine: str, kind: DeviceKind
+) -> None:
+    """A search offers these, and its best is to be exported."""
+    device = replace(make_plan().recipe.device, kind=kind)
+    for weights in set(ENGINES[engine].makes(device)) - set(DTYPE_BYTES):
+        assert exporters.export(converted(make_plan(device=device), weights), engine)
 
 
 def test_a_converted_plan_is_one_after_json(make_plan: MakePlan) -> None:

@@ -35,6 +35,7 @@ from ullage.cli.show.explored import (
     exploration_json,
     show_exploration,
     size_line,
+    unmade_lines,
 )
 from ullage.cli.show.picture import draw_exploration
 from ullage.cli.show.planned import show_plan
@@ -181,7 +182,7 @@ class _Asked:
         if explain:
             console.print(sums_table(made, self.calibration, is_wide(console)))
         if not made.fits:
-            for line in self._advice(made):
+            for line in (*self._advice(made), *unmade_lines(self.recipe)):
                 console.print(line)
         return made.fits
 

@@ -158,7 +158,19 @@ def test_each_change_is_said_in_few_words(typed: Typed) -> None:
     assert "--" not in explored.split("Losses are added up, and rest on:")[0].replace(
         "--memory", ""
     )
-    assert re.search(r"\d devices|fp8 KV|int4 weights", explored)
+    assert re.search(r"\d devices|fp8 KV|fp8 weights", explored)
+
+
+def test_a_search_offers_no_weights_that_the_engine_makes_of_no_plain_checkpoint(
+    typed: Typed,
+) -> None:
+    words = ["plan", "qwen3-14b", "--device", "h100", "--engine", "vllm"]
+    explored = typed(*words, "--goal", "concurrency").stdout
+    assert "int4 weights," not in explored
+    assert re.search(r"Left out: int8, int4, .*weights, which vllm makes of no plain", explored)
+    small = typed(*words, "--memory", "4GiB").stdout
+    assert "Left out: int8, int4" in small
+    assert "Left out" not in typed(*words, "--goal", "context", "--weights", "int4").stdout
 
 
 def test_a_search_for_context_starts_small_unless_told(typed: Typed) -> None:

@@ -9,8 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from ullage.cli.show import is_wide
+from ullage.planner.engines import ENGINES
 from ullage.planner.explore import Candidate, Exploration
-from ullage.specs.plan import Cliff
+from ullage.specs.plan import Cliff, Recipe
 from ullage.specs.workload import Workload
 from ullage.units import format_bytes
 
@@ -80,8 +81,21 @@ def show_exploration(console: Console, explored: Exploration) -> None:
             console.print("* planned only: `ullage run` does not do it yet.")
         if any(found.cost_percent is None for found in (*top, *front)):
             console.print("? no figure that can be compared: ranked after a known small loss.")
-    for line in _figures([*top, *front]):
+    for line in (*unmade_lines(asked), *_figures([*top, *front])):
         console.print(line)
+
+
+def unmade_lines(recipe: Recipe) -> list[str]:
+    """The formats of weights that no search offers, for the checkpoint would have to be in them."""
+    execution, engine = recipe.execution, ENGINES[recipe.execution.engine]
+    made = engine.makes(recipe.device)
+    others = [weights for weights in engine.weights if weights not in made]
+    if recipe.model.prequantized or not others:
+        return []
+    return [
+        f"Left out: {', '.join(others)} weights, which {execution.engine} makes of no plain "
+        "checkpoint: plan one that has them."
+    ]
 
 
 def _table(rows: Iterable[Candidate], reach: str, wide: bool) -> Table:
