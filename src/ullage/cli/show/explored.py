@@ -70,19 +70,34 @@ def show_exploration(console: Console, explored: Exploration) -> None:
         f"{escape(asked.model.name)}, {work.sequences} x {work.context_tokens:,} tokens, for "
         f"{explored.goal}: {len(explored.ranked):,} of {len(explored.every):,} combinations fit."
     )
-    top = explored.best(TOP)
-    front = explored.shown_front(TOP)
-    if top:
-        wide = is_wide(console)
-        console.print(_table(top, _REACH[explored.goal], wide))
-        console.print("\nNothing beats these in memory, quality and latency at once:")
-        console.print(_table(front, "", wide))
-        if not all(found.runs for found in (*top, *front)):
-            console.print("* planned only: `ullage run` does not do it yet.")
-        if any(found.cost_percent is None for found in (*top, *front)):
-            console.print("? no figure that can be compared: ranked after a known small loss.")
-    for line in (*unmade_lines(asked), *_figures([*top, *front])):
+    tables = _tables(explored)
+    for title, (rows, reach) in tables.items():
+        console.print(title, end="")
+        console.print(_table(rows, reach, is_wide(console)))
+    shown = [found for rows, _ in tables.values() for found in rows]
+    if not all(found.runs for found in shown):
+        console.print("* planned only: `ullage run` does not do it yet.")
+    if any(found.cost_percent is None for found in shown):
+        console.print("? no figure that can be compared: ranked after a known small loss.")
+    for line in (*unmade_lines(asked), *_figures(shown)):
         console.print(line)
+
+
+def _tables(explored: Exploration) -> dict[str, tuple[list[Candidate], str]]:
+    """Rows by the title above them, with what their goal counts: those that there are."""
+    top, reach = explored.best(TOP), _REACH[explored.goal]
+    elsewhere = [found for found in explored.elsewhere() if found not in top]
+    others = "The best on each other device, which ranks after all that fits as asked:"
+    nothing = "Nothing"
+    if explored.front_is_of_asked_hardware:
+        nothing = f"On {_hardware(explored.every[0].recipe)} nothing"
+    front = f"{nothing} beats these in memory, quality and latency at once:"
+    tables = {
+        "": (top, reach),
+        f"\n{others}\n": (elsewhere, reach),
+        f"\n{front}\n": (explored.shown_front(TOP), ""),
+    }
+    return {title: rows for title, rows in tables.items() if rows[0]}
 
 
 def unmade_lines(recipe: Recipe) -> list[str]:
@@ -96,6 +111,11 @@ def unmade_lines(recipe: Recipe) -> list[str]:
         f"Left out: {', '.join(others)} weights, which {execution.engine} makes of no plain "
         "checkpoint: plan one that has them."
     ]
+
+
+def _hardware(recipe: Recipe) -> str:
+    devices = recipe.execution.tensor_parallel * recipe.execution.pipeline_parallel
+    return ("" if devices == 1 else f"{devices} x ") + escape(recipe.device.name)
 
 
 def _table(rows: Iterable[Candidate], reach: str, wide: bool) -> Table:
