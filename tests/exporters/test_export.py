@@ -391,6 +391,16 @@ def test_what_an_engine_is_said_to_make_is_served(
         assert exporters.export(converted(make_plan(device=device), weights), engine)
 
 
+@pytest.mark.parametrize("target", ["vllm", "sglang", "llama.cpp"])
+def test_a_length_beyond_the_models_context_is_warned_of(make_plan: MakePlan, target: str) -> None:
+    plan = make_plan()
+    tokens = plan.recipe.workload.context_tokens
+    for most_tokens in (tokens - 1, tokens):
+        model = replace(plan.recipe.model, max_context_tokens=most_tokens)
+        text = exporters.export(with_model(plan, model), target)
+        assert ("beyond the model's own context" in text) == (tokens > most_tokens)
+
+
 def test_a_converted_plan_is_one_after_json(make_plan: MakePlan) -> None:
     plan = converted(make_plan(), "fp8")
     again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
