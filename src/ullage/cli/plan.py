@@ -238,7 +238,7 @@ class _Asked:
             lines = [change_line(self._change())]
         except DoesNotFit as error:
             lines = [str(error)]
-        size = size_line(made.cliff, made.recipe.workload)
+        size = size_line(made.cliff, made.recipe)
         return lines if size is None else [*lines, size]
 
     def _change(self) -> Candidate:

@@ -259,13 +259,14 @@ def test_a_change_is_said_with_its_cost() -> None:
     ("cliff", "says"),
     [
         (Cliff(5000, 9), "Or 5,000 tokens instead of 8,192."),
+        (Cliff(521_088, 9), "Or 131,072 tokens instead of 8,192."),  # all that it has
         (Cliff(256, 9), "Or 9 at a time instead of 1."),  # room for the output alone is none
         (Cliff(0, 9), "Or 9 at a time instead of 1."),
         (Cliff(0, 0), None),
     ],
 )
 def test_the_size_that_fits_is_a_length_or_else_a_number(cliff: Cliff, says: str | None) -> None:
-    assert size_line(cliff, Workload(7936, 256)) == says
+    assert size_line(cliff, asked()) == says
 
 
 def test_the_catalog_of_devices_has_every_device(typed: Typed) -> None:

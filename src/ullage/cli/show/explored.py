@@ -12,7 +12,6 @@ from ullage.cli.show import is_wide
 from ullage.planner.engines import ENGINES
 from ullage.planner.explore import Candidate, Exploration
 from ullage.specs.plan import Cliff, Recipe
-from ullage.specs.workload import Workload
 from ullage.units import format_bytes
 
 TOP = 10
@@ -181,10 +180,13 @@ def change_line(change: Candidate) -> str:
     return f"{what}: {changes}: {format_bytes(change.peak_bytes)}, {costs}.{planned_only}"
 
 
-def size_line(cliff: Cliff, work: Workload) -> str | None:
-    """The size that fits without any other change; None where none does."""
-    if cliff.max_model_len and cliff.max_model_len > work.output_tokens:
-        return f"Or {cliff.max_model_len:,} tokens instead of {work.context_tokens:,}."
+def size_line(cliff: Cliff, recipe: Recipe) -> str | None:
+    """The size that fits without any other change, the model's own context at most; None where
+    none does."""
+    work = recipe.workload
+    longest_tokens = min(cliff.max_model_len or 0, recipe.model.max_context_tokens)
+    if longest_tokens > work.output_tokens:
+        return f"Or {longest_tokens:,} tokens instead of {work.context_tokens:,}."
     if cliff.max_num_seqs:
         return f"Or {cliff.max_num_seqs:,} at a time instead of {work.sequences:,}."
     return None
