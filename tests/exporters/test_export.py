@@ -383,7 +383,7 @@ def test_plain_weights_are_never_served_for_others(
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 @pytest.mark.parametrize("kind", ["cuda", "rocm"])
 def test_what_an_engine_is_said_to_make_is_served(
-    make_plan: MakePlan, engine: str, kind: DeviceKind
+    make_plan: MakePlan, engine: Engine, kind: DeviceKind
 ) -> None:
     """A search offers these, and its best is to be exported."""
     device = replace(make_plan().recipe.device, kind=kind)
