@@ -169,6 +169,10 @@ def test_a_goal_ranks_what_fits(ullage: Ullage) -> None:
     assert all(row["fits"] for row in found["ranked"])
     text = ullage(*words).stdout
     assert "Nothing beats these" in text
+    others = ullage(*words, "--engine", "sglang", "--also-device", "h100").stdout
+    assert "On rtx-4090 nothing beats these" in others
+    best = others.split("The best on each other device")[1].splitlines()
+    assert "h100-80gb" in best[2]
     assert "published; QLoRA" in text
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from ullage.specs.sources import catalog
+
 Ullage = Callable[..., subprocess.CompletedProcess[str]]
 SIZED = ["--device", "cpu-16gb"]
 
@@ -44,8 +46,20 @@ def test_a_budget_that_cannot_work_names_one_that_does(ullage: Ullage, tiny_fold
     words = ["run", str(tiny_folder), "--prompt", "w6", "--max-new-tokens", "1", *SIZED]
     refused = ullage(*words, "--memory", "10MiB")
     assert refused.returncode == 1
-    smallest = refused.stderr.split("--memory ")[1].split(".")[0]
-    assert ullage(*words, "--memory", smallest).returncode == 0
+    assert refused.stderr.count("--memory ") == 1
+    enough = refused.stderr.split("--memory ")[1].split()[0]
+    assert ullage(*words, "--memory", enough).returncode == 0
+
+
+@pytest.mark.parametrize("command", [["run", "--prompt", "w6"], ["audit"]])
+def test_what_no_budget_would_run_is_refused_before_the_budget(
+    ullage: Ullage, tmp_path: Path, command: list[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(catalog()["mixtral-8x7b"]["config"]))
+    name, *words = command
+    done = ullage(name, str(tmp_path), *words, "--memory", "8MiB", *SIZED)
+    assert done.returncode == 2
+    assert "is planned by ullage, and not run yet" in done.stderr
 
 
 @pytest.mark.parametrize(

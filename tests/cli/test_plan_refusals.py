@@ -79,7 +79,7 @@ def assert_refused(done: subprocess.CompletedProcess[str], says: str) -> None:
         ([*PLAN, "--device", "24"], "'24' has no unit. Write 24GiB"),
         ([*PLAN, "--memory", "120%"], "more than the whole"),
         ([*PLAN, "--goal", "happiness"], "'context', 'concurrency', 'latency'"),
-        ([*SEARCH, "--also-device", "cray-1"], "No device 'cray-1'"),
+        ([*SEARCH, "--also-device", "cray-1"], "--list-devices"),
         ([*SEARCH, "--engine", "vllm", "--engine-version", "x"], "is no version"),
         ([*SEARCH, "--engine", "vllm", "--tp", "5"], "does not divide"),
         ([*SEARCH, "--plot", "/no/such/dir/x.png"], "Cannot draw into /no/such/dir/x.png"),

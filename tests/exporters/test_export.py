@@ -18,7 +18,7 @@ from ullage import exporters
 from ullage.errors import InputError
 from ullage.exporters.shared.options import known
 from ullage.planner.engines import ENGINES
-from ullage.specs.device import Device
+from ullage.specs.device import Device, DeviceKind
 from ullage.specs.dtypes import DTYPE_BYTES, KV_BITS
 from ullage.specs.gguf_quant import as_gguf
 from ullage.specs.model import ModelSpec, Storage
@@ -378,6 +378,27 @@ def test_plain_weights_are_never_served_for_others(
 ) -> None:
     with pytest.raises(InputError, match=f"makes no {weights} weights of a plain checkpoint: name"):
         exporters.export(converted(make_plan(**changes), weights), target)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize("kind", ["cuda", "rocm"])
+def test_what_an_engine_is_said_to_make_is_served(
+    make_plan: MakePlan, engine: Engine, kind: DeviceKind
+) -> None:
+    """A search offers these, and its best is to be exported."""
+    device = replace(make_plan().recipe.device, kind=kind)
+    for weights in set(ENGINES[engine].makes(device)) - set(DTYPE_BYTES):
+        assert exporters.export(converted(make_plan(device=device), weights), engine)
+
+
+@pytest.mark.parametrize("target", ["vllm", "sglang", "llama.cpp"])
+def test_a_length_beyond_the_models_context_is_warned_of(make_plan: MakePlan, target: str) -> None:
+    plan = make_plan()
+    tokens = plan.recipe.workload.context_tokens
+    for most_tokens in (tokens - 1, tokens):
+        model = replace(plan.recipe.model, max_context_tokens=most_tokens)
+        text = exporters.export(with_model(plan, model), target)
+        assert ("beyond the model's own context" in text) == (tokens > most_tokens)
 
 
 def test_a_converted_plan_is_one_after_json(make_plan: MakePlan) -> None:

@@ -129,8 +129,9 @@ def test_servers_figures_are_kept_under_the_names_of_their_formats() -> None:
     """int8 is w8a8 there, and torchao's in ullage: not the same loss."""
 
     def cost(engine: Engine, setting: str) -> Cost:
-        (weights,) = [x for x in levers_of(recipe(engine), Freedom()) if x.name == "weights"]
-        return next(x.cost for x in weights.settings if x.typed == f"--weights {setting}")
+        asked = ENGINES[engine].with_weights(recipe(engine), setting)
+        (weights,) = [x for x in levers_of(asked, Freedom()) if x.name == "weights"]
+        return weights.settings[0].cost
 
     served, own = cost("vllm", "int8").figure, cost("ullage", "int8").figure
     assert served is not None

@@ -71,6 +71,18 @@ def test_dtype_is_the_configs(folder: Path, key: str) -> None:
     assert resolve(str(folder)).dtype == "bf16"
 
 
+def test_a_broken_config_is_named(tmp_path: Path) -> None:
+    write_config(tmp_path, {"model_type": "llama"})
+    for typed in (tmp_path, tmp_path / "config.json"):
+        with pytest.raises(ModelError, match=f"^{tmp_path}/config.json: .*no 'hidden_size'"):
+            resolve(str(typed))
+
+
+def test_a_name_like_no_other_is_told_of_the_catalog() -> None:
+    with pytest.raises(ModelError, match="--list-models"):
+        resolve("zzqqx")
+
+
 def test_dtype_is_that_of_most_stored_bytes(folder: Path) -> None:
     weights = weights_of(folder, torch.float16)
     weights["model.norm.weight"] = weights["model.norm.weight"].float()

@@ -29,6 +29,7 @@ from ullage.cli.options import (
 from ullage.errors import DoesNotFit, InputError
 from ullage.planner import build_plan
 from ullage.planner.search import describe
+from ullage.runtime.checkpoint import refuse_planned_only, weights_folder
 from ullage.specs.calibration import Calibration
 from ullage.specs.plan import Recipe
 from ullage.specs.sources import resolve
@@ -73,7 +74,9 @@ def audit(
         calibration=calibration,
     )  # fmt: skip
     _refuse_unwritable(plot, write)
-    spec, place = resolve(model), device_to_run(device)
+    spec = resolve(model)
+    refuse_planned_only(spec)
+    place = device_to_run(device)
     recipe = options.recipe(spec, place, workload_of(spec, max_model_len, output_len, 1))
     budget_bytes, known = options.budget_bytes(place), options.read_calibration()
     largest = _largest_tokens(recipe, budget_bytes, known, max_model_len)
@@ -122,7 +125,6 @@ def _run(
     recipe: Recipe, budget_bytes: int, calibration: Calibration | None, largest: int, points: int
 ) -> "Audit":
     from ullage.measure.audit import fill_ladder, run_audit
-    from ullage.runtime.checkpoint import weights_folder
 
     folder = weights_folder(recipe.model)
     lengths = fill_ladder(largest, points)

@@ -35,6 +35,7 @@ from ullage.cli.show.explored import (
     exploration_json,
     show_exploration,
     size_line,
+    unmade_lines,
 )
 from ullage.cli.show.picture import draw_exploration
 from ullage.cli.show.planned import show_plan
@@ -181,7 +182,7 @@ class _Asked:
         if explain:
             console.print(sums_table(made, self.calibration, is_wide(console)))
         if not made.fits:
-            for line in self._advice(made):
+            for line in (*self._advice(made), *unmade_lines(self.recipe)):
                 console.print(line)
         return made.fits
 
@@ -237,7 +238,7 @@ class _Asked:
             lines = [change_line(self._change())]
         except DoesNotFit as error:
             lines = [str(error)]
-        size = size_line(made.cliff, made.recipe.workload)
+        size = size_line(made.cliff, made.recipe)
         return lines if size is None else [*lines, size]
 
     def _change(self) -> Candidate:

@@ -28,6 +28,7 @@ from ullage.errors import DoesNotFit, InputError, PromptError
 from ullage.planner import build_plan, fit_run
 from ullage.planner.search import Freedom, as_memory_option, describe
 from ullage.runtime import out_of_memory
+from ullage.runtime.checkpoint import refuse_planned_only
 from ullage.runtime.process import obtainable_bytes
 from ullage.runtime.temperature import refuse_temperature
 from ullage.specs.model import ModelSpec
@@ -87,6 +88,7 @@ def run(
     )  # fmt: skip
     refuse_temperature(temperature)
     spec = resolve(model)
+    refuse_planned_only(spec)
     text = prompt_text(source, prompt, prompt_file)
     session = _Session(spec, options, None if plan is None else read_plan(plan))
     session.refuse_early(text, max_new_tokens)
@@ -141,8 +143,9 @@ class _Session:
             room = max(1, self.spec.max_context_tokens - new_tokens)
             enough_bytes = self._smallest_bytes(min(most_tokens, room), new_tokens)
             raise DoesNotFit(
-                f"{error} That is for one prompt token; {as_memory_option(enough_bytes)} is enough "
-                "for this prompt.",
+                f"{self.spec.name} with this prompt and {new_tokens:,} tokens after it does not "
+                f"fit in {format_bytes(self.budget_bytes)}: {as_memory_option(enough_bytes)} is "
+                "enough.",
                 needed_bytes=enough_bytes,
             ) from error
 

@@ -98,6 +98,20 @@ class Exploration:
                 found.append(candidate)
         return found
 
+    @property
+    def front_is_of_asked_hardware(self) -> bool:
+        """Whether other hardware, which the front says nothing of, was tried."""
+        others = any(found.hardware for found in self.every)
+        return others and not any(found.hardware for found in self.front)
+
+    def elsewhere(self) -> list[Candidate]:
+        """The best on each other device, with as few of it as will do."""
+        found: dict[str, Candidate] = {}
+        for candidate in sorted(self.ranked, key=lambda one: one.recipe.execution.tensor_parallel):
+            if candidate.recipe.device != self.every[0].recipe.device:
+                found.setdefault(candidate.recipe.device.name, candidate)
+        return list(found.values())
+
     def shown_front(self, count: int) -> list[Candidate]:
         """Of the front what fits, by memory; of more than `count` those that are feared to lose the
         least."""

@@ -147,14 +147,14 @@ def _scheme(recipe: Recipe) -> str | None:
 
 
 def _weights(recipe: Recipe) -> Iterator[Setting]:
-    """The engine's other formats; of plain ones bf16 alone, beside fp32, and none that only models
-    bear that were trained so."""
+    """The other formats that the engine makes of the model; of plain ones bf16 alone, beside fp32,
+    and none that only models bear that were trained so."""
     engine = ENGINES[recipe.execution.engine]
     fixed = recipe.model.prequantized and not engine.converts
     if fixed or _scheme(recipe) not in (None, "none"):
         return
     bare = replace(recipe, techniques=_without(recipe.techniques, ("quantization",)))
-    for weights in engine.weights:
+    for weights in engine.makes(recipe.device):
         if weights in TERNARY:
             continue
         if weights not in DTYPE_BYTES:

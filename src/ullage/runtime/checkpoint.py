@@ -26,11 +26,28 @@ def weights_folder(model: ModelSpec, gguf_dtype: str = "float32") -> Path:
     GGUF file holds is exact in float32; bfloat16 takes half the space.
 
     Raises:
-        UnknownArchitecture: a family that is planned and not run.
-        ModelError: the spec has no weights behind it, they are quantized already, or its package is
-            not installed.
+        UnknownArchitecture, ModelError: `refuse_planned_only` does, or the model's package is not
+            installed.
         CheckpointError: the conversion failed, or the converted weights are damaged.
         InputError: the cache folder cannot be written.
+    """
+    refuse_planned_only(model)
+    source = model.source
+    if source.startswith("package:"):
+        return _converted(_package_file(source.removeprefix("package:")), gguf_dtype)
+    if source.endswith(".gguf"):
+        return _converted(Path(source), gguf_dtype)
+    if Path(source).is_dir():
+        return Path(source)
+    return _downloaded(source)
+
+
+def refuse_planned_only(model: ModelSpec) -> None:
+    """Refuse what no budget would run.
+
+    Raises:
+        UnknownArchitecture: a family that is planned and not run.
+        ModelError: the spec has no weights behind it, or they are quantized already.
     """
     if not model.runs:
         raise UnknownArchitecture(
@@ -41,19 +58,11 @@ def weights_folder(model: ModelSpec, gguf_dtype: str = "float32") -> Path:
             f"{model.name} is a quantized checkpoint, which ullage plans and does not run yet. "
             "Point at the unquantized model: ullage quantizes it itself."
         )
-    source = model.source
-    if not source:
+    if not model.source:
         raise ModelError(
             f"{model.name} is a catalog entry or a bare config, without weights. "
             "Name a folder, a .gguf file or a hub id to run it."
         )
-    if source.startswith("package:"):
-        return _converted(_package_file(source.removeprefix("package:")), gguf_dtype)
-    if source.endswith(".gguf"):
-        return _converted(Path(source), gguf_dtype)
-    if Path(source).is_dir():
-        return Path(source)
-    return _downloaded(source)
 
 
 def cache_folder() -> Path:

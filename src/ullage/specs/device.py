@@ -60,7 +60,7 @@ def find_device(text: str | None) -> Device:
         return Device(name=text.strip(), kind="cuda", memory_bytes=size_bytes, source="as given")
     close = difflib.get_close_matches(_plain(text[:100]), _names(), n=3)
     meant = ", ".join(dict.fromkeys(_names()[name].name for name in close))
-    hint = f" Did you mean {meant}?" if meant else ""
+    hint = f" Did you mean {meant}?" if meant else " `ullage plan --list-devices` shows it."
     raise UnknownDevice(
         f"No device {text[:100]!r} in the catalog.{hint} A size, as 24GiB, will do."
     )

@@ -35,6 +35,11 @@ class Recipe:
     execution: Execution
     techniques: tuple[TechniqueChoice, ...] = ()
 
+    @property
+    def beyond_context(self) -> bool:
+        """Whether a sequence is longer than the model's own context."""
+        return self.workload.context_tokens > self.model.max_context_tokens
+
 
 @dataclass(frozen=True)
 class Cliff:

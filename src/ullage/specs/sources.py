@@ -95,7 +95,7 @@ def _from_path(path: Path) -> ModelSpec:
     if path.suffix.lower() == ".gguf":
         return spec_from_gguf(path)
     if path.suffix.lower() == ".json":
-        return spec_from_config(read_config(path), name=path.absolute().parent.name)
+        return _spec_at(path, read_config(path))
     if path.suffix.lower() in (".bin", ".pt", ".pth", ".ckpt"):
         raise CheckpointError(
             f"{path} is refused: pickle can execute code; safetensors or GGUF only."
@@ -112,7 +112,7 @@ def _from_folder(folder: Path) -> ModelSpec:
         if ggufs:
             raise ModelError(f"{folder} holds {len(ggufs)} GGUF files: name the one that you mean.")
     config = _folder_config(folder)
-    spec = spec_from_config(config, name=folder.absolute().name)
+    spec = _spec_at(folder / "config.json", config)
     if not has_weights(folder):
         return spec
     stored = read_headers(folder)
@@ -122,6 +122,14 @@ def _from_folder(folder: Path) -> ModelSpec:
         spec = replace(spec, encoder=encoder, encoder_gap="")
     dtype = spec.dtype if spec.prequantized else _stored_dtype(stored)
     return replace(spec, dtype=dtype, source=str(folder), checkpoint_bytes=comparison.nbytes)
+
+
+def _spec_at(path: Path, config: Mapping[str, Any]) -> ModelSpec:
+    """The spec of `config`, which lies at `path`; errors name it."""
+    try:
+        return spec_from_config(config, name=path.absolute().parent.name)
+    except ModelError as error:
+        raise type(error)(f"{path}: {error}") from error
 
 
 def _folder_config(folder: Path) -> dict[str, Any]:
@@ -185,7 +193,9 @@ def _entry_config(entry: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _hint(model: str) -> str:
     close = difflib.get_close_matches(model.strip().lower()[:100], catalog(), n=3, cutoff=0.5)
-    return f" Did you mean {', '.join(close)}?" if close else " See the catalog, or give a hub id."
+    if close:
+        return f" Did you mean {', '.join(close)}?"
+    return " `ullage plan --list-models` shows it; a hub id will do too."
 
 
 def _from_hub(repo: str, revision: str | None) -> ModelSpec:

@@ -158,7 +158,19 @@ def test_each_change_is_said_in_few_words(typed: Typed) -> None:
     assert "--" not in explored.split("Losses are added up, and rest on:")[0].replace(
         "--memory", ""
     )
-    assert re.search(r"\d devices|fp8 KV|int4 weights", explored)
+    assert re.search(r"\d devices|fp8 KV|fp8 weights", explored)
+
+
+def test_a_search_offers_no_weights_that_the_engine_makes_of_no_plain_checkpoint(
+    typed: Typed,
+) -> None:
+    words = ["plan", "qwen3-14b", "--device", "h100", "--engine", "vllm"]
+    explored = typed(*words, "--goal", "concurrency").stdout
+    assert "int4 weights," not in explored
+    assert re.search(r"Left out: int8, int4, .*weights, which vllm makes of no plain", explored)
+    small = typed(*words, "--memory", "4GiB").stdout
+    assert "Left out: int8, int4" in small
+    assert "Left out" not in typed(*words, "--goal", "context", "--weights", "int4").stdout
 
 
 def test_a_search_for_context_starts_small_unless_told(typed: Typed) -> None:
@@ -247,13 +259,14 @@ def test_a_change_is_said_with_its_cost() -> None:
     ("cliff", "says"),
     [
         (Cliff(5000, 9), "Or 5,000 tokens instead of 8,192."),
+        (Cliff(521_088, 9), "Or 131,072 tokens instead of 8,192."),  # all that it has
         (Cliff(256, 9), "Or 9 at a time instead of 1."),  # room for the output alone is none
         (Cliff(0, 9), "Or 9 at a time instead of 1."),
         (Cliff(0, 0), None),
     ],
 )
 def test_the_size_that_fits_is_a_length_or_else_a_number(cliff: Cliff, says: str | None) -> None:
-    assert size_line(cliff, Workload(7936, 256)) == says
+    assert size_line(cliff, asked()) == says
 
 
 def test_the_catalog_of_devices_has_every_device(typed: Typed) -> None:

@@ -9,9 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from ullage.cli.show import is_wide
+from ullage.planner.engines import ENGINES
 from ullage.planner.explore import Candidate, Exploration
-from ullage.specs.plan import Cliff
-from ullage.specs.workload import Workload
+from ullage.specs.plan import Cliff, Recipe
 from ullage.units import format_bytes
 
 TOP = 10
@@ -69,19 +69,52 @@ def show_exploration(console: Console, explored: Exploration) -> None:
         f"{escape(asked.model.name)}, {work.sequences} x {work.context_tokens:,} tokens, for "
         f"{explored.goal}: {len(explored.ranked):,} of {len(explored.every):,} combinations fit."
     )
-    top = explored.best(TOP)
-    front = explored.shown_front(TOP)
-    if top:
-        wide = is_wide(console)
-        console.print(_table(top, _REACH[explored.goal], wide))
-        console.print("\nNothing beats these in memory, quality and latency at once:")
-        console.print(_table(front, "", wide))
-        if not all(found.runs for found in (*top, *front)):
-            console.print("* planned only: `ullage run` does not do it yet.")
-        if any(found.cost_percent is None for found in (*top, *front)):
-            console.print("? no figure that can be compared: ranked after a known small loss.")
-    for line in _figures([*top, *front]):
+    tables = _tables(explored)
+    for title, (rows, reach) in tables.items():
+        console.print(title, end="")
+        console.print(_table(rows, reach, is_wide(console)))
+    shown = [found for rows, _ in tables.values() for found in rows]
+    if not all(found.runs for found in shown):
+        console.print("* planned only: `ullage run` does not do it yet.")
+    if any(found.cost_percent is None for found in shown):
+        console.print("? no figure that can be compared: ranked after a known small loss.")
+    for line in (*unmade_lines(asked), *_figures(shown)):
         console.print(line)
+
+
+def _tables(explored: Exploration) -> dict[str, tuple[list[Candidate], str]]:
+    """Rows by the title above them, with what their goal counts: those that there are."""
+    top, reach = explored.best(TOP), _REACH[explored.goal]
+    elsewhere = [found for found in explored.elsewhere() if found not in top]
+    others = "The best on each other device, which ranks after all that fits as asked:"
+    nothing = "Nothing"
+    if explored.front_is_of_asked_hardware:
+        nothing = f"On {_hardware(explored.every[0].recipe)} nothing"
+    front = f"{nothing} beats these in memory, quality and latency at once:"
+    tables = {
+        "": (top, reach),
+        f"\n{others}\n": (elsewhere, reach),
+        f"\n{front}\n": (explored.shown_front(TOP), ""),
+    }
+    return {title: rows for title, rows in tables.items() if rows[0]}
+
+
+def unmade_lines(recipe: Recipe) -> list[str]:
+    """The formats of weights that no search offers, for the checkpoint would have to be in them."""
+    execution, engine = recipe.execution, ENGINES[recipe.execution.engine]
+    made = engine.makes(recipe.device)
+    others = [weights for weights in engine.weights if weights not in made]
+    if recipe.model.prequantized or not others:
+        return []
+    return [
+        f"Left out: {', '.join(others)} weights, which {execution.engine} makes of no plain "
+        "checkpoint: plan one that has them."
+    ]
+
+
+def _hardware(recipe: Recipe) -> str:
+    devices = recipe.execution.tensor_parallel * recipe.execution.pipeline_parallel
+    return ("" if devices == 1 else f"{devices} x ") + escape(recipe.device.name)
 
 
 def _table(rows: Iterable[Candidate], reach: str, wide: bool) -> Table:
@@ -147,10 +180,13 @@ def change_line(change: Candidate) -> str:
     return f"{what}: {changes}: {format_bytes(change.peak_bytes)}, {costs}.{planned_only}"
 
 
-def size_line(cliff: Cliff, work: Workload) -> str | None:
-    """The size that fits without any other change; None where none does."""
-    if cliff.max_model_len and cliff.max_model_len > work.output_tokens:
-        return f"Or {cliff.max_model_len:,} tokens instead of {work.context_tokens:,}."
+def size_line(cliff: Cliff, recipe: Recipe) -> str | None:
+    """The size that fits without any other change, the model's own context at most; None where
+    none does."""
+    work = recipe.workload
+    longest_tokens = min(cliff.max_model_len or 0, recipe.model.max_context_tokens)
+    if longest_tokens > work.output_tokens:
+        return f"Or {longest_tokens:,} tokens instead of {work.context_tokens:,}."
     if cliff.max_num_seqs:
         return f"Or {cliff.max_num_seqs:,} at a time instead of {work.sequences:,}."
     return None

@@ -36,6 +36,7 @@ def show_plan(console: Console, plan: Plan, calibration: Calibration | None) -> 
         f"{format_bytes(abs(spare))} {'to spare' if spare >= 0 else 'too much'}."
     )
     for line in (
+        *_context_lines(plan),
         *_latency_lines(plan),
         *_pool_lines(plan),
         *_cliff_lines(plan),
@@ -77,6 +78,16 @@ def _bar(share: float, width: int) -> str:
     filled = min(width, round(share * width))
     color = "green" if share <= 1 else "red"
     return f"[{color}]{'█' * filled}{'░' * (width - filled)}[/] {share:.0%}"
+
+
+def _context_lines(plan: Plan) -> list[str]:
+    recipe = plan.recipe
+    if not recipe.beyond_context:
+        return []
+    return [
+        f"WARNING: {recipe.workload.context_tokens:,} tokens are beyond the model's own context of "
+        f"{recipe.model.max_context_tokens:,}: engines refuse or misread them."
+    ]
 
 
 def _latency_lines(plan: Plan) -> list[str]:

@@ -167,6 +167,11 @@ def notes_of(plan: Plan, known: Known) -> list[str]:
     ]
     if not plan.fits:
         lines.append("WARNING: this plan does not fit its budget.")
+    if recipe.beyond_context:
+        lines.append(
+            f"WARNING: {work.context_tokens:,} tokens are beyond the model's own context of "
+            f"{recipe.model.max_context_tokens:,}: {known.engine} refuses or misreads them."
+        )
     if execution.engine != known.engine:
         counted = f" `ullage plan --engine {known.engine}` counts them."
         lines.append(

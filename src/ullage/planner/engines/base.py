@@ -41,6 +41,11 @@ class EngineArithmetic(ABC):
     def with_weights(self, recipe: Recipe, weights: str) -> Recipe:
         """`recipe` with its weights in the format called `weights`, one of `self.weights`."""
 
+    def makes(self, device: Device) -> tuple[str, ...]:
+        """Of `self.weights` those that it makes of a plain checkpoint on `device`: others have to
+        be in the checkpoint."""
+        return self.weights
+
     def settle(self, recipe: Recipe) -> Recipe:
         """`recipe` with the engine's own defaults where nothing was asked for.
 

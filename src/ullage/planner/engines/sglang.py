@@ -42,6 +42,11 @@ class Sglang(Serving):
         chunk_tokens = _tier(device)[1]
         return Execution(engine="sglang", attention="flash", prefill_chunk=chunk_tokens)
 
+    def makes(self, device: Device) -> tuple[str, ...]:
+        """What it quantizes to while loading; bitsandbytes is CUDA's."""
+        made = (*DTYPE_BYTES, "fp8")
+        return (*made, "nf4") if device.kind == "cuda" else made
+
     def settle(self, recipe: Recipe) -> Recipe:
         """`recipe` with the share of the device that weights and KV entries get."""
         execution = super().settle(recipe).execution

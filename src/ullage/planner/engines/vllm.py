@@ -38,6 +38,10 @@ class Vllm(Serving):
             chunk_tokens = 8192 if _is_large(device) else 2048
         return Execution(engine="vllm", attention="flash", prefill_chunk=chunk_tokens)
 
+    def makes(self, device: Device) -> tuple[str, ...]:
+        """What it quantizes to while loading."""
+        return (*DTYPE_BYTES, "fp8", "mxfp4")
+
     def settle(self, recipe: Recipe) -> Recipe:
         """`recipe` with a version, its utilization and its largest number of sequences."""
         execution, constants = super().settle(recipe).execution, Constants(recipe)
