@@ -98,7 +98,7 @@ def test_a_models_name_is_printed_as_it_is(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("ullage.measure.audit.run_audit", lambda *_: None)
-    monkeypatch.setattr("ullage.runtime.checkpoint.weights_folder", lambda _: Path())
+    monkeypatch.setattr("ullage.cli.audit.weights_folder", lambda _: Path())
     model = replace(tiny_spec("llama"), name="[red]llama[/]")
     recipe = Recipe(model, Device("cpu", "cpu", GIB), Workload(10, 10), Execution())
     _run(recipe, GIB, None, largest=100, points=2)

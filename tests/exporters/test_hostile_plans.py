@@ -200,8 +200,8 @@ def test_a_share_takes_no_byte_more(
 
 def test_what_a_reader_is_told(make_plan: MakePlan) -> None:
     plan = make_plan(budget_bytes=60 * GIB, engine="vllm", engine_version="0.19.0")
-    first, second, *rest = plans.notes_of(plan, known("vllm"))
+    first, second, third = plans.notes_of(plan, known("vllm"))
     assert first == "tiny-llama on h100-80gb: 4 x (3,840 prompt + 256 output tokens)."
     assert second.startswith("Planned for vllm 0.19.0: peak ")
     assert "of 60.00 GiB a device." in second
-    assert rest == []
+    assert third.startswith("WARNING: 4,096 tokens are beyond")
