@@ -134,15 +134,57 @@ def test_another_batch_than_the_cache_holds_is_refused(tiny_model: TinyModel) ->
         model(PROMPT.repeat(3, 1), **cache_argument(model, cache))
 
 
-def test_beam_search_is_refused(tiny_model: TinyModel) -> None:
-    model, spec = tiny_model("llama")
-    with pytest.raises(NotImplementedError, match="beam"):
-        generate(
-            paged(model),
-            PROMPT,
-            **cache_argument(model, paged_cache(spec, sequences=2)),
-            num_beams=2,
-        )
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_beam_search_is_transformers_own(family: str, tiny_model: TinyModel) -> None:
+    model, spec = tiny_model(family)
+    model.set_attn_implementation("eager")
+    ids = PROMPT.repeat(2, 1)
+    ids[1] += 3
+    tokens, _ = generate(model, ids, num_beams=3)
+    cache = paged_cache(spec, sequences=6)
+    ours, _ = generate(paged(model), ids, num_beams=3, **cache_argument(model, cache))
+    assert torch.equal(ours, tokens)
+    cache.reset()
+    cache.pool.check_integrity(all_free=True)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_copied_sequence_goes_its_own_way(family: str, tiny_model: TinyModel) -> None:
+    model, spec = tiny_model(family)
+    cache = paged_cache(spec, sequences=3)
+
+    def read(ids: torch.Tensor) -> torch.Tensor:
+        return paged(model)(ids, **cache_argument(model, cache)).logits[0, -1]
+
+    sequence = cache.open(40)
+    cache.activate([sequence])
+    read(PROMPT)
+    twin = sequence.copy()
+    last = {}
+    for name, one, token in (("first", sequence, 7), ("twin", twin, 9)):
+        cache.activate([one])
+        last[name] = read(torch.tensor([[token]]))
+    for name, token in (("first", 7), ("twin", 9)):
+        fresh = cache.open(40)
+        cache.activate([fresh])
+        read(PROMPT)
+        torch.testing.assert_close(read(torch.tensor([[token]])), last[name])
+        fresh.close()
+    twin.close()
+    sequence.close()
+    cache.pool.check_integrity(all_free=True)
+
+
+def test_a_copy_that_fails_takes_nothing(tiny_spec: Callable[..., ModelSpec]) -> None:
+    cache = paged_cache(tiny_spec("gemma2"), tokens=64)
+    sequence = cache.open(40)
+    free = cache.pool.free_blocks
+    with pytest.raises(BudgetExceeded):
+        sequence.copy()
+    assert cache.pool.free_blocks == free
+    sequence.close()
+    cache.pool.check_integrity(all_free=True)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

@@ -203,3 +203,23 @@ def test_blocks_come_back_as_they_are_given() -> None:
     assert source.taken_bytes == (held + HEADS * 16) * 2 * DIM * 4
     row.release()
     assert source.taken_bytes == 0
+
+
+def test_a_copy_goes_its_own_way_and_fails_whole() -> None:
+    survival = Survival(0.25, 16, 8, 4)
+    new, worth = tokens_of(LONG), worth_of(LONG)
+    expected = by_hand(new, staying(worth, survival), survival.window)
+    blocks = survival.blocks(LONG, HEADS)
+    pool = KVPool(2 * blocks, DIM, torch.float32)
+    row = SparseRow(pool, HEADS, survival, Table(worth))
+    row.reserve(LONG)
+    fed(row, new.part(0, 150), [50])
+    twin = row.copy()
+    with pytest.raises(BudgetExceeded):
+        twin.copy()
+    fed(row, new.part(150, LONG), [1])
+    output = fed(twin, new.part(150, LONG), [50])
+    torch.testing.assert_close(output, expected[:, 150:], atol=1e-5, rtol=1e-5)
+    row.release()
+    twin.release()
+    pool.check_integrity(all_free=True)

@@ -92,8 +92,29 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.rows, self.seen_tokens, self._waiting = [], 0, False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Not yet: beams would have to share or copy blocks."""
-        raise NotImplementedError("a PagedCache has no beam search yet: use greedy or sampling")
+        """Go on from the rows at `beam_idx`, [B]: a row that several go on from is copied.
+
+        Raises:
+            BudgetExceeded: the pool has too few blocks for the copies.
+        """
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times; raises what `reorder_cache` does."""
+        self.batch_select_indices(torch.arange(len(self.rows)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows at `indices` alone, in that order; raises what `reorder_cache` does."""
+        wanted = indices.tolist()
+        for index, row in enumerate(self.rows):
+            if index not in wanted:
+                row.release()
+        taken: set[int] = set()
+        rows = []
+        for index in wanted:
+            rows.append(self.rows[index].copy() if index in taken else self.rows[index])
+            taken.add(index)
+        self.rows = rows
 
 
 class Sequence:
@@ -106,6 +127,21 @@ class Sequence:
     def length(self) -> int:
         """Tokens seen."""
         return self.rows[0].length
+
+    def copy(self) -> "Sequence":
+        """A sequence with blocks of its own that holds the same and goes its own way from here.
+
+        Raises:
+            BudgetExceeded: the pool has too few blocks; nothing is taken.
+        """
+        twin = Sequence([])
+        try:
+            for row in self.rows:
+                twin.rows.append(row.copy())
+        except BaseException:
+            twin.close()
+            raise
+        return twin
 
     def close(self) -> None:
         """Give all blocks back."""

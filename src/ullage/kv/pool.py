@@ -200,7 +200,7 @@ class Reservation:
     """Blocks of a pool promised to one holder: no more than that, and never refused."""
 
     def __init__(self, pool: KVPool, count: int) -> None:
-        self._pool, self.left = pool, count
+        self._pool, self.count, self.left = pool, count, count
 
     @property
     def dtype(self) -> torch.dtype:
@@ -228,6 +228,14 @@ class Reservation:
     def entries(self, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Blocks`."""
         return self._pool.entries(run)
+
+    def another(self) -> "Reservation":
+        """As many blocks for another holder.
+
+        Raises:
+            BudgetExceeded: fewer are free; nothing is promised.
+        """
+        return self._pool.promise(self.count)
 
     def release(self) -> None:
         """Let others have what is left; what was taken must have been given back."""

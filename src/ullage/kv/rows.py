@@ -6,7 +6,9 @@ matter to attention; a sliding layer overwrites its oldest entry in place.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -97,6 +99,19 @@ class Slots:
                 self.segments.append(Segment(self.pool, kept, self.num_kv_heads))
             spare -= blocks
 
+    def copy(self, pool: Blocks, used: int) -> "Slots":
+        """As many slots from `pool`, the first `used` with the same entries.
+
+        Raises:
+            BudgetExceeded: the pool has too few; nothing is taken.
+        """
+        twin, at = Slots(pool, self.num_kv_heads), 0
+        twin.reserve(self.capacity)
+        for piece in self.read(0, used):
+            twin.write(at, piece.keys, piece.values)
+            at += piece.keys.shape[1]
+        return twin
+
     def release(self) -> None:
         """Give all blocks back."""
         self.pool.give_back([segment.run for segment in self.segments])
@@ -148,6 +163,21 @@ class Row(ABC):
     def extend(self, keys: torch.Tensor, values: torch.Tensor) -> list[Piece]:
         """Store new entries, [Hkv, N, D] each, and return what their queries attend to."""
 
+    @property
+    @abstractmethod
+    def used(self) -> int:
+        """Slots that hold an entry."""
+
+    def copy(self) -> Self:
+        """A row with blocks of its own that holds the same and goes its own way from here.
+
+        Raises:
+            BudgetExceeded: the pool has too few; nothing is taken.
+        """
+        twin = copy(self)
+        twin.slots = self.slots.copy(self.slots.pool, self.used)
+        return twin
+
     def release(self) -> None:
         """Give all blocks back."""
         self.slots.release()
@@ -156,6 +186,10 @@ class Row(ABC):
 
 class FullRow(Row):
     """Full attention: all entries are kept; entry p lies in slot p."""
+
+    @property
+    def used(self) -> int:
+        return self.length
 
     def reserve(self, tokens: int) -> None:
         self.slots.reserve(tokens)
@@ -189,13 +223,17 @@ class SlidingRow(Row):
         super().__init__(pool, num_kv_heads)
         self.window = window
 
+    @property
+    def used(self) -> int:
+        return min(self.length, self.window)
+
     def reserve(self, tokens: int) -> None:
         self.slots.reserve(min(tokens, self.window))
 
     def extend(self, keys: torch.Tensor, values: torch.Tensor) -> list[Piece]:
         if keys.shape[1] == 1:
             self._write(keys, values)
-            return self.slots.read(0, min(self.length, self.window))
+            return self.slots.read(0, self.used)
         past, stored = self._in_order(), self.slots.pool.dtype
         span_keys = side_by_side([piece.keys for piece in past], keys, stored)
         span_values = side_by_side([piece.values for piece in past], values, stored)

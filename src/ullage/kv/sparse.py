@@ -6,7 +6,8 @@ some tokens at a time, at places that hang on the position alone, so that the sa
 however a prompt is cut into chunks.
 """
 
-from typing import Protocol
+from copy import deepcopy
+from typing import Protocol, Self
 
 import torch
 
@@ -51,6 +52,12 @@ class Survivors:
         self.slots.write(self.length, keys, values)
         self.length += keys.shape[1]
 
+    def copy(self, source: Blocks) -> "Survivors":
+        """The same entries, in blocks from `source`."""
+        twin = Survivors(source)
+        twin.slots, twin.length = self.slots.copy(source, self.length), self.length
+        return twin
+
     def read(self, heads: slice) -> list[Piece]:
         """All entries, for the query heads `heads`."""
         return [
@@ -86,6 +93,20 @@ class SparseRow(SlidingRow):
             self.reservation = self.pool.promise(blocks)
             self.survivors = [Survivors(self.reservation) for _ in range(self.heads)]
             self.share = blocks // self.heads * BLOCK_TOKENS
+
+    def copy(self) -> Self:
+        twin = super().copy()
+        twin.survivors, twin.reservation = [], None
+        try:
+            if self.reservation is not None:
+                twin.reservation = self.reservation.another()
+            for survivors in self.survivors:
+                twin.survivors.append(survivors.copy(twin.reservation or self.pool))
+        except BudgetExceeded:
+            twin.release()
+            raise
+        twin.stays, twin.scorer = self.stays.clone(), deepcopy(self.scorer)
+        return twin
 
     def release(self) -> None:
         super().release()
@@ -125,7 +146,7 @@ class SparseRow(SlidingRow):
             keys = torch.cat([piece.keys for piece in recent], dim=1)
             values = torch.cat([piece.values for piece in recent], dim=1)
             self._mark(self._decide(self.length, keys, values))
-        ring = self.slots.read(0, min(self.length, self.window))
+        ring = self.slots.read(0, self.used)
         return attention(new.query, [*ring, *self._pieces(new.query.shape[0])])
 
     def _attend_span(self, new: NewTokens, attention: Attend) -> torch.Tensor:

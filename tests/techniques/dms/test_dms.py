@@ -192,10 +192,18 @@ def test_a_model_that_is_planned_only_is_our_error() -> None:
         pass
 
 
-def test_beams_are_our_error(tiny_model: TinyModel) -> None:
-    model, _ = tiny_model("llama")
-    with DMS(0.25, 16).attach(model), pytest.raises(NotImplementedError, match="beam"):
-        generate(model, inputs=TEXT[:1], num_beams=2)
+def test_beams_go_on_from_their_own_entries(tiny_model: TinyModel) -> None:
+    """A beam's text, read alone, is as likely as the beam search said."""
+    model, spec = tiny_model("llama")
+    technique, prompt = DMS(0.25, 16), TEXT[:1, :60]
+    with technique.attach(model):
+        out = model.generate(
+            prompt, num_beams=3, max_new_tokens=20, pad_token_id=0, length_penalty=0.0,
+            output_scores=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        alone = logits(model, cache_of(model, spec, technique), out.sequences, 60, 1)
+    said = alone[0, 59:-1].log_softmax(-1).gather(-1, out.sequences[0, 60:, None]).sum()
+    torch.testing.assert_close(said, out.sequences_scores[0], atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("predictor", ["best", "", 3])
