@@ -32,7 +32,7 @@ def attend(
     numbers = torch.from_numpy(work.numbers)
     if query.is_cuda:
         numbers = numbers.pin_memory().to(query.device, non_blocking=True)
-    hiding = query.shape[1] > 1 and any(piece.causal or piece.mask is not None for piece in pieces)
+    hiding = any(piece.causal or piece.mask is not None for piece in pieces)
     partial, lse = _attend_splits(query, work, numbers, hiding, scale, softcap)
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
     rows, head_dim = partial.shape[1:]
@@ -56,13 +56,16 @@ def _attend_splits(
     partial = query.new_empty((work.splits, rows, head_dim), dtype=torch.float32)
     lse = query.new_empty((work.splits, rows), dtype=torch.float32)
     width, tile_rows = _width(head_dim), split_rows(rows)
-    tile_tokens = max(16, min(128, _TILE_BYTES // (width * query.element_size())))
+    # Triton's interpreter, all that there is for a CPU, cannot multiply bf16
+    product = query.dtype if query.is_cuda else torch.float32
     for stored, first, last in work.launches:
         attend_split[last - first, -(-rows // tile_rows)](
             query, numbers, partial, lse,
             query.stride(0), query.stride(1), work.splits_at, first, work.split_size,
             rows, work.group, scale, softcap or 0.0,
-            D=head_dim, WIDTH=width, ROWS=tile_rows, TOKENS=tile_tokens, STORED=FORMATS[stored],
+            D=head_dim, WIDTH=width, ROWS=tile_rows,
+            TOKENS=_tile_tokens(width * max(stored.itemsize, product.itemsize)),
+            STORED=FORMATS[stored], PRODUCT=FORMATS[product],
             ALIGNED=work.aligned, HIDING=hiding, CAPPED=softcap is not None,
             num_warps=8 if tile_rows * width > 8192 else 4, num_stages=2,
         )  # fmt: skip
@@ -72,6 +75,11 @@ def _attend_splits(
 def _width(head_dim: int) -> int:
     """Of a tile: what matrix instructions take."""
     return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def _tile_tokens(token_bytes: int) -> int:
+    """Stored entries that a program reads at once."""
+    return max(16, min(128, _TILE_BYTES // token_bytes))
 
 
 def _packed(tensor: torch.Tensor) -> torch.Tensor:

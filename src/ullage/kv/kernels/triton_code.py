@@ -18,7 +18,8 @@ def attend_split(
     query, work, partial, partial_lse,
     head_step, token_step, splits_at, first_split, split_size, rows, group, scale, softcap,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-    STORED: tl.constexpr, ALIGNED: tl.constexpr, HIDING: tl.constexpr, CAPPED: tl.constexpr,
+    STORED: tl.constexpr, PRODUCT: tl.constexpr,
+    ALIGNED: tl.constexpr, HIDING: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """A tile of a lane's rows over one split: output [S, G N, D] and log-sum-exp [S, G N]. Zeros
     and a number near fp32's lowest for a row that sees nothing."""
@@ -35,7 +36,9 @@ def attend_split(
     d = tl.arange(0, WIDTH)
     is_d = (d < D)[None, :]
     at = (lane * group + row % group) * head_step + token * token_step
-    q = tl.load(query + at[:, None] + d[None, :], mask=is_row[:, None] & is_d, other=0.0)
+    q = tl.load(query + at[:, None] + d[None, :], mask=is_row[:, None] & is_d, other=0.0).to(
+        PRODUCT
+    )
 
     highest = tl.full([ROWS], _LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -68,7 +71,7 @@ def attend_split(
             is_t = tile + t < stop
             here = is_t[:, None] & is_d
             k_at = t[:, None] * keys_step.to(tl.int32) + d[None, :]
-            k = tl.load(keys + tile * keys_step + k_at, mask=here, other=0.0).to(q.dtype)
+            k = tl.load(keys + tile * keys_step + k_at, mask=here, other=0.0).to(PRODUCT)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
             if CAPPED:
                 scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)  # tanh
@@ -82,9 +85,9 @@ def attend_split(
             weights = tl.exp(scores - higher[:, None])
             shrunk = tl.exp(highest - higher)
             v_at = t[:, None] * values_step.to(tl.int32) + d[None, :]
-            v = tl.load(values + tile * values_step + v_at, mask=here, other=0.0).to(q.dtype)
+            v = tl.load(values + tile * values_step + v_at, mask=here, other=0.0).to(PRODUCT)
             output = output * shrunk[:, None]
-            output += tl.dot(weights.to(q.dtype), v, input_precision="ieee")
+            output += tl.dot(weights.to(PRODUCT), v, input_precision="ieee")
             total = total * shrunk + tl.sum(weights, 1)
             highest = higher
 

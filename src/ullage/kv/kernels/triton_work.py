@@ -15,6 +15,7 @@ short past leaves no processor idle. The numbers, int64, one array after the oth
 
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ def work_of(query: torch.Tensor, pieces: list[Piece]) -> Work:
     lanes = heads // group
     formats = list(dict.fromkeys(piece.keys.dtype for piece in pieces))
     segments = _segments(pieces, {dtype: at * lanes for at, dtype in enumerate(formats)}, group)
-    size = split_tokens(int(segments[:, _TOKENS].sum()), group * tokens)
+    size = split_tokens(group * tokens, int(segments[:, _TOKENS].sum()))
     splits = _splits(segments, size)
     firsts = np.searchsorted(splits[:, 0], lanes * np.arange(len(formats) + 1)).tolist()
     splits[:, 0] %= lanes
@@ -75,13 +76,12 @@ def _segments(pieces: list[Piece], first_lanes: dict[torch.dtype, int], group: i
     """[S, 10], sorted by lane."""
     lines = []
     for piece in pieces:
-        lane = first_lanes[piece.keys.dtype] + (piece.heads.start // group if piece.heads else 0)
-        lines += [_segment(lane + head, head, piece) for head in range(piece.keys.shape[0])]
-    unsorted = np.array(lines)
-    segments = unsorted[np.argsort(unsorted[:, _LANE], kind="stable")]
-    lane, tokens = segments[:, _LANE], segments[:, _TOKENS]
+        first = first_lanes[piece.keys.dtype] + (piece.heads.start // group if piece.heads else 0)
+        lines += [_segment(first + head, head, piece) for head in range(piece.keys.shape[0])]
+    segments = np.array(sorted(lines, key=itemgetter(_LANE)))
+    lanes, tokens = segments[:, _LANE], segments[:, _TOKENS]
     before = np.cumsum(tokens) - tokens
-    segments[:, _BEFORE] = before - before[np.searchsorted(lane, lane)]
+    segments[:, _BEFORE] = before - before[np.searchsorted(lanes, lanes)]
     return segments
 
 
