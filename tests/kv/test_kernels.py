@@ -200,3 +200,20 @@ def test_heads_attend_to_entries_of_their_own(
             alone = Piece(shared.keys[here], shared.values[here], causal=True)
             expected = by_hand(query[group], [alone, own[head]], softcap)
             torch.testing.assert_close(output[group].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_two_sequences_at_once_are_each_alone(kernel: Kernel, softcap: float | None) -> None:
+    """Of two KV heads each: as further heads of one query."""
+    query = entries(1, 12, 1, 8)
+    parts = [[piece(2, 30), piece(4, 7)], [piece(6, 90)]]
+    spans = [slice(0, 6), slice(6, 12)]
+    pieces = [
+        Piece(part.keys, part.values, heads=span)
+        for mine, span in zip(parts, spans, strict=True)
+        for part in mine
+    ]
+    output = kernel(query, pieces, SCALE, softcap)
+    for mine, span in zip(parts, spans, strict=True):
+        expected = by_hand(query[span], mine, softcap)
+        torch.testing.assert_close(output[span].double(), expected, atol=1e-5, rtol=1e-5)

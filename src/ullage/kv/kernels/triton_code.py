@@ -36,9 +36,8 @@ def attend_split(
     d = tl.arange(0, WIDTH)
     is_d = (d < D)[None, :]
     at = (lane * group + row % group) * head_step + token * token_step
-    q = tl.load(query + at[:, None] + d[None, :], mask=is_row[:, None] & is_d, other=0.0).to(
-        PRODUCT
-    )
+    q = tl.load(query + at[:, None] + d[None, :], mask=is_row[:, None] & is_d, other=0.0)
+    q = q.to(PRODUCT)
 
     highest = tl.full([ROWS], _LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
