@@ -19,6 +19,7 @@ PIP := $(BIN)/pip install --disable-pip-version-check -c constraints-cpu.txt
 # Beside .venv, not in it: transformers imports triton wherever it is, and every run that is measured
 # would hold 80 MiB more. torch for CUDA has brought its own.
 .venv/triton: .venv/.installed
+	rm -rf $@
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) --target $@ triton
 	mkdir -p $@
 

@@ -1,10 +1,13 @@
 """Every kernel against softmax attention written out by hand."""
 
+import sys
 from collections.abc import Callable
 
 import pytest
 import torch
 
+from ullage.kv import kernels
+from ullage.kv.attention import kernel_for
 from ullage.kv.kernels import Joined, Kernel, Piece, cpu, reference
 from ullage.specs.tiles import TILE_TOKENS, tile_scores
 
@@ -217,3 +220,18 @@ def test_two_sequences_at_once_are_each_alone(kernel: Kernel, softcap: float | N
     for mine, span in zip(parts, spans, strict=True):
         expected = by_hand(query[span], mine, softcap)
         torch.testing.assert_close(output[span].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_each_device_has_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA without Triton, as on Windows, has the reference."""
+    monkeypatch.delattr(kernels, "triton", raising=False)
+    for name in ("triton", "ullage.kv.kernels.triton"):
+        monkeypatch.setitem(sys.modules, name, None)
+    found = {kind: kernel_for(torch.device(kind)) for kind in ("cpu", "cuda", "mps")}
+    assert found == {"cpu": cpu.attend, "cuda": reference.attend, "mps": reference.attend}
+
+
+@pytest.mark.triton
+def test_cuda_has_triton() -> None:
+    triton = pytest.importorskip("ullage.kv.kernels.triton")
+    assert kernel_for(torch.device("cuda")) is triton.attend

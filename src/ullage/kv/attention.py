@@ -1,6 +1,6 @@
 """The attention function and the mask function that transformers calls under the name "ullage"."""
 
-from functools import cache as cached
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,21 +75,16 @@ def attention_forward(
 
 
 def kernel_for(device: torch.device) -> Kernel:
-    """The fastest kernel that there is for `device`."""
+    """The fastest kernel that there is for `device`. Triton comes with torch for CUDA, but not on
+    Windows; for a CPU it is never imported, as it takes 80 MiB."""
     if device.type == "cpu":
         return cpu.attend
-    return _triton_or_reference() if device.type == "cuda" else reference.attend
+    if device.type == "cuda":
+        with suppress(ImportError):
+            from ullage.kv.kernels import triton
 
-
-@cached
-def _triton_or_reference() -> Kernel:
-    """Triton comes with torch for CUDA, but not on Windows. It is never imported for a CPU: it
-    takes 80 MiB."""
-    try:
-        from ullage.kv.kernels import triton
-    except ImportError:
-        return reference.attend
-    return triton.attend
+            return triton.attend
+    return reference.attend
 
 
 def register() -> None:
