@@ -88,5 +88,8 @@ def _packed(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _readable(piece: Piece) -> Piece:
+    tensors = (piece.keys, piece.values, piece.mask)
+    if all(tensor is None or tensor.stride(-1) == 1 for tensor in tensors):
+        return piece
     mask = None if piece.mask is None else _packed(piece.mask)
     return Piece(_packed(piece.keys), _packed(piece.values), piece.causal, mask, piece.heads)

@@ -15,7 +15,6 @@ short past leaves no processor idle. The numbers, int64, one array after the oth
 
 from dataclasses import dataclass
 from itertools import pairwise
-from operator import itemgetter
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from ullage.specs.tiles import split_tokens
 Integers = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 _LANE, _TOKENS, _BEFORE = 0, 1, 2  # columns of a segment
 _ADDRESSES, _STEPS = slice(3, 5), slice(6, 8)
+_HEADS, _HEAD_STEPS = 10, slice(11, 13)  # and of a piece, before it is told apart by heads
 
 
 @dataclass(frozen=True)
@@ -74,38 +74,49 @@ def work_of(query: torch.Tensor, pieces: list[Piece]) -> Work:
 
 def _segments(pieces: list[Piece], first_lanes: dict[torch.dtype, int], group: int) -> Integers:
     """[S, 10], sorted by lane."""
-    lines = []
-    for piece in pieces:
-        first = first_lanes[piece.keys.dtype] + (piece.heads.start // group if piece.heads else 0)
-        lines += [_segment(first + head, head, piece) for head in range(piece.keys.shape[0])]
-    segments = np.array(sorted(lines, key=itemgetter(_LANE)))
+    lines = np.array([_line(piece, first_lanes[piece.keys.dtype], group) for piece in pieces])
+    heads = lines[:, _HEADS]
+    segments = np.repeat(lines, heads, axis=0)
+    head = np.arange(len(segments)) - np.repeat(np.cumsum(heads) - heads, heads)  # of its piece
+    segments[:, _LANE] += head
+    segments[:, _ADDRESSES] += head[:, None] * segments[:, _HEAD_STEPS]
+    segments = segments[np.argsort(segments[:, _LANE], kind="stable"), :_HEADS]
     lanes, tokens = segments[:, _LANE], segments[:, _TOKENS]
     before = np.cumsum(tokens) - tokens
     segments[:, _BEFORE] = before - before[np.searchsorted(lanes, lanes)]
     return segments
 
 
-def _segment(lane: int, head: int, piece: Piece) -> tuple[int, ...]:
+def _line(piece: Piece, first_lane: int, group: int) -> tuple[int, ...]:
+    """The segment of the first KV head of `piece`; how many there are, and the bytes from one's K
+    and V to the next's. As plain numbers, since the host has little time for each."""
     keys, values, mask = piece.keys, piece.values, piece.mask
+    heads, tokens, _ = keys.shape
+    keys_head, keys_step, _ = keys.stride()
+    values_head, values_step, _ = values.stride()
     return (
-        lane,
-        keys.shape[1],
+        first_lane + (piece.heads.start // group if piece.heads else 0),
+        tokens,
         0,
-        keys.data_ptr() + head * keys.stride(0) * keys.element_size(),
-        values.data_ptr() + head * values.stride(0) * values.element_size(),
+        keys.data_ptr(),
+        values.data_ptr(),
         0 if mask is None else mask.data_ptr(),
-        keys.stride(1),
-        values.stride(1),
+        keys_step,
+        values_step,
         0 if mask is None else mask.stride(0),
-        int(piece.causal),
+        piece.causal,
+        heads,
+        keys_head * keys.itemsize,
+        values_head * values.itemsize,
     )
 
 
 def _splits(segments: Integers, size: int) -> Integers:
     """[S, 4]: the lanes of `segments` in splits of `size` tokens."""
-    lanes, first = np.unique(segments[:, _LANE], return_index=True)
+    first = np.flatnonzero(segments[:, _BEFORE] == 0)
     last = np.append(first[1:], len(segments))
-    tokens = np.add.reduceat(segments[:, _TOKENS], first)
-    counts = -(-tokens // size)
-    number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.stack([np.repeat(lanes, counts), number, *np.repeat([first, last], counts, 1)], 1)
+    counts = -(-np.add.reduceat(segments[:, _TOKENS], first) // size)
+    lanes = np.stack([segments[first, _LANE], np.zeros_like(first), first, last], axis=1)
+    splits = np.repeat(lanes, counts, axis=0)
+    splits[:, 1] = np.arange(len(splits)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return splits
