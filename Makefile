@@ -26,7 +26,7 @@ PIP := $(BIN)/pip install --disable-pip-version-check -c constraints-cpu.txt
 # A file stays in one process, so that what its tests share is made once.
 test: .venv .venv/triton
 	$(BIN)/pytest -n auto --dist loadfile
-	PYTHONPATH=.venv/triton $(BIN)/pytest -m triton
+	PYTHONPATH=.venv/triton $(BIN)/pytest -n auto --dist loadfile -m triton
 
 check: .venv
 	$(BIN)/ruff check

@@ -67,7 +67,8 @@ def _attend_splits(
             TOKENS=_tile_tokens(width * max(stored.itemsize, product.itemsize)),
             STORED=FORMATS[stored], PRODUCT=FORMATS[product],
             ALIGNED=work.aligned, HIDING=hiding, CAPPED=softcap is not None,
-            num_warps=8 if tile_rows * width > 8192 else 4, num_stages=2,
+            num_warps=8 if tile_rows * width > 8192 else 4,
+            num_stages=2 if tile_rows * width * product.itemsize < 64 << 10 else 1,
         )  # fmt: skip
     return partial, lse
 
