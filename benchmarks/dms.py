@@ -80,7 +80,7 @@ def pieces(
 
 def same_bytes(technique: DMS, spec: ModelSpec, tokens: int) -> DMS:
     """The plain window that takes as many blocks in a layer as `technique`."""
-    blocks = technique.layer_blocks(spec, tokens) // spec.num_kv_heads
+    blocks = technique.held_blocks(spec, tokens) // (spec.num_layers * spec.num_kv_heads)
     return DMS(technique.kept, blocks * 16 - 16 * -(-SINKS // 16), "window")
 
 

@@ -107,6 +107,14 @@ def test_a_band(kernel: Kernel, dtype: torch.dtype, softcap: float | None) -> No
     check(kernel, entries(1, 4, 7, 8), [piece(2, 12, dtype=dtype, mask=mask)], softcap)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_query_may_see_none_of_a_piece(kernel: Kernel, dtype: torch.dtype) -> None:
+    mask = torch.ones(7, 12, dtype=torch.bool)
+    mask[3:] = False
+    pieces = [piece(2, 12, dtype=dtype, mask=mask), piece(2, 7, dtype=dtype, causal=True)]
+    check(kernel, entries(1, 4, 7, 8), pieces, None)
+
+
 @pytest.mark.parametrize("tokens", [TILE_TOKENS - 1, TILE_TOKENS, TILE_TOKENS + 1, 2 * TILE_TOKENS])
 def test_a_past_of_another_format_than_the_query_around_tiles(kernel: Kernel, tokens: int) -> None:
     pieces = [piece(2, tokens, dtype=torch.bfloat16), piece(4, 3, causal=True)]

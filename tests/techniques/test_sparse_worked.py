@@ -35,20 +35,19 @@ STATE = 8 * 256 + (2 * 32 + 3) * 128 * 4
 
 
 def test_a_layer_of_dms() -> None:
-    """8 heads x 16 blocks of window. Of the 1,000 tokens that left it 1,024 are decided: 8 heads
-    keep 1,024 entries of them, 64 blocks, and each may leave 15 slots of one empty. Dense: 8 x 79
-    blocks."""
-    layer = (8 * 16 + (1024 + 8 * 15) // 16) * BLOCK + STATE
+    """8 heads x 16 blocks of window. Of the 1,000 tokens that left it 1,024 are decided: a head
+    keeps 128 entries of them, 8 blocks. Dense: 8 x 79 blocks."""
+    layer = 8 * (16 + 8) * BLOCK + STATE
     dense = 8 * 79 * BLOCK
     after = change(DMS(0.125, 256), "decode", 1256, sequences=3)
     assert after.kv_bytes == KV - 3 * 32 * (dense - layer)
 
 
-def test_dms_lays_out_the_window_and_a_span_of_the_prompt() -> None:
-    """K and V twice, masks of bools for 8 heads twice and one in bf16, scores of 64 entries."""
-    span = 512 + 256
-    laid_out = 2 * span * 2 * 8 * 128 * 2
-    masks = 512 * span * (2 * 8 + 2)
+def test_dms_lays_out_the_undecided_and_a_span_of_the_prompt() -> None:
+    """K and V of the span and of 64 before it, thrice; masks of bools for 8 heads twice and one in
+    bf16; scores of 64 entries."""
+    laid_out = 3 * (512 + 64) * 2 * 8 * 128 * 2
+    masks = 512 * 512 * (2 * 8 + 2)
     scored = (5 * 32 * 64 * 128 + 2 * 512 * 128) * 4
     for new in (512, 4000):
         after = change(DMS(0.125, 256), "prefill", 12560, new=new)
@@ -58,7 +57,7 @@ def test_dms_lays_out_the_window_and_a_span_of_the_prompt() -> None:
 def test_a_text_inside_the_window_pays_for_the_flags_and_saves_nothing() -> None:
     """100 tokens in 7 blocks a head, kept whole."""
     after = change(DMS(0.125, 256), "prefill", 100, new=100)
-    assert after.kv_bytes == KV + 32 * STATE
+    assert after.kv_bytes == KV + 32 * (STATE - 8 * 156)
 
 
 def test_a_layer_of_camelot() -> None:

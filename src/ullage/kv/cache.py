@@ -189,7 +189,7 @@ class PagedCache(Cache):  # type: ignore[misc]
             layer._waiting = False
 
     def nbytes(self) -> int:
-        """Bytes of the blocks that are taken or promised."""
+        """Bytes of the blocks that are taken."""
         return self.pool.taken_bytes
 
 

@@ -32,7 +32,7 @@ class Blocks(Protocol):
 
     @property
     def taken_bytes(self) -> int:
-        """Bytes of the blocks that somebody has or was promised."""
+        """Bytes of the blocks that somebody has."""
 
     def take(self, count: int, multiple: int = 1) -> list[Run]:
         """`count` blocks in few runs, each a multiple of `multiple`.
@@ -67,7 +67,6 @@ class KVPool:
         self.values = torch.empty(shape, dtype=dtype, device=device)
         self.num_blocks = num_blocks
         self._free = [Run(0, num_blocks)] if num_blocks else []  # sorted, never adjacent
-        self._promised = 0  # to reservations
 
     @property
     def dtype(self) -> torch.dtype:
@@ -86,23 +85,13 @@ class KVPool:
 
     @property
     def taken_bytes(self) -> int:
-        """Bytes of the blocks that somebody has or was promised."""
+        """Bytes of the blocks that somebody has."""
         return (self.num_blocks - self.free_blocks) * self.block_bytes
 
     @property
     def free_blocks(self) -> int:
-        """Blocks that nobody has and nobody was promised."""
-        return sum(run.count for run in self._free) - self._promised
-
-    def promise(self, count: int) -> "Reservation":
-        """`count` blocks for one holder to take and give back as it likes.
-
-        Raises:
-            BudgetExceeded: fewer than `count` are free; nothing is promised.
-        """
-        self._refuse_more_than_free(count)
-        self._promised += count
-        return Reservation(self, count)
+        """Blocks that nobody has."""
+        return sum(run.count for run in self._free)
 
     def entries(self, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Blocks`."""
@@ -116,9 +105,6 @@ class KVPool:
             BudgetExceeded: fewer than `count` are free; nothing is taken.
         """
         self._refuse_more_than_free(count)
-        return self._hand_out(count, multiple)
-
-    def _hand_out(self, count: int, multiple: int) -> list[Run]:
         runs = self._whole(count) or self._pieces(count, multiple)
         for run in runs:
             self._remove(run)
@@ -194,56 +180,6 @@ class KVPool:
         if at < len(self._free) and run.start + run.count == self._free[at].start:
             count, last = count + self._free[at].count, at + 1
         self._free[first:last] = [Run(start, count)]
-
-
-class Reservation:
-    """Blocks of a pool promised to one holder: no more than that, and never refused."""
-
-    def __init__(self, pool: KVPool, count: int) -> None:
-        self._pool, self.count, self.left = pool, count, count
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """See `Blocks`."""
-        return self._pool.dtype
-
-    @property
-    def taken_bytes(self) -> int:
-        """See `Blocks`: of the whole pool."""
-        return self._pool.taken_bytes
-
-    def take(self, count: int, multiple: int = 1) -> list[Run]:
-        """See `Blocks`."""
-        if count > self.left:
-            raise BudgetExceeded(f"{self.left} blocks are left of those promised; {count} needed.")
-        runs = self._pool._hand_out(count, multiple)
-        self._settle(-count)
-        return runs
-
-    def give_back(self, runs: list[Run]) -> None:
-        """See `Blocks`: they can be taken again."""
-        self._pool.give_back(runs)
-        self._settle(sum(run.count for run in runs))
-
-    def entries(self, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Blocks`."""
-        return self._pool.entries(run)
-
-    def another(self) -> "Reservation":
-        """As many blocks for another holder.
-
-        Raises:
-            BudgetExceeded: fewer are free; nothing is promised.
-        """
-        return self._pool.promise(self.count)
-
-    def release(self) -> None:
-        """Let others have what is left; what was taken must have been given back."""
-        self._settle(-self.left)
-
-    def _settle(self, change: int) -> None:
-        self.left += change
-        self._pool._promised += change
 
 
 class HeapBlocks:

@@ -83,29 +83,28 @@ class Slots:
             runs = self.pool.take(blocks, multiple=self.num_kv_heads)
             self.segments += [Segment(self.pool, run, self.num_kv_heads) for run in runs]
 
-    def trim(self, slots: int) -> None:
-        """Give the blocks beyond the first `slots` slots back."""
-        spare = (self.capacity - slots) // BLOCK_TOKENS  # blocks of each head
-        while spare > 0:
-            segment = self.segments.pop()
-            blocks = segment.run.count // self.num_kv_heads
-            if self.num_kv_heads > 1 and spare < blocks:
-                self.segments.append(segment)  # heads lie one after the other: all or nothing
-                return
-            kept = Run(segment.run.start, max(0, blocks - spare))
-            gone = Run(kept.start + kept.count, segment.run.count - kept.count)
-            self.pool.give_back([gone])
-            if kept.count:
-                self.segments.append(Segment(self.pool, kept, self.num_kv_heads))
-            spare -= blocks
-
-    def copy(self, pool: Blocks, used: int) -> "Slots":
-        """As many slots from `pool`, the first `used` with the same entries.
+    def grow(self, slots: int, most: int | None = None) -> None:
+        """Room for `slots` and a quarter more, `most` at most, so that a sequence nobody sized in
+        advance has few segments; for no more than `slots` when the pool is nearly full.
 
         Raises:
             BudgetExceeded: the pool has too few; nothing is taken.
         """
-        twin, at = Slots(pool, self.num_kv_heads), 0
+        if slots <= self.capacity:
+            return
+        ahead = slots + slots // 4
+        try:
+            self.reserve(ahead if most is None else min(ahead, most))
+        except BudgetExceeded:
+            self.reserve(slots)
+
+    def copy(self, used: int) -> "Slots":
+        """As many slots in other blocks, the first `used` with the same entries.
+
+        Raises:
+            BudgetExceeded: the pool has too few; nothing is taken.
+        """
+        twin, at = Slots(self.pool, self.num_kv_heads), 0
         twin.reserve(self.capacity)
         for piece in self.read(0, used):
             twin.write(at, piece.keys, piece.values)
@@ -141,11 +140,12 @@ class Slots:
 
 
 class Row(ABC):
-    """One sequence in one layer. `length` counts the tokens seen."""
+    """One sequence in one layer."""
 
-    def __init__(self, pool: Blocks, num_kv_heads: int) -> None:
-        self.slots = Slots(pool, num_kv_heads)
-        self.length = 0
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """Tokens seen."""
 
     @abstractmethod
     def reserve(self, tokens: int) -> None:
@@ -155,95 +155,88 @@ class Row(ABC):
             BudgetExceeded: the pool has too few; nothing is taken.
         """
 
+    @abstractmethod
     def attend(self, new: NewTokens, attention: Attend) -> torch.Tensor:
         """Store the entries of `new` and let its queries attend: [Hq, N, D]."""
-        return attention(new.query, self.extend(new.keys, new.values))
 
     @abstractmethod
-    def extend(self, keys: torch.Tensor, values: torch.Tensor) -> list[Piece]:
-        """Store new entries, [Hkv, N, D] each, and return what their queries attend to."""
-
-    @property
-    @abstractmethod
-    def used(self) -> int:
-        """Slots that hold an entry."""
-
     def copy(self) -> Self:
         """A row with blocks of its own that holds the same and goes its own way from here.
 
         Raises:
             BudgetExceeded: the pool has too few; nothing is taken.
         """
-        twin = copy(self)
-        twin.slots = self.slots.copy(self.slots.pool, self.used)
-        return twin
 
+    @abstractmethod
     def release(self) -> None:
-        """Give all blocks back."""
-        self.slots.release()
-        self.length = 0
+        """Give all blocks back; the row is empty."""
 
 
 class FullRow(Row):
     """Full attention: all entries are kept; entry p lies in slot p."""
 
+    def __init__(self, pool: Blocks, num_kv_heads: int) -> None:
+        self.slots, self._length = Slots(pool, num_kv_heads), 0
+
     @property
-    def used(self) -> int:
-        return self.length
+    def length(self) -> int:
+        return self._length
 
     def reserve(self, tokens: int) -> None:
         self.slots.reserve(tokens)
 
-    def extend(self, keys: torch.Tensor, values: torch.Tensor) -> list[Piece]:
-        past, length = self.length, self.length + keys.shape[1]
-        if length > self.slots.capacity:
-            self._grow(length)
-        self.length = length
-        self.slots.write(past, keys, values)
-        if keys.shape[1] == 1:
-            return self.slots.read(0, length)
-        # rounded as the pool rounds them, so that results do not hang on the chunk size
-        stored = self.slots.pool.dtype
-        new = Piece(keys.to(stored), values.to(stored), causal=True)
-        return [*self.slots.read(0, past), new]
+    def attend(self, new: NewTokens, attention: Attend) -> torch.Tensor:
+        past, tokens = self._length, len(new)
+        self.slots.grow(past + tokens)
+        self._length += tokens
+        self.slots.write(past, new.keys, new.values)
+        if tokens == 1:
+            return attention(new.query, self.slots.read(0, self._length))
+        pieces = [*self.slots.read(0, past), as_stored(new.keys, new.values, self.slots.pool)]
+        return attention(new.query, pieces)
 
-    def _grow(self, tokens: int) -> None:
-        """Room for `tokens` and a quarter more, so that a sequence nobody sized in advance has few
-        segments; for no more than `tokens` when the pool is nearly full."""
-        try:
-            self.slots.reserve(tokens + tokens // 4)
-        except BudgetExceeded:
-            self.slots.reserve(tokens)
+    def copy(self) -> Self:
+        twin = copy(self)
+        twin.slots = self.slots.copy(self._length)
+        return twin
+
+    def release(self) -> None:
+        self.slots.release()
+        self._length = 0
 
 
-class SlidingRow(Row):
-    """A query sees the `window` newest entries up to its own; entry p lies in slot p mod window."""
+class Ring:
+    """The newest `window` entries of a sequence; entry p lies in slot p mod window."""
 
-    def __init__(self, pool: Blocks, num_kv_heads: int, window: int) -> None:
-        super().__init__(pool, num_kv_heads)
-        self.window = window
+    def __init__(self, slots: Slots, window: int, length: int = 0) -> None:
+        self.slots, self.window, self.length = slots, window, length
 
     @property
     def used(self) -> int:
+        """Entries that are held."""
         return min(self.length, self.window)
 
+    @property
+    def first(self) -> int:
+        """Position of the oldest of them."""
+        return self.length - self.used
+
     def reserve(self, tokens: int) -> None:
+        """Room for a sequence of `tokens`; raises what `Slots.reserve` does."""
         self.slots.reserve(min(tokens, self.window))
 
-    def extend(self, keys: torch.Tensor, values: torch.Tensor) -> list[Piece]:
-        if keys.shape[1] == 1:
-            self._write(keys, values)
-            return self.slots.read(0, self.used)
-        past, stored = self._in_order(), self.slots.pool.dtype
-        span_keys = side_by_side([piece.keys for piece in past], keys, stored)
-        span_values = side_by_side([piece.values for piece in past], values, stored)
-        self._write(keys, values)
-        mask = _band(keys.shape[1], span_keys.shape[1], self.window, keys.device)
-        return [Piece(span_keys, span_values, mask=mask)]  # [Hkv, past + N, D]
+    def copy(self) -> "Ring":
+        """The same entries in blocks of their own; raises what `Slots.copy` does."""
+        return Ring(self.slots.copy(self.used), self.window, self.length)
 
-    def _write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Overwrite the oldest slots with the newest of `keys` and `values`."""
-        self.slots.reserve(min(self.length + keys.shape[1], self.window))
+    def release(self) -> None:
+        """Give all blocks back; the ring is empty."""
+        self.slots.release()
+        self.length = 0
+
+    def write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store new entries, [Hkv, N, D] each, over the oldest."""
+        self.slots.grow(min(self.length + keys.shape[1], self.window), self.window)
         self.length += keys.shape[1]
         kept = min(keys.shape[1], self.window)
         keys, values = keys[:, -kept:], values[:, -kept:]
@@ -253,13 +246,57 @@ class SlidingRow(Row):
         if first < kept:
             self.slots.write(0, keys[:, first:], values[:, first:])
 
-    def _in_order(self) -> list[Piece]:
-        """The entries that new queries may see, oldest first: the slots up to where the next entry
-        goes hold the newer ones."""
-        if self.length <= self.window:
-            return self.slots.read(0, self.length)
-        turn = self.length % self.window
-        return [*self.slots.read(turn, self.window), *self.slots.read(0, turn)]
+    def read(self) -> list[Piece]:
+        """All entries, in the order in which they lie."""
+        return self.slots.read(0, self.used)
+
+    def between(self, start: int, stop: int) -> list[Piece]:
+        """The entries from position `start` up to `stop`, oldest first; all must be held."""
+        if start >= stop:
+            return []
+        slot, end = start % self.window, (stop - 1) % self.window + 1
+        if slot < end:
+            return self.slots.read(slot, end)
+        return [*self.slots.read(slot, self.window), *self.slots.read(0, end)]
+
+
+class SlidingRow(Row):
+    """A query sees the `window` newest entries up to its own."""
+
+    def __init__(self, pool: Blocks, num_kv_heads: int, window: int) -> None:
+        self.ring = Ring(Slots(pool, num_kv_heads), window)
+
+    @property
+    def length(self) -> int:
+        return self.ring.length
+
+    def reserve(self, tokens: int) -> None:
+        self.ring.reserve(tokens)
+
+    def attend(self, new: NewTokens, attention: Attend) -> torch.Tensor:
+        if len(new) == 1:
+            self.ring.write(new.keys, new.values)
+            return attention(new.query, self.ring.read())
+        past, stored = self.ring.between(self.ring.first, self.length), self.ring.slots.pool.dtype
+        keys = side_by_side([piece.keys for piece in past], new.keys, stored)
+        values = side_by_side([piece.values for piece in past], new.values, stored)
+        self.ring.write(new.keys, new.values)
+        mask = _band(len(new), keys.shape[1], self.ring.window, keys.device)
+        return attention(new.query, [Piece(keys, values, mask=mask)])  # [Hkv, past + N, D]
+
+    def copy(self) -> Self:
+        twin = copy(self)
+        twin.ring = self.ring.copy()
+        return twin
+
+    def release(self) -> None:
+        self.ring.release()
+
+
+def as_stored(keys: torch.Tensor, values: torch.Tensor, pool: Blocks) -> Piece:
+    """New entries, rounded as the pool rounds them, so that results do not hang on the chunk
+    size."""
+    return Piece(keys.to(pool.dtype), values.to(pool.dtype), causal=True)
 
 
 def side_by_side(past: list[torch.Tensor], new: torch.Tensor, stored: torch.dtype) -> torch.Tensor:

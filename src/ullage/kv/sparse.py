@@ -1,24 +1,23 @@
 """SparseRow: every KV head keeps its own choice of the entries.
 
-The newest `window` entries of all heads lie in a ring. What leaves the ring, exactly `window`
-tokens after it was written, goes to its head's survivors or is gone. Who survives is decided for
-some tokens at a time, at places that hang on the position alone, so that the same entries are kept
-however a prompt is cut into chunks.
+The newest `window` entries of a head, which may be another number than its neighbour's, lie in a
+ring. What leaves the ring, exactly `window` tokens after it was written, goes to the head's
+survivors or is gone. Who survives is decided for some tokens at a time, at places that hang on the
+position alone, so that the same entries are kept however a prompt is cut into chunks.
 """
 
-from copy import deepcopy
+from collections.abc import Iterator, Sequence
+from copy import copy, deepcopy
+from dataclasses import replace
 from typing import Protocol, Self
 
 import torch
 
 from ullage.errors import BudgetExceeded
 from ullage.kv.kernels import Piece
-from ullage.kv.pool import Blocks, KVPool, Reservation
-from ullage.kv.rows import Attend, NewTokens, SlidingRow, Slots, side_by_side
-from ullage.specs.blocks import BLOCK_TOKENS
+from ullage.kv.pool import Blocks
+from ullage.kv.rows import Attend, NewTokens, Ring, Row, Slots, as_stored, side_by_side
 from ullage.specs.survivors import SPAN_TOKENS, Survival
-
-_GROWTH_TOKENS = 8 * BLOCK_TOKENS  # the least by which a head's room grows
 
 
 class Scorer(Protocol):
@@ -29,100 +28,188 @@ class Scorer(Protocol):
 
     def scores(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Worth, [Hkv, R] in fp32, of the R newest entries seen, keys and values [Hkv, R, D]: the
-        larger the sooner kept, comparable across heads."""
+        larger the sooner kept by its head."""
 
 
 class Survivors:
-    """The entries that one KV head keeps, in the order of their positions."""
+    """The entries that a head keeps beyond its window, in the order of their positions."""
 
-    def __init__(self, source: Blocks) -> None:
-        self.slots, self.length = Slots(source, 1), 0
+    def __init__(self, slots: Slots, length: int = 0) -> None:
+        self.slots, self.length = slots, length
 
-    def grow(self, tokens: int, share: int) -> None:
-        """Room for `tokens` more: for `share` entries at once, the head's fair part of all, and
-        beyond them for half as much again as there is. So there are few segments, and each is read
-        by a call of its own."""
-        needed = self.length + tokens
-        if needed > self.slots.capacity:
-            ahead = max(self.length + _GROWTH_TOKENS, self.length * 3 // 2)
-            self.slots.reserve(share if needed <= share else max(needed, ahead))
+    def copy(self) -> "Survivors":
+        """The same entries in blocks of their own."""
+        return Survivors(self.slots.copy(self.length), self.length)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store [1, N, D] each; there must be room."""
+        """Store [1, N, D] each."""
+        length = self.length + keys.shape[1]
+        self.slots.grow(length)
         self.slots.write(self.length, keys, values)
-        self.length += keys.shape[1]
+        self.length = length
 
-    def copy(self, source: Blocks) -> "Survivors":
-        """The same entries, in blocks from `source`."""
-        twin = Survivors(source)
-        twin.slots, twin.length = self.slots.copy(source, self.length), self.length
-        return twin
+    def release(self) -> None:
+        """Give all blocks back; none is left."""
+        self.slots.release()
+        self.length = 0
 
-    def read(self, heads: slice) -> list[Piece]:
-        """All entries, for the query heads `heads`."""
-        return [
-            Piece(piece.keys, piece.values, heads=heads)
-            for piece in self.slots.read(0, self.length)
-        ]
+    def read(self) -> list[Piece]:
+        """All entries, where they lie."""
+        return self.slots.read(0, self.length)
 
 
-class SparseRow(SlidingRow):
-    """One sequence in one layer; who survives the window is by the scores of `scorer`."""
+class SparseHead:
+    """The entries of one KV head: a ring of the newest, and its survivors."""
 
-    def __init__(self, pool: Blocks, num_kv_heads: int, survival: Survival, scorer: Scorer) -> None:
-        super().__init__(pool, num_kv_heads, survival.window)
-        self.pool, self.survival, self.scorer = pool, survival, scorer
-        self.reservation: Reservation | None = None
-        self.share = 0  # of the survivors that there will be, a head's
-        self.survivors = [Survivors(pool) for _ in range(num_kv_heads)]
-        # Of the ring's slots. On the host: who leaves is known long before it does.
-        self.stays = torch.ones(num_kv_heads, survival.window, dtype=torch.bool)
-
-    @property
-    def heads(self) -> int:
-        """KV heads."""
-        return len(self.survivors)
+    def __init__(self, pool: Blocks, survival: Survival) -> None:
+        self.survival = survival
+        self.ring = Ring(Slots(pool, 1), survival.window)
+        self.survivors = Survivors(Slots(pool, 1))
+        # Who stays of what is decided and not yet beyond the window, from position `_since` on. On
+        # the host: who leaves is known long before it does.
+        self._stays, self._since = torch.ones(0, dtype=torch.bool), 0
 
     def reserve(self, tokens: int) -> None:
-        if self.reservation is not None:
-            raise RuntimeError("a sparse row is reserved once")
-        super().reserve(tokens)
-        window = self.heads * -(-min(tokens, self.window) // BLOCK_TOKENS)
-        blocks = self.survival.blocks(tokens, self.heads) - window
-        if isinstance(self.pool, KVPool) and blocks:
-            self.reservation = self.pool.promise(blocks)
-            self.survivors = [Survivors(self.reservation) for _ in range(self.heads)]
-            self.share = blocks // self.heads * BLOCK_TOKENS
+        """Room for a sequence of `tokens`; raises what `Slots.reserve` does."""
+        self.ring.reserve(tokens)
+        self.survivors.slots.reserve(self.survival.survivors(tokens))
 
     def copy(self) -> Self:
-        twin = super().copy()
-        twin.survivors, twin.reservation = [], None
+        """The same entries in blocks of their own; raises what `Slots.copy` does."""
+        twin = copy(self)
+        twin.ring = self.ring.copy()
         try:
-            if self.reservation is not None:
-                twin.reservation = self.reservation.another()
-            for survivors in self.survivors:
-                twin.survivors.append(survivors.copy(twin.reservation or self.pool))
+            twin.survivors = self.survivors.copy()
         except BudgetExceeded:
-            twin.release()
+            twin.ring.release()
             raise
-        twin.stays, twin.scorer = self.stays.clone(), deepcopy(self.scorer)
         return twin
 
     def release(self) -> None:
-        super().release()
-        for survivors in self.survivors:
-            survivors.slots.release()
-        if self.reservation is not None:
-            self.reservation.release()
-        self.reservation, self.share = None, 0
-        self.survivors = [Survivors(self.pool) for _ in range(self.heads)]
+        """Give all blocks back; the head is empty."""
+        self.ring.release()
+        self.survivors.release()
+        self._stays, self._since = self._stays[:0], 0
 
-    def extend(self, keys: torch.Tensor, values: torch.Tensor) -> list[Piece]:
-        """Never: who survives hangs on the queries too."""
-        raise RuntimeError("a sparse row attends by itself")
+    def newest(self, tokens: int) -> list[Piece]:
+        """The newest entries, oldest first; `tokens` is at most the window."""
+        return self.ring.between(self.ring.length - tokens, self.ring.length)
+
+    def decide(self, end: int, scores: torch.Tensor) -> None:
+        """Who stays of the entries before position `end`, by their worth, [R]; they follow those
+        that were decided last."""
+        start, first = end - len(scores), self.ring.first
+        scores[: max(0, self.survival.sinks - start)] = float("inf")
+        count = self.survival.entries(end) - self.survival.entries(start)
+        stays = torch.zeros(len(scores), dtype=torch.bool)
+        stays[scores.topk(count).indices.cpu()] = True
+        self._stays = torch.cat([self._stays[first - self._since :], stays])
+        self._since = first
+
+    def take(self, keys: torch.Tensor, values: torch.Tensor) -> list[Piece]:
+        """Store one entry, [1, 1, D], in the slot of the one that leaves, and return what its query
+        attends to."""
+        ring = self.ring
+        if ring.used == ring.window and self._stays[ring.first - self._since]:
+            leaving = ring.between(ring.first, ring.first + 1)[0]
+            self.survivors.append(leaving.keys, leaving.values)
+        ring.write(keys, values)
+        return [*ring.read(), *self.survivors.read()]
+
+    def pieces(self, keys: torch.Tensor, values: torch.Tensor) -> list[Piece]:
+        """What the queries of new entries, [1, N, D], attend to before those are stored: survivors
+        and window where they lie, under a mask what leaves the window on the way."""
+        ring, tokens = self.ring, keys.shape[1]
+        stop = ring.first + min(ring.used, self._leaving(tokens))
+        masked, at = [], ring.first
+        for piece in ring.between(at, stop):
+            masked.append(replace(piece, mask=self._visible(at, piece, tokens)))
+            at += piece.keys.shape[1]
+        new = as_stored(keys, values, ring.slots.pool)
+        if tokens > ring.window:
+            new = replace(new, causal=False, mask=self._visible(ring.length, new, tokens))
+        return [*self.survivors.read(), *masked, *ring.between(stop, ring.length), new]
+
+    def store(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Take new entries in, [1, N, D] each; what leaves the window survives or is gone."""
+        ring, gone = self.ring, self._leaving(keys.shape[1])
+        at = ring.first
+        for piece in ring.between(at, at + min(ring.used, gone)):
+            at = self._settle(at, piece.keys, piece.values)
+        passing = max(0, gone - ring.used)  # new entries that leave at once
+        self._settle(at, keys[:, :passing], values[:, :passing])
+        ring.write(keys, values)
+
+    def _leaving(self, tokens: int) -> int:
+        """Entries that leave the window while `tokens` come."""
+        return max(0, self.ring.used + tokens - self.ring.window)
+
+    def _settle(self, at: int, keys: torch.Tensor, values: torch.Tensor) -> int:
+        """The entries from position `at` on leave the window; the position behind them."""
+        stop = at + keys.shape[1]
+        place = self._staying(at, stop).nonzero()[:, 0].to(keys.device)
+        if len(place):
+            self.survivors.append(keys[:, place], values[:, place])
+        return stop
+
+    def _staying(self, start: int, stop: int) -> torch.Tensor:
+        """Bool [stop - start]: who stays from one position up to another; what is undecided
+        does."""
+        stays = torch.ones(stop - start, dtype=torch.bool)
+        known = self._stays[start - self._since : stop - self._since]
+        stays[: len(known)] = known
+        return stays
+
+    def _visible(self, start: int, piece: Piece, queries: int) -> torch.Tensor:
+        """Bool [N, T]: each of the `queries` next queries sees, of the entries of `piece`, which
+        are those from position `start` on, the `window` newest up to its own, and before them
+        those that stay."""
+        device, stop, length = piece.keys.device, start + piece.keys.shape[1], self.ring.length
+        query = torch.arange(length, length + queries, device=device)[:, None]
+        entry = torch.arange(start, stop, device=device)[None, :]
+        recent = entry > query - self.ring.window
+        return (recent | self._staying(start, stop).to(device)) & (entry <= query)
+
+
+class SparseRow(Row):
+    """One sequence in one layer: a head each for its `survivals`, in which the scores of `scorer`
+    choose."""
+
+    def __init__(self, pool: Blocks, survivals: Sequence[Survival], scorer: Scorer) -> None:
+        self.heads = [SparseHead(pool, survival) for survival in survivals]
+        self.every = survivals[0].every
+        self.scorer = scorer
+
+    @property
+    def length(self) -> int:
+        return self.heads[0].ring.length
+
+    def reserve(self, tokens: int) -> None:
+        try:
+            for head in self.heads:
+                head.reserve(tokens)
+        except BudgetExceeded:
+            self.release()
+            raise
+
+    def copy(self) -> Self:
+        twin = copy(self)
+        twin.heads = []
+        try:
+            for head in self.heads:
+                twin.heads.append(head.copy())
+        except BudgetExceeded:
+            twin.release()
+            raise
+        twin.scorer = deepcopy(self.scorer)
+        return twin
+
+    def release(self) -> None:
+        for head in self.heads:
+            head.release()
 
     def attend(self, new: NewTokens, attention: Attend) -> torch.Tensor:
-        """A span at a time, so that the mask does not grow with the prompt."""
+        """A span at a time, so that masks do not grow with the prompt."""
         if len(new) == 1:
             return self._attend_one(new, attention)
         starts = range(0, len(new), SPAN_TOKENS)
@@ -130,121 +217,57 @@ class SparseRow(SlidingRow):
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
     def _attend_one(self, new: NewTokens, attention: Attend) -> torch.Tensor:
-        """The new entry takes the slot of the one that leaves."""
-        if self.length >= self.window:
-            slot = self.length % self.window
-            leaving = self.slots.read(slot, slot + 1)[0]
-            for head in self.stays[:, slot].nonzero()[:, 0].tolist():
-                here = slice(head, head + 1)
-                self._make_room(head, 1)
-                self.survivors[head].append(leaving.keys[here], leaving.values[here])
-        self._write(new.keys, new.values)
-        self._mark(torch.ones(self.heads, 1, dtype=torch.bool))
-        self.scorer.see(new)
-        if self.length % self.survival.every == 0:
-            recent = self._in_order()
-            keys = torch.cat([piece.keys for piece in recent], dim=1)
-            values = torch.cat([piece.values for piece in recent], dim=1)
-            self._mark(self._decide(self.length, keys, values))
-        ring = self.slots.read(0, self.used)
-        return attention(new.query, [*ring, *self._pieces(new.query.shape[0])])
+        self._decide(new)
+        pieces = [head.take(*entries) for head, entries in self._by_head(new)]
+        return attention(new.query, self._for_queries(new, pieces))
 
     def _attend_span(self, new: NewTokens, attention: Attend) -> torch.Tensor:
-        """The window and the new entries side by side, [Hkv, past + N, D], under each head's
-        mask."""
-        past, stored = self._in_order(), self.slots.pool.dtype
-        keys = side_by_side([piece.keys for piece in past], new.keys, stored)
-        values = side_by_side([piece.values for piece in past], new.values, stored)
-        first = self.length + len(new) - keys.shape[1]  # position of the span's first entry
-        stays = self._span_flags(new, first, keys, values)
-        pieces = self._pieces(new.query.shape[0])
-        group = new.query.shape[0] // self.heads
-        visible = _visible(stays.to(keys.device), len(new), self.window)  # [Hkv, N, past + N]
-        pieces += [
-            Piece(
-                keys[head : head + 1],
-                values[head : head + 1],
-                mask=visible[head],
-                heads=slice(head * group, (head + 1) * group),
-            )
-            for head in range(self.heads)
-        ]
-        output = attention(new.query, pieces)
-        gone = max(0, keys.shape[1] - self.window)
-        self._settle(keys[:, :gone], values[:, :gone], stays[:, :gone])
-        self._write(new.keys, new.values)
-        self._mark(stays[:, gone:])
+        self._decide(new)
+        pieces = [head.pieces(*entries) for head, entries in self._by_head(new)]
+        output = attention(new.query, self._for_queries(new, pieces))
+        for head, entries in self._by_head(new):
+            head.store(*entries)
         return output
 
-    def _span_flags(
-        self, new: NewTokens, first: int, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
-        """Bool [Hkv, past + N]: who stays, of what is in the span; what is undecided does."""
-        at, stop = self.length, self.length + len(new)
-        flags = torch.ones(self.heads, keys.shape[1], dtype=torch.bool)
-        flags[:, : at - first] = self._marks(first, at)
-        while at < stop:
-            end = min(stop, (at // self.survival.every + 1) * self.survival.every)
-            self.scorer.see(new.part(at - self.length, end - self.length))
-            if end % self.survival.every == 0:
-                until = slice(0, end - first)
-                decided = self._decide(end, keys[:, until], values[:, until])
-                flags[:, end - first - decided.shape[1] : end - first] = decided
-            at = end
-        return flags
+    def _decide(self, new: NewTokens) -> None:
+        """At each place of decision that `new` reaches, whoever is undecided before it."""
+        waiting, every = self.length % self.every, self.every
+        ends = range(every, waiting + len(new) + 1, every)
+        seen = 0
+        if ends:
+            keys, values = self._undecided(waiting, new)
+            for end in ends:
+                self.scorer.see(new.part(seen, end - waiting))
+                seen = end - waiting
+                span = slice(end - every, end)
+                scores = self.scorer.scores(keys[:, span], values[:, span])
+                for head, worth in zip(self.heads, scores, strict=True):
+                    head.decide(self.length - waiting + end, worth)
+        if seen < len(new):
+            self.scorer.see(new.part(seen, len(new)))
 
-    def _decide(self, end: int, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Bool [Hkv, R] for the R entries before position `end`, the last of `keys`."""
-        every, survival = self.survival.every, self.survival
-        scores = self.scorer.scores(keys[:, -every:], values[:, -every:])  # [Hkv, R]
-        start = end - every
-        scores[:, : max(0, survival.sinks - start)] = float("inf")
-        count = survival.entries(end, self.heads) - survival.entries(start, self.heads)
-        flags = torch.zeros(scores.numel(), dtype=torch.bool)
-        flags[scores.flatten().topk(count).indices.cpu()] = True
-        return flags.view(self.heads, every)
+    def _undecided(self, waiting: int, new: NewTokens) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, [Hkv, waiting + N, D] each, of the entries that wait for a decision and
+        of the new ones."""
+        stored = self.heads[0].ring.slots.pool.dtype
+        keys, values = [], []
+        for head, (new_keys, new_values) in self._by_head(new):
+            past = head.newest(waiting)
+            keys.append(side_by_side([piece.keys for piece in past], new_keys, stored))
+            values.append(side_by_side([piece.values for piece in past], new_values, stored))
+        return torch.cat(keys), torch.cat(values)
 
-    def _settle(self, keys: torch.Tensor, values: torch.Tensor, stays: torch.Tensor) -> None:
-        """Entries leave the window, [Hkv, N, D] each: those that stay join the survivors."""
-        chosen = [flags.nonzero()[:, 0] for flags in stays]
-        for head, index in enumerate(chosen):
-            if len(index):
-                self._make_room(head, len(index))
-                here, place = slice(head, head + 1), index.to(keys.device)
-                self.survivors[head].append(keys[here, place], values[here, place])
+    def _by_head(self, new: NewTokens) -> Iterator[tuple[SparseHead, tuple[torch.Tensor, ...]]]:
+        """Each head with the keys and values, [1, N, D] each, that are new to it."""
+        for index, head in enumerate(self.heads):
+            here = slice(index, index + 1)
+            yield head, (new.keys[here], new.values[here])
 
-    def _make_room(self, head: int, tokens: int) -> None:
-        """Room for `tokens` more; where little is left, what other heads took ahead goes back."""
-        try:
-            self.survivors[head].grow(tokens, self.share)
-        except BudgetExceeded:
-            for survivors in self.survivors:
-                survivors.slots.trim(survivors.length)
-            self.survivors[head].slots.reserve(self.survivors[head].length + tokens)
-
-    def _pieces(self, query_heads: int) -> list[Piece]:
-        group = query_heads // self.heads
+    def _for_queries(self, new: NewTokens, pieces: list[list[Piece]]) -> list[Piece]:
+        """The pieces of each KV head, for the query heads that it serves."""
+        group = new.query.shape[0] // len(self.heads)
         return [
-            piece
-            for head, survivors in enumerate(self.survivors)
-            for piece in survivors.read(slice(head * group, (head + 1) * group))
+            replace(piece, heads=slice(index * group, (index + 1) * group))
+            for index, of_head in enumerate(pieces)
+            for piece in of_head
         ]
-
-    def _marks(self, start: int, stop: int) -> torch.Tensor:
-        """The ring's flags for the positions from `start` up to `stop`."""
-        return self.stays[:, torch.arange(start, stop) % self.window]
-
-    def _mark(self, stays: torch.Tensor) -> None:
-        """Keep the flags of the newest entries, [Hkv, N]."""
-        positions = torch.arange(self.length - stays.shape[1], self.length)
-        self.stays[:, positions % self.window] = stays
-
-
-def _visible(stays: torch.Tensor, queries: int, window: int) -> torch.Tensor:
-    """Bool [Hkv, queries, T]: each query, of the newest of T entries, sees the `window` newest up
-    to its own, and those before that stay."""
-    tokens = stays.shape[1]
-    query = torch.arange(tokens - queries, tokens, device=stays.device)[:, None]
-    entry = torch.arange(tokens, device=stays.device)[None, :]
-    recent = entry > query - window  # [N, T]
-    return (recent | stays[:, None, :]) & (entry <= query)

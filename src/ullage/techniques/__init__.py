@@ -45,11 +45,10 @@ def sequence_blocks(recipe: Recipe, tokens: int) -> int:
     """Blocks that one sequence of `tokens` takes in all layers, as the recipe's techniques keep
     them."""
     model = recipe.model
-    heads, full = model.num_kv_heads, full_layers(model)
+    dense = full_layers(model) * model.num_kv_heads * -(-tokens // BLOCK_TOKENS)
     blocks = blocks_of_all(model, tokens)
     for choice in recipe.techniques:
-        kept = create(choice).layer_blocks(model, tokens)
-        blocks += full * (kept - heads * -(-tokens // BLOCK_TOKENS))
+        blocks += create(choice).held_blocks(model, tokens) - dense
     return blocks
 
 

@@ -70,10 +70,10 @@ class Technique(ABC):
         not all kept."""
         return {}
 
-    def layer_blocks(self, model: ModelSpec, tokens: int) -> int:
-        """Blocks that a sequence of `tokens` takes, at most, in a layer that would keep all of
-        them."""
-        return model.num_kv_heads * -(-tokens // BLOCK_TOKENS)
+    def held_blocks(self, model: ModelSpec, tokens: int) -> int:
+        """Blocks that a sequence of `tokens` takes, at most, in the layers that would keep all of
+        them, all together."""
+        return full_layers(model) * model.num_kv_heads * -(-tokens // BLOCK_TOKENS)
 
     def while_loading(
         self, model: "PreTrainedModel"
@@ -88,15 +88,16 @@ class Technique(ABC):
 
 
 def with_full_layers(
-    before: Footprint, model: ModelSpec, work: Step, layer_bytes: int
+    before: Footprint, model: ModelSpec, work: Step, sequence_bytes: int
 ) -> Footprint:
-    """`before` with `layer_bytes` a sequence in each layer that kept every token.
+    """`before` with `sequence_bytes` a sequence in the layers that kept every token, all together.
 
     Raises:
         TechniqueError: another technique has changed those layers already.
     """
-    layers = work.sequences * full_layers(model)
-    dense_bytes = layers * dense_layer_bytes(model, work.held_tokens, work.execution.kv_dtype)
+    layer_bytes = dense_layer_bytes(model, work.held_tokens, work.execution.kv_dtype)
+    dense_bytes = work.sequences * full_layers(model) * layer_bytes
     if before.kv_bytes < dense_bytes:
         raise TechniqueError("Only one technique can act on KV entries: leave the others out.")
-    return replace(before, kv_bytes=before.kv_bytes - dense_bytes + layers * layer_bytes)
+    changed_bytes = work.sequences * sequence_bytes - dense_bytes
+    return replace(before, kv_bytes=before.kv_bytes + changed_bytes)

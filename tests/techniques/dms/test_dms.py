@@ -46,7 +46,7 @@ def logits(model: Any, cache: PagedCache, ids: torch.Tensor, *sizes: int) -> tor
 def live_tokens(cache: PagedCache) -> list[list[int]]:
     """What each head of each sparse row keeps beyond the window."""
     return [
-        [survivors.length for survivors in row.survivors]
+        [head.survivors.length for head in row.heads]
         for layer in cache.paged
         for row in layer.rows
         if isinstance(row, SparseRow)

@@ -36,6 +36,11 @@ def test_turning_and_turning_back_is_nothing(width: int) -> None:
     torch.testing.assert_close(rotated(rotated(states, cos, sin), cos, -sin), states)
 
 
+def order_of(worth: torch.Tensor) -> torch.Tensor:
+    """Each entry's place among those of its head."""
+    return worth.argsort(-1).argsort(-1)
+
+
 @pytest.mark.parametrize("width", [8, 4])
 @pytest.mark.parametrize("sizes", [[SEEN], [1] * SEEN, [1, 20, 43]], ids=str)
 def test_worth_is_what_future_queries_give(width: int, sizes: list[int]) -> None:
@@ -46,7 +51,7 @@ def test_worth_is_what_future_queries_give(width: int, sizes: list[int]) -> None
     for size in sizes:
         scorer.see(new.part(at, at + size))
         at += size
-    order = scorer.scores(new.keys, new.values)
+    order = order_of(scorer.scores(new.keys, new.values))
     ahead = torch.arange(10.0 + SEEN, 10 + SEEN + FUTURE_TOKENS)
     cos, sin = (part.mean(0, keepdim=True) for part in angles_at(ahead, width))
     for head in range(HEADS):
@@ -56,7 +61,7 @@ def test_worth_is_what_future_queries_give(width: int, sizes: list[int]) -> None
             key = rotated(new.keys[head][None], cos, -sin)[0] * SCALE
             expected = key @ mean + (key**2 * variance).sum(-1) / 2
             worth += expected.softmax(0)
-        assert order[head].tolist() == worth.argsort().argsort().tolist()
+        assert order[head].tolist() == order_of(worth).tolist()
 
 
 def test_a_factor_on_rotated_states_changes_no_order() -> None:
@@ -66,7 +71,7 @@ def test_a_factor_on_rotated_states_changes_no_order() -> None:
     for new, scale in ((plain, SCALE), (longer, SCALE / 1.3**2)):
         scorer = ExpectedAttention()
         scorer.see(NewTokens(new.query, new.keys, new.values, scale, new.cos, new.sin))
-        orders.append(scorer.scores(new.keys, new.values))
+        orders.append(order_of(scorer.scores(new.keys, new.values)))
     assert torch.equal(*orders)
 
 
@@ -74,10 +79,10 @@ def test_without_rotation_keys_are_taken_as_they_are() -> None:
     query, keys = randn(1, HEADS * GROUP, SEEN, DIM), randn(2, HEADS, SEEN, DIM)
     scorer = ExpectedAttention()
     scorer.see(NewTokens(query, keys, keys, SCALE))
-    order = scorer.scores(keys, keys)
+    order = order_of(scorer.scores(keys, keys))
     mean, variance = query.mean(1), query.var(1, correction=0)
     key = keys[0] * SCALE
     worth = sum(
         (key @ mean[at] + (key**2 * variance[at]).sum(-1) / 2).softmax(0) for at in range(GROUP)
     )
-    assert order[0].tolist() == torch.as_tensor(worth).argsort().argsort().tolist()
+    assert order[0].tolist() == order_of(torch.as_tensor(worth)).tolist()

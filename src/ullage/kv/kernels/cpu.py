@@ -27,8 +27,7 @@ def attend(
 def _flash(query: torch.Tensor, tile: Piece, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [Hq, N, D] in fp32 and log-sum-exp [Hq, N] over one tile, read in the query's
     format."""
-    # what is added to a score: log 1 = 0 where it is seen, log 0 = -inf where it is not
-    bias = None if tile.mask is None else tile.mask.to(query.dtype).log_()
+    bias = None if tile.mask is None else _bias(tile.mask, query.dtype)
     packed = query
     if query.shape[1] == 1 and bias is None:
         # a group's heads as queries of one head: their K and V are read once, in bf16 seven times
@@ -43,6 +42,12 @@ def _flash(query: torch.Tensor, tile: Piece, scale: float) -> tuple[torch.Tensor
         scale=scale,
     )
     return output[0].float().view(query.shape), lse[0].reshape(query.shape[:2])
+
+
+def _bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What is added to a score, [N, T]: log 1 = 0 where a query sees an entry; elsewhere far below
+    any score, and yet a number, because a query may see none of a tile."""
+    return mask.to(dtype).log_().clamp_(min=torch.finfo(dtype).min / 2)
 
 
 def _tiles(query: torch.Tensor, piece: Piece) -> list[Piece]:

@@ -59,9 +59,8 @@ class CAMELoT(Technique):
             return before
         kv_dtype = work.execution.kv_dtype
         window_bytes = dense_layer_bytes(model, self.segment, kv_dtype)
-        after = with_full_layers(
-            before, model, work, window_bytes + self.bank_bytes(model, kv_dtype)
-        )
+        layer_bytes = window_bytes + self.bank_bytes(model, kv_dtype)
+        after = with_full_layers(before, model, work, full_layers(model) * layer_bytes)
         # new keys beside the window, and how like each slot each of them is
         width = 2 * model.num_kv_heads * model.head_dim
         similarity_bytes = model.num_kv_heads * self.slots * SIMILARITY_BYTES

@@ -5,7 +5,7 @@ a key's worth is the attention that it can expect from them over the next positi
 
 Left out of the paper's, because SmolLM2-135M's perplexity was better without: the whole covariance
 (D times as large), the length of the value as a factor, and shares of attention compared across
-heads. So each head keeps as many entries as any other.
+heads: each head keeps as many entries as any other.
 """
 
 import torch
@@ -48,8 +48,8 @@ class ExpectedAttention:
         key = key.repeat_interleave(mean.shape[0] // heads, dim=0) * self._scale  # [Hq, R, D]
         # log E exp(q k), [Hq, R]
         expected = (key @ mean[:, :, None] + key.square() @ spread[:, :, None] / 2)[..., 0]
-        share = expected.softmax(-1).view(heads, -1, tokens).mean(1)  # [Hkv, R]
-        return share.argsort(-1).argsort(-1).float()  # each head's own order
+        shares = expected.log_softmax(-1).view(heads, -1, tokens)  # logs: the least are no ties
+        return shares.logsumexp(1)  # [Hkv, R]
 
     def _turn(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """Remember where the newest token stands, and, from two that follow each other, how far a

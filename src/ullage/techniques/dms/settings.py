@@ -5,9 +5,11 @@ tokens more are written, then its slot is free. Of T tokens a head keeps window 
 on average.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 
 from ullage.errors import TechniqueError
@@ -18,6 +20,7 @@ from ullage.specs.model import ModelSpec
 from ullage.specs.survivors import SPAN_TOKENS, Survival
 from ullage.specs.workload import Engine, Step
 from ullage.techniques.base import Technique, with_full_layers
+from ullage.techniques.dms.adapter import load_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,9 +37,11 @@ FLAG_BYTES = 1  # a token of the window and a head: whether it stays
 
 @dataclass(frozen=True)
 class DMS(Technique):
-    """`kept` is the share of tokens that stay once they leave the `window`, in tokens, over all
-    heads. Which, `predictor` says: by the attention that they can expect, without training; or,
-    whatever `kept` is below 1, none but the first few, the baseline."""
+    """`kept` is the share of tokens that stay once they leave the `window`, in tokens. Which,
+    `predictor` says: by the attention that they can expect, without training; or, whatever `kept`
+    is below 1, none but the first few, the baseline. With an `adapter`, a file or a shipped one's
+    name, each head looks back as far as was found that it has to, all of them `window` tokens on
+    average."""
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2506.05345"
     acts_on: ClassVar[Literal["kv"]] = "kv"
@@ -45,6 +50,7 @@ class DMS(Technique):
     kept: float = 0.5
     window: int = 512
     predictor: Predictor = "expected-attention"
+    adapter: str = ""
 
     def __post_init__(self) -> None:
         if type(self.kept) not in (int, float) or not 0 < self.kept <= 1:
@@ -54,61 +60,88 @@ class DMS(Technique):
         if self.predictor not in get_args(Predictor):
             known = ", ".join(get_args(Predictor))
             raise TechniqueError(f"dms: predictor is one of {known}, not {self.predictor!r}.")
+        if self.adapter:
+            load_adapter(self.adapter)
 
     @classmethod
     def neutral(cls) -> Self:
         return cls(kept=1.0)
 
-    @property
-    def survival(self) -> Survival:
-        """Who survives the window."""
+    def survivals(self, model: ModelSpec) -> dict[int, tuple[Survival, ...]]:
+        """Who survives in a layer that keeps every token, by its number: one for each KV head.
+
+        Raises:
+            TechniqueError: the adapter is missing or damaged.
+        """
+        layers = full_layer_numbers(model)
+        if not self.adapter:
+            return dict.fromkeys(layers, (self._survival(self.window),) * model.num_kv_heads)
+        adapter = load_adapter(self.adapter)
+        windows = adapter.look_back(self.window, model.max_context_tokens)
+        made = [tuple(map(self._survival, layer)) for layer in windows]
+        return dict(zip(layers, made, strict=True))
+
+    def _survival(self, window: int) -> Survival:
         kept = 0.0 if self.predictor == "window" else self.kept
-        return Survival(kept, self.window, min(DECIDED_TOKENS, self.window), SINKS)
+        return Survival(kept, window, min(DECIDED_TOKENS, self.window), SINKS)
 
     def unsupported(self, model: ModelSpec) -> str | None:
-        if self.kept == 1 or full_layers(model):
+        if self.kept == 1:
             return None
-        return "no layer of it keeps keys and values of every token, head by head."
+        if not full_layers(model):
+            return "no layer of it keeps keys and values of every token, head by head."
+        return load_adapter(self.adapter).unsuited(model) if self.adapter else None
 
     def footprint(self, before: Footprint, model: ModelSpec, work: Step) -> Footprint:
         if self.kept == 1:
             return before
-        blocks_bytes = self.layer_blocks(model, work.held_tokens) * block_bytes(
-            model, work.execution.kv_dtype
-        )
-        after = with_full_layers(before, model, work, blocks_bytes + self._state_bytes(model, work))
+        blocks = self.held_blocks(model, work.held_tokens)
+        held_bytes = blocks * block_bytes(model, work.execution.kv_dtype)
+        after = with_full_layers(before, model, work, held_bytes + self._state_bytes(model, work))
         if work.phase == "load":
             return after
         scratch_bytes = self._scratch_bytes(model, work)
         return replace(after, activation_bytes=after.activation_bytes + scratch_bytes)
 
-    def layer_blocks(self, model: ModelSpec, tokens: int) -> int:
+    def held_blocks(self, model: ModelSpec, tokens: int) -> int:
         if self.kept == 1:
-            return super().layer_blocks(model, tokens)
-        return self.survival.blocks(tokens, model.num_kv_heads)
+            return super().held_blocks(model, tokens)
+        kinds = self._kinds(model)
+        return sum(heads * survival.blocks(tokens) for survival, heads in kinds.items())
+
+    def _kinds(self, model: ModelSpec) -> Mapping[Survival, int]:
+        """How many heads there are of each kind."""
+        if not self.adapter:
+            return {self._survival(self.window): full_layers(model) * model.num_kv_heads}
+        return Counter(chain.from_iterable(self.survivals(model).values()))
 
     def _state_bytes(self, model: ModelSpec, work: Step) -> int:
-        """What a row keeps beside its blocks: flags of the window, and the scorer's sums over the
-        queries and their squares in fp32, [Hq, D] each, with where the newest token stands and how
-        far one turns, [D], [D] and [D / 2]."""
-        if not work.held_tokens:
+        """What a sequence keeps beside its blocks: flags of the windows, and the scorer's sums over
+        the queries and their squares in fp32, [Hq, D] each a layer, with where the newest token
+        stands and how far one turns, [D], [D] and [D / 2]."""
+        tokens = work.held_tokens
+        if not tokens:
             return 0
-        flags_bytes = model.num_kv_heads * self.window * FLAG_BYTES
-        sums_bytes = (2 * model.num_heads + 3) * model.head_dim * 4
-        return flags_bytes + (sums_bytes if self.predictor == "expected-attention" else 0)
+        flags_bytes = FLAG_BYTES * sum(
+            heads * min(survival.window, tokens) for survival, heads in self._kinds(model).items()
+        )
+        if self.predictor != "expected-attention":
+            return flags_bytes
+        return flags_bytes + full_layers(model) * (2 * model.num_heads + 3) * model.head_dim * 4
 
     def _scratch_bytes(self, model: ModelSpec, work: Step) -> int:
-        """While one row of one layer attends: window and new tokens side by side under a mask for
-        each head and, as numbers, for the one that the kernel is at; and what the scorer makes of
-        the entries that it decides on."""
-        new = min(SPAN_TOKENS, work.new_tokens) if work.phase == "prefill" else 0
-        span = self.window + new
-        number_bytes = DTYPE_BYTES[work.execution.dtype]
-        laid_out = 2 * span * 2 * model.num_kv_heads * model.head_dim * number_bytes
-        masks = new * span * (2 * model.num_kv_heads + number_bytes)
-        decided = min(DECIDED_TOKENS, self.window)
+        """While one row of one layer attends: the undecided and the new entries side by side; for
+        each head masks of what leaves its window, and, as numbers, the one that the kernel is at;
+        and what the scorer makes of the entries that it decides on."""
+        new = min(SPAN_TOKENS, work.new_tokens) if work.phase == "prefill" else 1
+        heads, number_bytes = model.num_kv_heads, DTYPE_BYTES[work.execution.dtype]
+        span = DECIDED_TOKENS + new
+        laid_out = 3 * span * 2 * heads * model.head_dim * number_bytes
+        masks = new * new * (2 * heads + number_bytes) if new > 1 else 0
+        if self.predictor != "expected-attention":
+            return laid_out + masks
         ahead = FUTURE_TOKENS * model.head_dim  # their angles, and what is made of these
-        scored = (5 * model.num_heads * decided * model.head_dim + 2 * ahead) * 4
+        scored = (5 * model.num_heads * DECIDED_TOKENS * model.head_dim + 2 * ahead) * 4
         return laid_out + masks + scored
 
     @contextmanager
@@ -126,6 +159,11 @@ class DMS(Technique):
         if not rows:
             yield
             return
+        if self.adapter:
+            from ullage.techniques.dms.fingerprint import fingerprint
+
+            if fingerprint(model) != load_adapter(self.adapter).fingerprint:
+                raise TechniqueError(f"dms: {self.adapter} was made for other weights than these.")
         with sparse(model, rows):
             yield
 
@@ -134,4 +172,5 @@ class DMS(Technique):
             return {}
         from ullage.techniques.dms.rows import row_maker
 
-        return dict.fromkeys(full_layer_numbers(model), row_maker(self))
+        survivals = self.survivals(model)
+        return {layer: row_maker(self, heads) for layer, heads in survivals.items()}

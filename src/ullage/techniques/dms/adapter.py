@@ -1,0 +1,153 @@
+"""An adapter: how far back each KV head of one model has to look, as it was measured. No torch."""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from ullage.errors import TechniqueError
+from ullage.specs.blocks import full_layer_numbers
+from ullage.specs.model import ModelSpec
+
+FORMAT = "ullage-dms-1"
+SHIPPED = files(__package__) / "adapters"
+LIMIT_BYTES = 2 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """What a model's attention loses where a head sees a shorter window.
+
+    `windows`: [J], in tokens, rising. `loss`: [L, Hkv, J], the squared change of a layer's
+    attention output over the squared length of the residual stream that it is added to, on average
+    over positions; L counts the layers that keep every token. `fingerprint`: of the model's
+    weights. `record`: how it was measured.
+    """
+
+    windows: tuple[int, ...]
+    loss: numpy.ndarray
+    head_dim: int
+    fingerprint: str
+    record: dict[str, Any]
+
+    def unsuited(self, model: ModelSpec) -> str | None:
+        """Why it is not for `model`, as far as shapes say; None when they agree."""
+        shape = (len(full_layer_numbers(model)), model.num_kv_heads, model.head_dim)
+        mine = (*self.loss.shape[:2], self.head_dim)
+        if shape == mine:
+            return None
+        return (
+            "the adapter is for a model of {} layers, {} KV heads and head size {}, and this has "
+            "{}, {} and {}."
+        ).format(*mine, *shape)
+
+    def look_back(self, average: int, context: int) -> list[list[int]]:
+        """A window for each head, [L][Hkv], `average` tokens on average at most, with the least
+        loss altogether; `context` where a head sees everything.
+
+        Raises:
+            TechniqueError: `average` is below the least window.
+        """
+        sizes = [*(size for size in self.windows if size < context), context]
+        if average < sizes[0]:
+            raise TechniqueError(
+                f"dms: a window of {average} tokens on average is below the adapter's least, "
+                f"{sizes[0]}."
+            )
+        loss = self.loss.reshape(-1, self.loss.shape[-1])[:, : len(sizes) - 1]
+        chosen = [0] * len(loss)
+        left = (average - sizes[0]) * len(loss)
+        closed: set[int] = set()  # heads whose next step is too large
+        for _, head, step in sorted(_steps(loss, sizes), reverse=True):
+            cost = sizes[step] - sizes[chosen[head]]
+            if head not in closed and cost <= left:
+                left -= cost
+                chosen[head] = step
+            else:
+                closed.add(head)
+        heads = self.loss.shape[1]
+        windows = [sizes[step] for step in chosen]
+        return [windows[at : at + heads] for at in range(0, len(windows), heads)]
+
+    def save(self, path: Path) -> None:
+        """Write the file, whole or not at all."""
+        metadata = {
+            "format": FORMAT,
+            "head_dim": str(self.head_dim),
+            "fingerprint": self.fingerprint,
+            "record": json.dumps(self.record),
+        }
+        tensors = {
+            "windows": numpy.array(self.windows, dtype=numpy.int32),
+            "loss": self.loss.astype(numpy.float32),
+        }
+        part = path.with_name(path.name + ".part")
+        try:
+            part.write_bytes(save(tensors, metadata))
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def _steps(loss: numpy.ndarray, sizes: list[int]) -> list[tuple[float, int, int]]:
+    """For each head the steps to larger windows that are worth it, each better for its tokens than
+    the next: what a token of it gains, the head, and the size's index."""
+    steps = []
+    for head, curve in enumerate(loss):
+        losses, at = [*map(float, curve), 0.0], 0
+        while at < len(sizes) - 1:
+            gain, best = max(
+                ((losses[at] - losses[to]) / (sizes[to] - sizes[at]), to)
+                for to in range(at + 1, len(sizes))
+            )
+            if gain <= 0:
+                break
+            steps.append((gain, head, best))
+            at = best
+    return steps
+
+
+@cache
+def load_adapter(name: str) -> Adapter:
+    """The adapter that is shipped as `name`, or the file of that path.
+
+    Raises:
+        TechniqueError: there is none, or it is damaged.
+    """
+    path = Path(str(SHIPPED / f"{name}.safetensors"))
+    if not path.is_file():
+        path = Path(name)
+    if not path.is_file():
+        known = ", ".join(sorted(Path(str(item)).stem for item in SHIPPED.iterdir()))
+        raise TechniqueError(f"dms: no adapter {name!r}: neither a file nor one of {known}.")
+    if path.stat().st_size > LIMIT_BYTES:
+        raise TechniqueError(f"dms: {name} is too large for an adapter.")
+    try:
+        with safe_open(path, "numpy") as file:
+            return _parsed(file.metadata() or {}, file)
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise TechniqueError(f"dms: {name} is not an adapter of DMS, or damaged: {error}") from None
+
+
+def _parsed(metadata: dict[str, str], file: Any) -> Adapter:
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
+    windows = tuple(map(int, file.get_tensor("windows")))
+    loss = file.get_tensor("loss")
+    if loss.ndim != 3 or loss.shape[2] != len(windows) or list(windows) != sorted(set(windows)):
+        raise ValueError("windows and losses do not go together")
+    if windows[0] < 1 or not numpy.isfinite(loss).all():
+        raise ValueError("it holds what no measurement gives")
+    return Adapter(
+        windows,
+        loss,
+        int(metadata["head_dim"]),
+        metadata["fingerprint"],
+        json.loads(metadata["record"]),
+    )
