@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -93,9 +94,12 @@ def eval(
     _refuse_long(asked.tokens, spec)
     inputs = READERS[suite](data)
     place = device_to_run(device)
-    recipe = options.recipe(spec, place, Workload(asked.tokens - 1, 1))
-    build_plan(recipe)  # refuses what does not support the model
-    done = _evaluation(suite, recipe, typed, asked, _run(suite, inputs, recipe, asked))
+    work = Workload(asked.tokens - 1, 1)
+    dense = replace(options, technique=()).recipe(spec, place, work)
+    compressed = options.recipe(spec, place, work)
+    build_plan(compressed)  # refuses what does not support the model
+    found = _run(suite, inputs, dense, compressed, asked)
+    done = _evaluation(suite, dense, typed, asked, found)
     if plot is not None:
         from ullage.measure.quality.picture import draw_evaluation
 
@@ -122,20 +126,20 @@ def _refuse_long(tokens: int, model: ModelSpec) -> None:
         )
 
 
-def _run(suite: Suite, inputs: Any, recipe: Recipe, asked: Asked) -> Found:
+def _run(suite: Suite, inputs: Any, dense: Recipe, compressed: Recipe, asked: Asked) -> Found:
     from ullage.runtime.allocator import return_freed_memory
 
     return_freed_memory()
     from ullage.measure.quality.run import evaluate
 
-    folder = weights_folder(recipe.model)
+    folder = weights_folder(dense.model)
     with out_of_memory.explained(), _progress() as progress:
         task = progress.add_task("reading weights", total=None)
 
         def on_step(what: str, done: int, total: int) -> None:
             progress.update(task, description=what, completed=done, total=total)
 
-        return evaluate(suite, inputs, recipe, folder, asked, on_step)
+        return evaluate(suite, inputs, dense, compressed, folder, asked, on_step)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,8 +31,9 @@ def sides_of(
             model.set_attn_implementation(attention.NAME)
             chosen = tuple(techniques.choice_of(techniques.parse(text)) for text in typed)
             execution = Execution(dtype="fp32", kv_dtype="fp32")
-            recipe = Recipe(spec, CPU, Workload(tokens - 1, 1), execution, chosen)
-            sides = stack.enter_context(both_sides(model, recipe))
+            dense = Recipe(spec, CPU, Workload(tokens - 1, 1), execution)
+            compressed = replace(dense, techniques=chosen)
+            sides = stack.enter_context(both_sides(model, dense, compressed))
             opened.extend(sides)
             return sides
 

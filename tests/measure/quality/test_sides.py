@@ -55,9 +55,8 @@ def test_answers_go_on_from_a_sequence_and_leave_it_as_it_was(sides_of: Sides) -
     with dense.open(65) as sequence:
         dense.read(sequence, ids)
         held_bytes = dense.live_bytes()
-        first = dense.answer(sequence, asked, given)
-        dense.answer(sequence, [12], [13])
-        assert dense.answer(sequence, asked, given) == first
+        first, other = dense.answers(sequence, asked, [given, [12]])
+        assert dense.answers(sequence, asked, [[12], given]) == [other, first]
         assert (sequence.length, dense.live_bytes()) == (60, held_bytes)
     with dense.open(65) as sequence:
         logits = dense.logits(sequence, torch.cat([ids, torch.tensor([*asked, *given])]))
@@ -77,8 +76,9 @@ def test_an_answer_is_greedy_where_decoding_would_write_it(sides_of: Sides) -> N
     with dense.open(50) as sequence:
         dense.read(sequence, ids[:-1])
         asked = [int(ids[-1])]
-        assert dense.answer(sequence, asked, written).greedy
-        assert not dense.answer(sequence, asked, [*written[:2], written[2] ^ 1]).greedy
+        changed = [*written[:2], written[2] ^ 1]
+        found = dense.answers(sequence, asked, [written, changed])
+        assert [answer.greedy for answer in found] == [True, False]
 
 
 def test_a_model_that_a_technique_does_not_support_is_refused(sides_of: Sides) -> None:

@@ -1,6 +1,6 @@
 """Means, percentiles and their standard errors; differences are paired, input by input."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import log
 
 import numpy as np
@@ -49,6 +49,14 @@ def percentile(values: Values) -> Figure:
         values, [_PERCENTILE - aside, _PERCENTILE, min(1.0, _PERCENTILE + aside)]
     )
     return Figure(float(value), float(high - low) / 2, n)
+
+
+def average(several: Sequence[Figure]) -> Figure:
+    """The mean of independent figures, each weighing the same; `n` counts all that they counted."""
+    count = len(several)
+    error = sum(figure.error**2 for figure in several) ** 0.5 / count
+    value = sum(figure.value for figure in several) / count
+    return Figure(value, error, sum(figure.n for figure in several))
 
 
 def jackknife(statistic: Callable[[NDArray[np.int64]], float], n: int) -> Figure:

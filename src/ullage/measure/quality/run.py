@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from sys import maxsize
 from typing import Any
 
-from ullage.measure.quality import perplexity
+from ullage.measure.quality import glue, perplexity, retrieval
 from ullage.measure.quality.sides import both_sides
 from ullage.measure.quality.suite import Asked, Found, OnStep
 from ullage.planner import build_plan
@@ -18,19 +17,22 @@ from ullage.specs.plan import Recipe
 # What a suite makes of its data before any weight is read, and what it does then.
 _SUITES: dict[Suite, tuple[Callable[..., Any], Callable[..., Found]]] = {
     "perplexity": (perplexity.prepare, perplexity.measure),
+    "glue": (glue.prepare, glue.measure),
+    "retrieval": (retrieval.prepare, retrieval.measure),
 }
 
 
 def evaluate(
     suite: Suite,
     inputs: Any,
-    recipe: Recipe,
+    dense: Recipe,
+    compressed: Recipe,
     folder: Path,
     asked: Asked,
     on_step: OnStep = lambda what, done, total: None,
 ) -> Found:
-    """Measure what the recipe's techniques cost on the weights in `folder`, on `inputs` as the
-    suite's reader made them of a folder of data.
+    """Measure what the techniques cost that `compressed` has beside those of `dense`, on the
+    weights in `folder`, on `inputs` as the suite's reader made them of a folder of data.
 
     Raises:
         InputError: inputs that are too short for what is asked.
@@ -38,11 +40,11 @@ def evaluate(
         DoesNotFit: the dense sequences need more memory than the device has.
         CheckpointError: weights that cannot be read.
     """
-    attachable(recipe)
+    attachable(compressed)
     tokenizer = load_tokenizer(folder)
     tokenizer.model_max_length = maxsize  # texts are longer than the context, and are cut here
     prepare, measure = _SUITES[suite]
     prepared = prepare(inputs, tokenizer, asked)
-    loaded = load_model(build_plan(replace(recipe, techniques=())), folder, tokenizer)
-    with closing(loaded), both_sides(loaded.model, recipe) as sides:
+    loaded = load_model(build_plan(dense), folder, tokenizer)
+    with closing(loaded), both_sides(loaded.model, dense, compressed) as sides:
         return measure(prepared, sides, asked, on_step)

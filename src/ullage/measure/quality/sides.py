@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -18,7 +18,7 @@ from ullage.specs.plan import Recipe
 from ullage.techniques.base import Technique
 
 CHUNK_TOKENS = 512  # read in one forward pass
-_OPEN = 2  # sequences at a time: one that was read, and a copy that goes on from it
+_OPEN = 3  # sequences at a time: a prompt, a question about it, and one of its answers
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Answer:
 
 
 class Side:
-    """A model, and KV entries as its techniques keep them, in a pool for two sequences of the
+    """A model, and KV entries as its techniques keep them, in a pool for three sequences of the
     recipe's length."""
 
     def __init__(self, model: PreTrainedModel, recipe: Recipe) -> None:
@@ -78,29 +78,49 @@ class Side:
         for chunk in torch.split(ids, CHUNK_TOKENS):
             self.logits(sequence, chunk, keep=1)
 
-    def answer(self, after: CachedSequence, asked: list[int], given: list[int]) -> Answer:
-        """How likely `given` is once `asked` is read after a sequence, which stays as it was."""
-        ids = torch.tensor([*asked, *given])
-        sequence = after.copy()
-        try:
-            logits = self.logits(sequence, ids[:-1], keep=len(given))
-        finally:
-            sequence.close()
-        wanted = ids[-len(given) :].to(self.device)
-        likely = logits.log_softmax(-1)[torch.arange(len(given), device=self.device), wanted]
+    def answers(
+        self, after: CachedSequence, asked: list[int], choices: Sequence[list[int]]
+    ) -> list[Answer]:
+        """How likely each of `choices` is once `asked` is read after a sequence, which stays as it
+        was."""
+        with _copied(after) as sequence:
+            first = self.logits(sequence, torch.tensor(asked), keep=1)
+            return [self._answer(sequence, first, given) for given in choices]
+
+    def _answer(self, after: CachedSequence, first: torch.Tensor, given: list[int]) -> Answer:
+        """`first` are the logits after the sequence, [1, V]."""
+        logits = first
+        if len(given) > 1:
+            with _copied(after) as sequence:
+                rest = self.logits(sequence, torch.tensor(given[:-1]))
+            logits = torch.cat([first, rest])
+        wanted = torch.tensor(given, device=logits.device)
+        likely = logits.log_softmax(-1).gather(1, wanted[:, None])
         return Answer(float(likely.sum()), bool((logits.argmax(-1) == wanted).all()))
 
 
 @contextmanager
-def both_sides(model: PreTrainedModel, recipe: Recipe) -> Iterator[tuple[Side, Side]]:
-    """`model` dense, and a twin of it with the recipe's techniques, which are detached at the end.
+def _copied(sequence: CachedSequence) -> Iterator[CachedSequence]:
+    copy = sequence.copy()
+    try:
+        yield copy
+    finally:
+        copy.close()
+
+
+@contextmanager
+def both_sides(
+    model: PreTrainedModel, dense: Recipe, compressed: Recipe
+) -> Iterator[tuple[Side, Side]]:
+    """`model`, loaded as `dense` says, and a twin of it with the techniques that `compressed` has
+    beside those; they are detached at the end.
 
     Raises:
         TechniqueError: a technique that cannot act on this model.
     """
-    chain = [techniques.create(choice) for choice in recipe.techniques]
-    with attached(model, chain) as changed:
-        yield Side(model, replace(recipe, techniques=())), Side(changed, recipe)
+    more = [choice for choice in compressed.techniques if choice not in dense.techniques]
+    with attached(model, [techniques.create(choice) for choice in more]) as changed:
+        yield Side(model, dense), Side(changed, compressed)
 
 
 @contextmanager

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ullage.measure.quality.texts import read_texts
+from ullage.measure.quality.tables import read_glue
+from ullage.measure.quality.texts import read_essays, read_texts
 from ullage.specs.evaluation import Cell, Comparison, Suite
 
 OnStep = Callable[[str, int, int], None]  # what is read, steps done, steps in all
@@ -31,4 +32,8 @@ class Found:
 
 
 # What a suite takes of a folder of data.
-READERS: dict[Suite, Callable[[Path], Any]] = {"perplexity": read_texts}
+READERS: dict[Suite, Callable[[Path], Any]] = {
+    "perplexity": read_texts,
+    "glue": read_glue,
+    "retrieval": read_essays,
+}
