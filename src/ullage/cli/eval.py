@@ -63,7 +63,7 @@ def eval(
         typer.Option(
             min=1,
             help="Pieces of a text, or examples of a task. Default: 4 pieces, 100 examples of a "
-            "GLUE task, 20 questions of a form and length.",
+            "GLUE task; retrieval: 20 questions of a form and length, in fives.",
         ),
     ] = None,
     seed: Annotated[
@@ -145,7 +145,7 @@ def _run(suite: Suite, inputs: Any, dense: Recipe, compressed: Recipe, asked: As
 @contextmanager
 def _progress() -> Iterator[Progress]:
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),  # files name their tasks
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -95,17 +95,15 @@ class Evaluation:
         return [
             self._row(found, _PLANNED[found.metric])
             for found in self.comparisons
-            if found.task == EVERY and found.metric in _PLANNED
+            if found.task == EVERY and found.metric in _PLANNED and _has_score(found)
         ]
 
     def _row(self, found: Comparison, metric: QualityMetric) -> Quality:
         technique, _, setting = self.techniques[0].partition(":")
         change, error = found.change.value, found.change.error
-        if metric == "task score %":  # of the dense score, and what is lost counts up
-            change, error = (
-                share / found.dense.value if found.dense.value else 0.0
-                for share in (-change, error)
-            )
+        if metric == "task score %":  # points as percent of the dense score, and a loss counts up
+            percent = 100 / found.dense.value
+            change, error = -change * percent, error * percent
         source = (
             f"ullage eval --suite {self.suite} --tokens {self.tokens} --seed {self.seed}: live KV "
             f"{found.kept:.1%} of dense, standard error {error:.2g}"
@@ -114,3 +112,8 @@ class Evaluation:
             technique, setting, self.model, self.parameters, metric, change, found.change.n,
             "measured", source,
         )  # fmt: skip
+
+
+def _has_score(found: Comparison) -> bool:
+    """Whether there is something to take a share of."""
+    return found.metric != "accuracy" or found.dense.value > 0

@@ -46,3 +46,4 @@ def test_the_percentiles_error_is_about_what_samples_spread() -> None:
 
 def test_one_value_has_no_error() -> None:
     assert figures.mean(np.array([3.0])) == figures.Figure(3.0, 0.0, 1)
+    assert figures.jackknife(lambda index: 0.5, 1) == figures.Figure(50.0, 0.0, 1)

@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ullage.specs.evaluation import Comparison, Evaluation, Figure, Metric
+from ullage.specs.evaluation import Cell, Comparison, Evaluation, Figure, Metric
 from ullage.units import format_bytes
 
 _DIGITS: dict[Metric, int] = {"bits per byte": 4, "mean KLD": 4, "99% KLD": 3}
@@ -15,6 +15,7 @@ def show_evaluation(console: Console, done: Evaluation) -> None:
     console.print(_comparisons(done))
     if done.cells:
         console.print(_cells(done))
+        console.print("Right answers: dense, then compressed.")
     console.print(escape(_footnote(done)), soft_wrap=True)
 
 
@@ -26,7 +27,7 @@ def _comparisons(done: Evaluation) -> Table:
     for found in done.comparisons:
         if found.task != shown:
             held = (format_bytes(size) for size in (found.dense_bytes, found.compressed_bytes))
-            table.add_row(found.task, "live KV", *held, f"{found.kept - 1:+.1%}")
+            table.add_row(escape(found.task), "live KV", *held, f"{found.kept - 1:+.1%}")
             shown = found.task
         figures = (_figure(figure, found.metric) for figure in (found.dense, found.compressed))
         table.add_row("", found.metric, *figures, _change(found), f"{found.change.n:,}")
@@ -45,17 +46,16 @@ def _change(found: Comparison) -> str:
 
 
 def _cells(done: Evaluation) -> Table:
-    table = Table("\ntask", box=None, pad_edge=False)
-    for column in ("\ntokens", "\ndepth", "right of n,\ndense", "\ncompressed"):
-        table.add_column(column, justify="right")
+    """Right answers by depth: dense, then compressed."""
+    places: dict[tuple[str, int], list[Cell]] = {}
     for cell in done.cells:
-        table.add_row(
-            cell.task,
-            f"{cell.tokens:,}",
-            f"{cell.depth:.0%}",
-            f"{cell.dense} of {cell.n}",
-            f"{cell.compressed} of {cell.n}",
-        )
+        places.setdefault((cell.task, cell.tokens), []).append(cell)
+    table = Table("right at depth", box=None, pad_edge=False)
+    for name in ("tokens", *(f"{cell.depth:.0%}" for cell in next(iter(places.values()))), "of"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for (task, tokens), cells in places.items():
+        right = (f"{cell.dense}, {cell.compressed}" for cell in cells)
+        table.add_row(task, f"{tokens:,}", *right, f"{cells[0].n}")
     return table
 
 

@@ -63,6 +63,8 @@ def jackknife(statistic: Callable[[NDArray[np.int64]], float], n: int) -> Figure
     """`statistic` of the examples 0 .. n - 1, in points; its error from leaving one out at a
     time."""
     every = np.arange(n)
+    if n < 2:
+        return Figure(POINTS * statistic(every), 0.0, n)
     without = np.array([statistic(np.delete(every, index)) for index in every])
     error = ((n - 1) / n * float(((without - without.mean()) ** 2).sum())) ** 0.5
     return Figure(POINTS * statistic(every), POINTS * error, n)

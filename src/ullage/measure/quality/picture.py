@@ -4,7 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from ullage.measure.picture import save
-from ullage.specs.evaluation import Cell, Comparison, Evaluation
+from ullage.specs.evaluation import Cell, Comparison, Evaluation, Metric
+
+_UNITS: dict[Metric, str] = {
+    "perplexity": ", %",
+    "accuracy": ", points",
+    "F1": ", points",
+    "Matthews": ", points",
+}
 
 
 def draw_evaluation(done: Evaluation, path: Path) -> None:
@@ -40,8 +47,7 @@ def _changes(figure: Any, comparisons: tuple[Comparison, ...]) -> None:
         )
         axes.axhline(0, color="tab:gray", linewidth=1)
         axes.tick_params(axis="x", rotation=60)
-        percent = {"perplexity": ", %", "accuracy": ", points"}.get(metric, "")
-        axes.set(title=f"{metric}, change{percent}")
+        axes.set(title=f"{metric}: change{_UNITS.get(metric, '')}")
         axes.grid(alpha=0.3)
 
 
@@ -63,4 +69,7 @@ def _heat_map(axes: Any, cells: list[Cell], side: str) -> Any:
     shares = [[right[depth, tokens] for tokens in lengths] for depth in depths]
     axes.set_xticks(range(len(lengths)), [f"{tokens:,}" for tokens in lengths])
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    for row, several in enumerate(shares):
+        for column, share in enumerate(several):
+            axes.text(column, row, f"{share:.0%}", ha="center", va="center")
     return axes.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")

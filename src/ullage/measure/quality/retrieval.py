@@ -77,15 +77,19 @@ class Haystack:
         return draw.sample(self.words, count)
 
     def fill(self, start: int, tokens: int) -> list[list[int]]:
-        """Sentences from `start` on, around the end, with `tokens` together at most."""
+        """Sentences from `start` on, around the end, as many as `tokens` hold.
+
+        Raises:
+            InputError: there are fewer.
+        """
         taken: list[list[int]] = []
         for at in range(start, start + len(self.sentences)):
             ids = encode(self.tokenizer, self.sentences[at % len(self.sentences)])
             tokens -= len(ids)
             if tokens < 0:
-                break
+                return taken
             taken.append(ids)
-        return taken
+        raise InputError(f"The essays are {tokens:,} tokens too short for prompts of that length.")
 
 
 def prepare(essays: str, tokenizer: PreTrainedTokenizerBase, asked: Asked) -> list[Asking]:
@@ -175,6 +179,8 @@ def _key_value(haystack: Haystack, tokens: int, draw: random.Random) -> Prompt:
             break
         lines.append(ids)
         facts.append(Fact((), ((f"{word}:", number),)))
+    else:
+        raise InputError(f"The essays have {len(lines):,} words: too few for {tokens:,} tokens.")
     if len(facts) < len(DEPTHS):
         raise _no_room(tokens)
     asked = [facts[int(depth * len(facts))] for depth in DEPTHS]

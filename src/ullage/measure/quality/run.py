@@ -37,7 +37,7 @@ def evaluate(
     Raises:
         InputError: inputs that are too short for what is asked.
         TechniqueError: a technique that cannot act on this model, or is planned only.
-        DoesNotFit: the dense sequences need more memory than the device has.
+        DoesNotFit: the model and a dense sequence need more memory than the device has.
         CheckpointError: weights that cannot be read.
     """
     attachable(compressed)

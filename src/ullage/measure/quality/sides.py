@@ -126,7 +126,7 @@ def both_sides(
 @contextmanager
 def attached(model: PreTrainedModel, chain: Sequence[Technique]) -> Iterator[PreTrainedModel]:
     """A twin of `model` with the techniques of `chain`. It has modules of its own, so that hooks
-    and replaced modules are its alone, and shares the weights."""
+    and replaced modules are its alone, and shares the weights, which no technique may write to."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = deepcopy(model, memo=shared)
     with ExitStack() as stack:
