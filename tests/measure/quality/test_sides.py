@@ -64,6 +64,17 @@ def test_answers_go_on_from_a_sequence_and_leave_it_as_it_was(sides_of: Sides) -
     assert first.log_likelihood == pytest.approx(float(expected), abs=1e-4)
 
 
+def test_answers_of_a_sparse_side_are_those_without_a_copy(sides_of: Sides) -> None:
+    _, sparse = sides_of("dms:kept=0.25,window=16")
+    ids, asked, given = ids_of(100), [7, 8, 9], [10]
+    with sparse.open(104) as sequence:
+        sparse.read(sequence, ids)
+        (found,) = sparse.answers(sequence, asked, [given])
+        logits = sparse.logits(sequence, torch.tensor(asked))
+    expected = float(logits.log_softmax(-1)[-1, given[0]])
+    assert found.log_likelihood == pytest.approx(expected, rel=1e-5)
+
+
 def test_an_answer_is_greedy_where_decoding_would_write_it(sides_of: Sides) -> None:
     dense, _ = sides_of("dms:kept=0.25,window=16")
     ids, written = ids_of(40), []

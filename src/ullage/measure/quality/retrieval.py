@@ -35,7 +35,8 @@ DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 _STEP = 0.2  # from one depth to the next
 _LEAST_SENTENCES = 2 * len(DEPTHS)  # so that facts stand apart
 _SEAM_TOKENS = 4  # that words may take more where they meet others
-_HALVINGS = 2  # lengths are that of --tokens, half of it, and a quarter
+_HALVINGS = 2  # lengths are that of --tokens, half of it, and a quarter, down to:
+_SHORTEST_TOKENS = 512
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 _WORD = re.compile(r"\b[a-z]{4,9}\b")
 
@@ -99,7 +100,8 @@ def prepare(essays: str, tokenizer: PreTrainedTokenizerBase, asked: Asked) -> li
         InputError: a length that has no room for the questions, or essays of too few words.
     """
     haystack = Haystack(essays, tokenizer)
-    lengths = [asked.tokens >> halving for halving in range(_HALVINGS, -1, -1)]
+    shorter = [asked.tokens >> halving for halving in range(_HALVINGS, 0, -1)]
+    lengths = [*(tokens for tokens in shorter if tokens >= _SHORTEST_TOKENS), asked.tokens]
     count = -(-(asked.limit or QUESTIONS) // len(DEPTHS))
     askings = []
     for form, make in _FORMS.items():
