@@ -104,9 +104,10 @@ class Evaluation:
         if metric == "task score %":  # points as percent of the dense score, and a loss counts up
             percent = 100 / found.dense.value
             change, error = -change * percent, error * percent
+        tasks = dict.fromkeys(line.task for line in self.comparisons if line.task != EVERY)
         source = (
-            f"ullage eval --suite {self.suite} --tokens {self.tokens} --seed {self.seed}: live KV "
-            f"{found.kept:.1%} of dense, standard error {error:.2g}"
+            f"ullage eval --suite {self.suite} --tokens {self.tokens} --seed {self.seed}, "
+            f"{', '.join(tasks)}: live KV {found.kept:.1%} of dense, standard error {error:.2g}"
         )
         return Quality(
             technique, setting, self.model, self.parameters, metric, change, found.change.n,
