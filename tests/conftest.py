@@ -12,6 +12,7 @@ import string
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ from hypothesis import settings
 
 from ullage.specs.families import spec_from_config
 from ullage.specs.model import ModelSpec
+
+# Before anything imports triton: without a GPU its programs are interpreted.
+if not any(Path("/dev").glob("nvidia[0-9]*")):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # A busy machine is no failure: examples have no deadline.
 settings.register_profile("ullage", deadline=None)
@@ -246,6 +251,27 @@ def peak_of() -> Callable[[Callable[[], Any]], int]:
         return tracker.peak_bytes
 
     return measure
+
+
+@pytest.fixture(scope="session")
+def triton_kernel() -> Any:
+    """Triton's kernel for tensors on CPU: on a GPU, compiled, where there is one."""
+    pytest.importorskip("triton")
+    import torch
+
+    from ullage.kv.kernels import Piece, triton
+
+    if not torch.cuda.is_available():
+        return triton.attend
+
+    def on_gpu(piece: Piece) -> Piece:
+        mask = None if piece.mask is None else piece.mask.cuda()
+        return replace(piece, keys=piece.keys.cuda(), values=piece.values.cuda(), mask=mask)
+
+    def attend(query: Any, pieces: list[Piece], *how: Any) -> Any:
+        return triton.attend(query.cuda(), [on_gpu(piece) for piece in pieces], *how).cpu()
+
+    return attend
 
 
 @pytest.fixture(scope="session")

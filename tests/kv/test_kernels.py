@@ -1,16 +1,24 @@
 """Every kernel against softmax attention written out by hand."""
 
+import sys
 from collections.abc import Callable
 
 import pytest
 import torch
 
+from ullage.kv import kernels
+from ullage.kv.attention import kernel_for
 from ullage.kv.kernels import Joined, Kernel, Piece, cpu, reference
 from ullage.specs.tiles import TILE_TOKENS, tile_scores
 
-KERNELS = {"reference": reference.attend, "cpu": cpu.attend}
-kernels = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS.keys())
+KERNELS: dict[str, Kernel] = {"reference": reference.attend, "cpu": cpu.attend}
 SCALE = 0.3
+
+
+@pytest.fixture(params=[*KERNELS, pytest.param("triton", marks=pytest.mark.triton)])
+def kernel(request: pytest.FixtureRequest) -> Kernel:
+    found: Kernel = KERNELS.get(request.param) or request.getfixturevalue("triton_kernel")
+    return found
 
 
 def entries(seed: int, *shape: int) -> torch.Tensor:
@@ -61,7 +69,6 @@ def check(kernel: Kernel, query: torch.Tensor, pieces: list[Piece], softcap: flo
     torch.testing.assert_close(output.double(), expected, atol=tolerance, rtol=tolerance)
 
 
-@kernels
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2), (5, 1)])
 def test_one_token_over_its_past(
@@ -70,7 +77,6 @@ def test_one_token_over_its_past(
     check(kernel, entries(1, heads, 1, 8), [piece(2, 37, kv_heads)], softcap)
 
 
-@kernels
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_chunk_over_several_pieces_and_itself(
@@ -85,7 +91,6 @@ def test_a_chunk_over_several_pieces_and_itself(
     check(kernel, entries(1, 4, 9, 8), pieces, softcap)
 
 
-@kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("queries", [1, 5])
 def test_a_first_chunk_sees_itself_causally(
@@ -94,7 +99,6 @@ def test_a_first_chunk_sees_itself_causally(
     check(kernel, entries(1, 4, queries, 8), [piece(2, queries, dtype=dtype, causal=True)], None)
 
 
-@kernels
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_band(kernel: Kernel, dtype: torch.dtype, softcap: float | None) -> None:
@@ -103,7 +107,6 @@ def test_a_band(kernel: Kernel, dtype: torch.dtype, softcap: float | None) -> No
     check(kernel, entries(1, 4, 7, 8), [piece(2, 12, dtype=dtype, mask=mask)], softcap)
 
 
-@kernels
 @pytest.mark.parametrize("tokens", [TILE_TOKENS - 1, TILE_TOKENS, TILE_TOKENS + 1, 2 * TILE_TOKENS])
 def test_a_past_of_another_format_than_the_query_around_tiles(kernel: Kernel, tokens: int) -> None:
     pieces = [piece(2, tokens, dtype=torch.bfloat16), piece(4, 3, causal=True)]
@@ -124,7 +127,7 @@ def test_scores_are_tiled_where_they_are_many(
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
-@kernels
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS.keys())
 def test_scratch_does_not_grow_with_the_past(
     kernel: Kernel, softcap: float | None, peak_of: Callable[[Callable[[], object]], int]
 ) -> None:
@@ -137,20 +140,17 @@ def test_scratch_does_not_grow_with_the_past(
     assert scratch_bytes(6000) == scratch_bytes(24_000) <= 4 * tile_scores(800, 24_000) + 2**20
 
 
-@kernels
 def test_everything_in_bf16(kernel: Kernel) -> None:
     pieces = [piece(2, 40, dtype=torch.bfloat16), piece(4, 6, dtype=torch.bfloat16, causal=True)]
     check(kernel, entries(1, 4, 6, 8).bfloat16(), pieces, None)
 
 
-@kernels
 def test_large_scores_do_not_overflow(kernel: Kernel) -> None:
     parts = [piece(2, 8), piece(4, 8)]
     loud = [Piece(part.keys * 300, part.values) for part in parts]
     check(kernel, entries(1, 2, 1, 8) * 10, loud, None)
 
 
-@kernels
 def test_stored_entries_and_query_are_left_as_they_were(kernel: Kernel) -> None:
     query, parts = entries(1, 4, 3, 8), [piece(2, 20), piece(4, 3, causal=True)]
     before = [query.clone(), *(part.keys.clone() for part in parts), parts[0].values.clone()]
@@ -181,7 +181,6 @@ def test_a_negligible_part_changes_nothing() -> None:
     assert torch.equal(joined.output, output)
 
 
-@kernels
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("queries", [1, 6])
 def test_heads_attend_to_entries_of_their_own(
@@ -204,3 +203,35 @@ def test_heads_attend_to_entries_of_their_own(
             alone = Piece(shared.keys[here], shared.values[here], causal=True)
             expected = by_hand(query[group], [alone, own[head]], softcap)
             torch.testing.assert_close(output[group].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_two_sequences_at_once_are_each_alone(kernel: Kernel, softcap: float | None) -> None:
+    """Of two KV heads each: as further heads of one query."""
+    query = entries(1, 12, 1, 8)
+    parts = [[piece(2, 30), piece(4, 7)], [piece(6, 90)]]
+    spans = [slice(0, 6), slice(6, 12)]
+    pieces = [
+        Piece(part.keys, part.values, heads=span)
+        for mine, span in zip(parts, spans, strict=True)
+        for part in mine
+    ]
+    output = kernel(query, pieces, SCALE, softcap)
+    for mine, span in zip(parts, spans, strict=True):
+        expected = by_hand(query[span], mine, softcap)
+        torch.testing.assert_close(output[span].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_each_device_has_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA without Triton, as on Windows, has the reference."""
+    monkeypatch.delattr(kernels, "triton", raising=False)
+    for name in ("triton", "ullage.kv.kernels.triton"):
+        monkeypatch.setitem(sys.modules, name, None)
+    found = {kind: kernel_for(torch.device(kind)) for kind in ("cpu", "cuda", "mps")}
+    assert found == {"cpu": cpu.attend, "cuda": reference.attend, "mps": reference.attend}
+
+
+@pytest.mark.triton
+def test_cuda_has_triton() -> None:
+    triton = pytest.importorskip("ullage.kv.kernels.triton")
+    assert kernel_for(torch.device("cuda")) is triton.attend

@@ -1,5 +1,6 @@
 """The attention function and the mask function that transformers calls under the name "ullage"."""
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,8 +75,16 @@ def attention_forward(
 
 
 def kernel_for(device: torch.device) -> Kernel:
-    """The fastest kernel that there is for `device`."""
-    return cpu.attend if device.type == "cpu" else reference.attend
+    """The fastest kernel that there is for `device`. Triton comes with torch for CUDA, but not on
+    Windows; for a CPU it is never imported, as it takes 80 MiB."""
+    if device.type == "cpu":
+        return cpu.attend
+    if device.type == "cuda":
+        with suppress(ImportError):
+            from ullage.kv.kernels import triton
+
+            return triton.attend
+    return reference.attend
 
 
 def register() -> None:

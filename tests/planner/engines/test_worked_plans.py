@@ -21,6 +21,7 @@ from ullage.units import GIB
 TinySpec = Callable[..., ModelSpec]
 Planned = Callable[..., Plan]
 CPU, CARD = Device("cpu", "cpu", 16 * GIB), Device("card", "cuda", 24 * GIB)
+MAC = Device("mac", "mps", 24 * GIB)
 PARAMETERS = 19_616
 WORK = Workload(100, 10, 3)
 
@@ -63,15 +64,26 @@ def test_ullage_on_a_cpu(planned: Planned) -> None:
     assert lines(plan, "decode") == held | {"hidden states of one layer": 3 * 288 * 4}
 
 
-def test_ullage_on_a_card_scores_in_tiles(planned: Planned) -> None:
+def test_ullage_on_a_card_joins_splits(tiny_spec: TinySpec) -> None:
+    """Each KV head has 2 x 246 rows, and 256 entries: two splits by the bound and its last one for
+    each of the two. Nine numbers in fp32 a row, the joined output, and 63 integers of work."""
+    execution = default_execution(CARD, "ullage")
+    execution = replace(execution, dtype="fp32", kv_dtype="fp32")
+    plan = build_plan(Recipe(tiny_spec("llama"), CARD, Workload(246, 10), execution))
+    kernel = 492 * (2 + 2) * 9 * 4 + 4 * 246 * 8 * 4 + 63 * 8
+    found = lines(plan, "prefill")
+    assert found["scratch of attention"] == 246 * 208 * 4 + kernel - 246 * 288 * 4
+    assert found["margin for the allocator"] == 64 << 20
+
+
+def test_ullage_on_a_mac_scores_in_tiles(planned: Planned) -> None:
     """400 rows x (2 outputs of 8 + 5) and 400 x 110 scores in fp32, a byte of mask for each of
     100 x 110, beside 100 x 208 numbers of the layer."""
-    plan = planned("ullage", **FP32)
+    plan = planned("ullage", MAC, **FP32)
     kernel = 400 * 21 * 4 + 400 * 110 * 4 + 100 * 110
     found = lines(plan, "prefill")
     assert found["scratch of attention"] == 100 * 208 * 4 + kernel - 100 * 288 * 4
-    assert found["margin for the allocator"] == 64 << 20
-    narrow = lines(planned("ullage", dtype="fp32", kv_dtype="bf16"), "prefill")
+    narrow = lines(planned("ullage", MAC, dtype="fp32", kv_dtype="bf16"), "prefill")
     # what is stored in bf16 is read through a tile of keys in fp32, and new entries are rounded
     more = 110 * 16 * 4 + 100 * 32 * 2
     assert narrow["scratch of attention"] == found["scratch of attention"] + more

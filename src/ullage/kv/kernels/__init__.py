@@ -2,9 +2,9 @@
 
     attend(query, pieces, scale, softcap) -> output
 
-reference.py is the definition that the tests hold the others to. Every kernel attends to a tile of
-entries at a time and joins what it gets, so that its scratch is bounded however many there are;
-planner/engines/attention.py plans that scratch.
+reference.py is the definition that the tests hold the others to: cpu.py, and triton.py for CUDA.
+Every kernel attends to some of the entries at a time and joins what it gets, so that its scratch is
+bounded however many there are; planner/engines/attention.py plans that scratch.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ class Piece:
 
     `causal`: the entries are the queries' own, T = N, and a query sees those up to itself. `mask`:
     bool [N, T], True where a query sees an entry. Neither: every query sees every entry. `heads`:
-    the query heads that see them, where not all do; K and V are then of those heads' KV head alone.
+    the query heads that see them, where not all do; K and V are then of those heads' KV heads
+    alone. A KV head serves as many query heads in every piece.
     """
 
     keys: torch.Tensor

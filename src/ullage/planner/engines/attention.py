@@ -6,27 +6,40 @@ the other; prompts are read one at a time.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ullage.planner.engines import forward
 from ullage.specs.dtypes import DTYPE_BYTES
-from ullage.specs.footprint import Term
+from ullage.specs.footprint import Label, Term
 from ullage.specs.model import LayerCache, ModelSpec
 from ullage.specs.plan import Recipe
-from ullage.specs.tiles import TILE_TOKENS, tile_scores
+from ullage.specs.tiles import SPLIT_PROGRAMS, TILE_TOKENS, rows_of_splits, tile_scores
 from ullage.specs.workload import Step
+
+_Kernel = Literal["flash", "tiled", "split"]
+_SOURCES: dict[_Kernel, tuple[Label, str]] = {
+    "flash": ("exact", f"flash kernel, tiles of {TILE_TOKENS:,} entries at most"),
+    "tiled": ("exact", f"tiled kernel, tiles of {TILE_TOKENS:,} entries at most"),
+    "split": ("assumed", f"Triton kernel, {SPLIT_PROGRAMS} splits at most and one a head"),
+}
 
 
 def scratch_term(recipe: Recipe, step: Step) -> Term:
     """By how much attention stands above the widest place of a layer, in the layer where it stands
     highest."""
     model = recipe.model
-    flash = recipe.device.kind == "cpu" and model.softcap is None
+    kernel = _kernel(recipe)
     layers = [_Attention(model, cache, step) for cache, _ in model.cache_kinds]
-    held_bytes = max((layer.nbytes(flash) for layer in layers), default=0)
+    held_bytes = max((layer.nbytes(kernel) for layer in layers), default=0)
     above_bytes = max(0, held_bytes - forward.layer_term(model, step).nbytes)
-    kernel = "flash" if flash else "tiled"
-    source = f"{kernel} kernel, tiles of {TILE_TOKENS:,} entries at most"
-    return Term("activation", "scratch of attention", above_bytes, "exact", source)
+    return Term("activation", "scratch of attention", above_bytes, *_SOURCES[kernel])
+
+
+def _kernel(recipe: Recipe) -> _Kernel:
+    """As kv/attention.py chooses."""
+    if recipe.device.kind in ("cuda", "rocm"):
+        return "split"
+    return "flash" if recipe.device.kind == "cpu" and recipe.model.softcap is None else "tiled"
 
 
 @dataclass(frozen=True)
@@ -68,9 +81,10 @@ class _Attention:
         """Of one number, as the kernel finds it."""
         return self.number_bytes if self.laid_out else DTYPE_BYTES[self.step.execution.kv_dtype]
 
-    def nbytes(self, flash: bool) -> int:
+    def nbytes(self, kernel: _Kernel) -> int:
         """All that is alive while the kernel runs."""
-        return self._layer_bytes() + self._row_bytes(self._flash() if flash else self._tiled())
+        kernels = {"flash": self._flash, "tiled": self._tiled, "split": self._split}
+        return self._layer_bytes() + self._row_bytes(kernels[kernel]())
 
     def _layer_bytes(self) -> int:
         """What lives through all layers, residual and normed input; q, k, v and the output."""
@@ -110,3 +124,12 @@ class _Attention:
         mask = self.queries * tile_tokens if self.queries > 1 else 0
         converted = 0 if self.stored_bytes == 4 else tile_tokens * self.cache.width // 2 * 4
         return outputs + scores + mask + converted
+
+    def _split(self) -> int:
+        """Of kernels/triton.py: the splits' outputs and log-sum-exps in fp32, what is joined, and
+        the list of the work."""
+        heads, head_dim = self.model.num_kv_heads, self.model.head_dim
+        rows = self.rows // heads
+        split_rows = rows_of_splits(rows, heads * self.entries, heads)
+        work = (2 * 10 * heads + 5 * (split_rows // rows) + heads + 1) * 8
+        return split_rows * (head_dim + 1) * 4 + self.rows * head_dim * self.number_bytes + work

@@ -1,0 +1,122 @@
+"""What kernels/triton.py lets the device do, as numbers: where entries lie, and who reads which.
+
+The query heads of one KV head are a lane; at N new tokens it has G N rows. A lane's pieces of one
+format, one behind the other, are cut into splits of equally many tokens, so that a head with a
+short past leaves no processor idle. The numbers, int64, one array after the other:
+
+    segments  ten each: a KV head's part of a piece. Its lane, counted on from format to format; its
+              tokens; the tokens before it in the lane; the addresses of its first key, value and
+              flag of the mask (0: no mask); the steps from a token to the next in K and in V, and
+              from a query to the next in the mask, in numbers; whether it is causal
+    splits    four each: lane, number within the lane, its first segment, the one after its last
+    order     the splits' numbers, lane by lane
+    bounds    where each lane's splits begin in `order`, and where the last one's end
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from ullage.kv.kernels import Piece
+from ullage.specs.tiles import split_tokens
+
+Integers = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+_LANE, _TOKENS, _BEFORE = 0, 1, 2  # columns of a segment
+_ADDRESSES, _STEPS = slice(3, 5), slice(6, 8)
+_HEADS, _HEAD_STEPS = 10, slice(11, 13)  # and of a piece, before it is told apart by heads
+
+
+@dataclass(frozen=True)
+class Work:
+    """`numbers` as above. `launches` are the formats of the entries, each with its first split and
+    the one after its last."""
+
+    numbers: Integers
+    splits_at: int
+    order_at: int
+    bounds_at: int
+    launches: list[tuple[torch.dtype, int, int]]
+    group: int  # query heads of a lane
+    lanes: int
+    split_size: int  # tokens
+    aligned: bool  # every token's K and V at a multiple of 16 bytes
+
+    @property
+    def splits(self) -> int:
+        """How many there are."""
+        return (self.order_at - self.splits_at) // 4
+
+
+def work_of(query: torch.Tensor, pieces: list[Piece]) -> Work:
+    """The work of `query` [Hq, N, D] over `pieces`, of which there must be one, none empty; the
+    last axes of all tensors contiguous."""
+    heads, tokens, _ = query.shape
+    seeing = pieces[0].heads or slice(0, heads)
+    group = (seeing.stop - seeing.start) // pieces[0].keys.shape[0]
+    lanes = heads // group
+    formats = list(dict.fromkeys(piece.keys.dtype for piece in pieces))
+    segments = _segments(pieces, {dtype: at * lanes for at, dtype in enumerate(formats)}, group)
+    size = split_tokens(group * tokens, int(segments[:, _TOKENS].sum()))
+    splits = _splits(segments, size)
+    firsts = np.searchsorted(splits[:, 0], lanes * np.arange(len(formats) + 1)).tolist()
+    splits[:, 0] %= lanes
+    order = np.argsort(splits[:, 0], kind="stable")
+    bounds = np.searchsorted(splits[order, 0], np.arange(lanes + 1))
+    parts = [segments.ravel(), splits.ravel(), order, bounds]
+    launches = [(dtype, *span) for dtype, span in zip(formats, pairwise(firsts), strict=True)]
+    aligned = not (segments[:, _ADDRESSES] % 16).any() and not (segments[:, _STEPS] % 8).any()
+    splits_at, order_at, bounds_at = np.cumsum([len(part) for part in parts[:-1]]).tolist()
+    numbers = np.concatenate(parts)
+    return Work(numbers, splits_at, order_at, bounds_at, launches, group, lanes, size, aligned)
+
+
+def _segments(pieces: list[Piece], first_lanes: dict[torch.dtype, int], group: int) -> Integers:
+    """[S, 10], sorted by lane."""
+    lines = np.array([_line(piece, first_lanes[piece.keys.dtype], group) for piece in pieces])
+    heads = lines[:, _HEADS]
+    segments = np.repeat(lines, heads, axis=0)
+    head = np.arange(len(segments)) - np.repeat(np.cumsum(heads) - heads, heads)  # of its piece
+    segments[:, _LANE] += head
+    segments[:, _ADDRESSES] += head[:, None] * segments[:, _HEAD_STEPS]
+    segments = segments[np.argsort(segments[:, _LANE], kind="stable"), :_HEADS]
+    lanes, tokens = segments[:, _LANE], segments[:, _TOKENS]
+    before = np.cumsum(tokens) - tokens
+    segments[:, _BEFORE] = before - before[np.searchsorted(lanes, lanes)]
+    return segments
+
+
+def _line(piece: Piece, first_lane: int, group: int) -> tuple[int, ...]:
+    """The segment of the first KV head of `piece`; how many there are, and the bytes from one's K
+    and V to the next's. As plain numbers, since the host has little time for each."""
+    keys, values, mask = piece.keys, piece.values, piece.mask
+    heads, tokens, _ = keys.shape
+    keys_head, keys_step, _ = keys.stride()
+    values_head, values_step, _ = values.stride()
+    return (
+        first_lane + (piece.heads.start // group if piece.heads else 0),
+        tokens,
+        0,
+        keys.data_ptr(),
+        values.data_ptr(),
+        0 if mask is None else mask.data_ptr(),
+        keys_step,
+        values_step,
+        0 if mask is None else mask.stride(0),
+        piece.causal,
+        heads,
+        keys_head * keys.itemsize,
+        values_head * values.itemsize,
+    )
+
+
+def _splits(segments: Integers, size: int) -> Integers:
+    """[S, 4]: the lanes of `segments` in splits of `size` tokens."""
+    first = np.flatnonzero(segments[:, _BEFORE] == 0)
+    last = np.append(first[1:], len(segments))
+    counts = -(-np.add.reduceat(segments[:, _TOKENS], first) // size)
+    lanes = np.stack([segments[first, _LANE], np.zeros_like(first), first, last], axis=1)
+    splits = np.repeat(lanes, counts, axis=0)
+    splits[:, 1] = np.arange(len(splits)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return splits

@@ -1,0 +1,46 @@
+"""Compiles Triton's kernel for a GPU that need not be there: ``python compile_triton.py CASE``.
+
+In a process of its own: where Triton interprets, it cannot compile. Prints what it found, as JSON.
+"""
+
+import json
+import re
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ullage.kv.kernels.triton_code import FORMATS, attend_split, join_splits
+
+BF16 = FORMATS[torch.bfloat16]
+ATTEND = {
+    "D": 128, "WIDTH": 128, "ROWS": 16, "TOKENS": 64, "STORED": BF16, "PRODUCT": BF16,
+    "ALIGNED": True, "HIDING": False, "CAPPED": False,
+}  # fmt: skip
+CASES = {
+    "decode": (attend_split, ATTEND),
+    "chunk": (attend_split, ATTEND | {"ROWS": 64, "HIDING": True, "CAPPED": True}),
+    "join": (join_splits, {"D": 128, "WIDTH": 128}),
+}
+POINTERS = {
+    "query": "*bf16", "output": "*bf16", "work": "*i64", "partial": "*fp32", "partial_lse": "*fp32",
+}  # fmt: skip
+TYPES = POINTERS | {"scale": "fp32", "softcap": "fp32"}
+
+program, constants = CASES[sys.argv[1]]
+source = ASTSource(
+    program,
+    {n: "constexpr" if n in constants else TYPES.get(n, "i32") for n in program.arg_names},
+    {(program.arg_names.index(name),): value for name, value in constants.items()},
+)
+compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"num_stages": 2})
+ptx = compiled.asm["ptx"]
+found = {
+    "machine_code_bytes": len(compiled.asm["cubin"]),
+    "shared_bytes": compiled.metadata.shared,
+    "matrix_products": len(re.findall(r"mma\.sync\S*bf16", ptx)),
+    "copies_of_16_bytes": len(re.findall(r"cp\.async\.cg.*0x10,", ptx)),
+}
+print(json.dumps(found))
