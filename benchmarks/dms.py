@@ -3,85 +3,46 @@
     python benchmarks/dms.py --data DIR --tokens 4096 --technique kept=0.45,window=512
 
 DIR holds books/moby_dick.txt and wikitext2_test.txt. The first `--chunks` pieces of each text are
-read in chunks of 512, dense and sparse; the loss is that of the tokens beyond `--beyond`, with the
-standard error of the difference, token by token. Live bytes count windows, survivors and slack.
+read dense and sparse; the loss is that of the tokens beyond `--beyond`, with the standard error of
+the difference, token by token. Live bytes count windows, survivors and slack. `ullage eval` has
+more metrics and suites, for one technique.
 """
 
 import argparse
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
-import torch
+import numpy as np
 from rich.progress import track
-from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from ullage import ModelSpec, Recipe, Workload, build_plan, resolve, techniques
-from ullage.kv.cache import PagedCache, cache_argument
-from ullage.kv.pool import KVPool
+from ullage import Recipe, Workload, build_plan, resolve, techniques
+from ullage.measure.quality import figures
+from ullage.measure.quality.perplexity import Reading, prepare, read
+from ullage.measure.quality.sides import Side, attached
+from ullage.measure.quality.suite import Asked
+from ullage.measure.quality.texts import read_texts
 from ullage.runtime.checkpoint import weights_folder
 from ullage.runtime.load import load_model, load_tokenizer
-from ullage.specs.blocks import sequence_blocks
 from ullage.specs.device import find_device
+from ullage.specs.model import ModelSpec
 from ullage.specs.workload import Execution
 from ullage.techniques.dms.settings import DMS, SINKS
 
 MODEL = "smollm2-135m"
-TEXTS = {"moby_dick": "books/moby_dick.txt", "wikitext2_test": "wikitext2_test.txt"}
-STARTS = {"moby_dick": "Call me Ishmael."}  # behind the header and the table of contents
-CHUNK_TOKENS = 512
-
-
-@dataclass(frozen=True)
-class Read:
-    """A text that was read: the loss of each token but the first, [T - 1], and its live bytes."""
-
-    losses: torch.Tensor
-    live_bytes: int
-
-
-@torch.inference_mode()
-def read(model: PreTrainedModel, spec: ModelSpec, ids: torch.Tensor, technique: DMS) -> Read:
-    """`ids`, [T], in chunks over a fresh cache."""
-    tokens = len(ids)
-    pool = KVPool(2 * sequence_blocks(spec, tokens), spec.head_dim, torch.float32)
-    cache = PagedCache(spec, pool, technique.rows(spec))
-    sequence = cache.open(tokens)
-    cache.activate([sequence])
-    attached: AbstractContextManager[None] = technique.attach(model)
-    with attached if technique.kept < 1 else nullcontext():
-        losses = [
-            F.cross_entropy(
-                model(ids[None, at : at + CHUNK_TOKENS], **cache_argument(model, cache))
-                .logits[0, : len(ids[at + 1 : at + CHUNK_TOKENS + 1])]
-                .float(),
-                ids[at + 1 : at + CHUNK_TOKENS + 1],
-                reduction="none",
-            )
-            for at in range(0, tokens, CHUNK_TOKENS)
-        ]
-    live_bytes = cache.nbytes()
-    sequence.close()
-    return Read(torch.cat(losses), live_bytes)
-
-
-def pieces(
-    data: Path, name: str, tokenizer: PreTrainedTokenizerBase, tokens: int, count: int
-) -> Iterator[torch.Tensor]:
-    """The first `count` pieces of a text, `tokens` each."""
-    text = (data / TEXTS[name]).read_text(encoding="utf-8")
-    text = text[text.find(STARTS.get(name, text[:1])) :]
-    ids = tokenizer(text, return_tensors="pt").input_ids[0]
-    for number in range(count):
-        yield ids[number * tokens : (number + 1) * tokens]
 
 
 def same_bytes(technique: DMS, spec: ModelSpec, tokens: int) -> DMS:
     """The plain window that takes as many blocks in a layer as `technique`."""
     blocks = technique.held_blocks(spec, tokens) // (spec.num_layers * spec.num_kv_heads)
     return DMS(technique.kept, blocks * 16 - 16 * -(-SINKS // 16), "window")
+
+
+def side(stack: ExitStack, model: PreTrainedModel, recipe: Recipe, technique: DMS) -> Side:
+    """`model` with `technique` until `stack` ends."""
+    chosen = replace(recipe, techniques=(techniques.choice_of(technique),))
+    return Side(stack.enter_context(attached(model, [technique])), chosen)
 
 
 def main() -> None:
@@ -96,10 +57,12 @@ def main() -> None:
     if not isinstance(technique, DMS):
         parser.error("this measures dms")
     spec, execution = resolve(MODEL), Execution(dtype="fp32", kv_dtype="fp32")
+    recipe = Recipe(spec, find_device("cpu-16gb"), Workload(asked.tokens - 1, 1), execution)
     folder = weights_folder(spec)
-    work = Workload(asked.tokens - 1, 1)
-    plan = build_plan(Recipe(spec, find_device("cpu-16gb"), work, execution))
-    loaded = load_model(plan, folder, load_tokenizer(folder))
+    tokenizer = load_tokenizer(folder)
+    texts = prepare(
+        read_texts(asked.data), tokenizer, Asked(asked.tokens, asked.beyond, asked.chunks, seed=0)
+    )
     choices = {
         "dense": DMS.neutral(),
         "dms": technique,
@@ -107,29 +70,28 @@ def main() -> None:
     }
     print("| text | what | live KV | of dense | perplexity | change (se) | n |")
     print("|---|---|---|---|---|---|---|")
-    for name in TEXTS:
-        found: dict[str, list[Read]] = {what: [] for what in choices}
-        texts = list(pieces(asked.data, name, loaded.tokenizer, asked.tokens, asked.chunks))
-        for ids in track(texts, description=name, transient=True):
-            for what, choice in choices.items():
-                found[what].append(read(loaded.model, spec, ids, choice))
-        report(name, found, asked.beyond)
+    with ExitStack() as stack:
+        model = load_model(build_plan(recipe), folder, tokenizer).model
+        sides = [side(stack, model, recipe, choice) for choice in choices.values()]
+        for name, pieces in texts.items():
+            readings = [read(sides, piece.ids) for piece in track(pieces, name, transient=True)]
+            report(name, dict(zip(choices, zip(*readings, strict=True), strict=True)), asked.beyond)
 
 
-def report(name: str, found: dict[str, list[Read]], beyond: int) -> None:
+def report(name: str, found: dict[str, tuple[Reading, ...]], beyond: int) -> None:
     """A line a choice, the change against dense."""
     losses = {
-        what: torch.cat([one.losses[beyond:] for one in reads]).double()
-        for what, reads in found.items()
+        what: np.concatenate([one.losses[beyond:].double().numpy() for one in readings])
+        for what, readings in found.items()
     }
     dense_bytes = found["dense"][0].live_bytes
-    for what, reads in found.items():
-        difference = losses[what] - losses["dense"]
-        error = difference.std() / len(difference) ** 0.5
+    for what, readings in found.items():
+        change = figures.perplexity_change(losses["dense"], losses[what])
+        live_bytes = readings[0].live_bytes
         print(
-            f"| {name} | {what} | {reads[0].live_bytes / 2**20:.1f} MiB "
-            f"| {reads[0].live_bytes / dense_bytes:.1%} | {losses[what].mean().exp():.2f} "
-            f"| {difference.mean().expm1():+.2%} ({error:.2%}) | {len(difference):,} |",
+            f"| {name} | {what} | {live_bytes / 2**20:.1f} MiB | {live_bytes / dense_bytes:.1%} "
+            f"| {figures.perplexity(losses[what]).value:.2f} "
+            f"| {change.value:+.2f}% ({change.error:.2f}%) | {change.n:,} |",
             flush=True,
         )
 

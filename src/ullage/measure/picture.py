@@ -1,6 +1,7 @@
 """Planned against measured, as a picture."""
 
 from pathlib import Path
+from typing import Any
 
 from ullage.errors import InputError
 from ullage.measure.audit import Audit
@@ -31,6 +32,15 @@ def draw_audit(audit: Audit, path: Path) -> None:
     axes.set(xlabel="tokens", ylabel="peak, MiB", ylim=(0, None), title=plan.recipe.model.name)
     axes.grid(alpha=0.3)
     axes.legend()
+    save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure of matplotlib's.
+
+    Raises:
+        InputError: the file cannot be written, or its ending is no picture's.
+    """
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:

@@ -80,7 +80,7 @@ class Engine:
         self.budget = Budget(plan.budget_bytes)
         self.device = device_of(plan.recipe)
         self.pool = self._new_pool()
-        self.cache = PagedCache(plan.recipe.model, self.pool, _rows(plan.recipe))
+        self.cache = PagedCache(plan.recipe.model, self.pool, rows_of(plan.recipe))
         self._waiting: deque[Request] = deque()
         self._reading: _Running | None = None
         self._writing: list[_Running] = []
@@ -261,7 +261,7 @@ class Engine:
         self._writing.remove(running)
 
 
-def _rows(recipe: Recipe) -> dict[int, MakeRow]:
+def rows_of(recipe: Recipe) -> dict[int, MakeRow]:
     """The rows of the layers that a technique keeps its own way."""
     chain = [techniques.create(choice) for choice in recipe.techniques]
     return {

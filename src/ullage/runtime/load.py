@@ -93,7 +93,7 @@ def load_model(
     """
     recipe = plan.recipe
     refuse_misfit(plan)
-    chain = _attachable(recipe)
+    chain = attachable(recipe)
     attention.register()
     dtype, device = TORCH_DTYPES[recipe.execution.dtype], device_of(recipe)
     model = _skeleton(folder, dtype)
@@ -111,7 +111,12 @@ def load_model(
         return LoadedModel(model, tokenizer, ends, max_tokens, stack.pop_all())
 
 
-def _attachable(recipe: Recipe) -> list[Technique]:
+def attachable(recipe: Recipe) -> list[Technique]:
+    """The recipe's techniques, in its order.
+
+    Raises:
+        TechniqueError: one that cannot act on this model, or is planned only.
+    """
     chain = [techniques.create(choice) for choice in recipe.techniques]
     for technique in chain:
         reason = technique.unsupported(recipe.model)

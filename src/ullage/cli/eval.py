@@ -1,0 +1,174 @@
+"""ullage eval: what a technique costs in quality, against the dense model in the same run."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ullage.cli.machine import device_to_run
+from ullage.cli.options import (
+    DeviceOption,
+    KvOption,
+    ModelArgument,
+    PlanOptions,
+    TechniqueOption,
+    WeightsOption,
+)
+from ullage.cli.show.evaluated import show_evaluation
+from ullage.errors import InputError
+from ullage.measure.quality.suite import READERS, Asked, Found
+from ullage.planner import build_plan
+from ullage.runtime import out_of_memory
+from ullage.runtime.checkpoint import refuse_planned_only, weights_folder
+from ullage.specs.evaluation import Evaluation, Suite
+from ullage.specs.model import ModelSpec
+from ullage.specs.plan import Recipe
+from ullage.specs.sources import resolve
+from ullage.specs.workload import Workload
+from ullage.units import parse_tokens
+
+_LARGEST_SEED = (1 << 32) - 1
+
+
+def eval(
+    model: ModelArgument,
+    suite: Annotated[Suite, typer.Option(help="What is measured.", show_default=False)],
+    data: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR",
+            help="perplexity: texts; glue: the folder glue; retrieval: the folder essays.",
+            show_default=False,
+        ),
+    ],
+    technique: TechniqueOption = None,
+    tokens: Annotated[
+        str, typer.Option(metavar="TOKENS", help="Length of the longest sequence: 4096, 8K.")
+    ] = "4096",
+    beyond: Annotated[
+        str,
+        typer.Option(
+            metavar="TOKENS", help="perplexity: score what has more tokens than that before it."
+        ),
+    ] = "512",
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Pieces of a text, or examples of a task. Default: 4 pieces, 100 examples of a "
+            "GLUE task; retrieval: 20 questions of a form and length, in fives.",
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=_LARGEST_SEED, help="Of what is drawn of the data.")
+    ] = 0,
+    device: DeviceOption = None,
+    weights: WeightsOption = None,
+    kv_cache_dtype: KvOption = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="A picture of the figures; .svg or .png.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="All figures as JSON.")] = False,
+) -> None:
+    """Measure what techniques cost in quality: the same inputs, dense and compressed, in one run,
+    each with its live KV bytes, and the difference with its paired standard error.
+
+    --weights and --kv-cache-dtype are those of both sides.
+    """
+    asked = Asked(parse_tokens(tokens), parse_tokens(beyond), limit, seed)
+    typed = tuple(technique or ())
+    options = PlanOptions(device, None, weights, kv_cache_dtype, technique=typed)
+    if not typed:
+        raise InputError("There is nothing to compare: name a --technique, as dms:kept=0.5.")
+    if plot is not None:
+        _refuse_unwritable(plot)
+    spec = resolve(model)
+    refuse_planned_only(spec)
+    _refuse_long(asked.tokens, spec)
+    inputs = READERS[suite](data)
+    place = device_to_run(device)
+    work = Workload(asked.tokens - 1, 1)
+    dense = replace(options, technique=()).recipe(spec, place, work)
+    compressed = options.recipe(spec, place, work)
+    build_plan(compressed)  # refuses what does not support the model
+    found = _run(suite, inputs, dense, compressed, asked)
+    done = _evaluation(suite, dense, typed, asked, found)
+    if plot is not None:
+        from ullage.measure.quality.picture import draw_evaluation
+
+        draw_evaluation(done, plot)
+    if as_json:
+        typer.echo(json.dumps(done.to_json(), indent=2))
+    else:
+        show_evaluation(Console(highlight=False), done)
+
+
+def _refuse_unwritable(plot: Path) -> None:
+    """Refuse before minutes of work what could not be drawn after them."""
+    if plot.suffix.lower() not in (".svg", ".png"):
+        raise InputError(f"--plot {plot}: the picture is .svg or .png.")
+    if plot.is_dir() or not os.access(plot.absolute().parent, os.W_OK):
+        raise InputError(f"Cannot write {plot}: no such folder, or not a writable one.")
+
+
+def _refuse_long(tokens: int, model: ModelSpec) -> None:
+    if tokens > model.max_context_tokens:
+        raise InputError(
+            f"--tokens {tokens:,} is more than the {model.max_context_tokens:,} that {model.name} "
+            "can read."
+        )
+
+
+def _run(suite: Suite, inputs: Any, dense: Recipe, compressed: Recipe, asked: Asked) -> Found:
+    from ullage.runtime.allocator import return_freed_memory
+
+    return_freed_memory()
+    from ullage.measure.quality.run import evaluate
+
+    folder = weights_folder(dense.model)
+    with out_of_memory.explained(), _progress() as progress:
+        task = progress.add_task("reading weights", total=None)
+
+        def on_step(what: str, done: int, total: int) -> None:
+            progress.update(task, description=what, completed=done, total=total)
+
+        return evaluate(suite, inputs, dense, compressed, folder, asked, on_step)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    columns = (
+        TextColumn("{task.description}", markup=False),  # files name their tasks
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    console = Console(stderr=True, highlight=False)
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield progress
+
+
+def _evaluation(
+    suite: Suite, recipe: Recipe, typed: tuple[str, ...], asked: Asked, found: Found
+) -> Evaluation:
+    return Evaluation(
+        suite=suite,
+        model=recipe.model.name,
+        parameters=recipe.model.parameters,
+        device=recipe.device.name,
+        dtype=recipe.execution.dtype,
+        kv_dtype=recipe.execution.kv_dtype,
+        techniques=typed,
+        tokens=asked.tokens,
+        beyond_tokens=asked.beyond_tokens if suite == "perplexity" else 0,
+        seed=asked.seed,
+        comparisons=tuple(found.comparisons),
+        cells=tuple(found.cells),
+    )
