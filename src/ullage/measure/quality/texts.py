@@ -25,6 +25,20 @@ def read_texts(data: Path) -> dict[str, str]:
     return {file.stem: _plain(file.stem, read_file(file)) for file in files}
 
 
+def read_training_texts(data: Path) -> dict[str, str]:
+    """The texts in `data` and in its folder ``books`` that are not there to test with, by name.
+
+    Raises:
+        InputError: no folder, no such text in it, or one that cannot be read.
+    """
+    refuse_no_folder(data)
+    kept_back = {data / name for name in KNOWN}
+    files = sorted({*data.glob("*.txt"), *data.glob("books/*.txt")} - kept_back)
+    if not files:
+        raise InputError(f"{data} holds no .txt file to learn from.")
+    return {file.stem: _plain(file.stem, read_file(file)) for file in files}
+
+
 def read_essays(data: Path) -> str:
     """The essays in the folder ``essays`` of `data`, one after the other.
 

@@ -22,12 +22,11 @@ LIMIT_BYTES = 2 << 20
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """What a model's attention loses where a head sees a shorter window.
+    """What a model's predictions lose where a head sees a shorter window.
 
-    `windows`: [J], in tokens, rising. `loss`: [L, Hkv, J], the squared change of a layer's
-    attention output over the squared length of the residual stream that it is added to, on average
-    over positions; L counts the layers that keep every token. `fingerprint`: of the model's
-    weights. `record`: how it was measured.
+    `windows`: [J], in tokens, rising. `loss`: [L, Hkv, J], the KL divergence to full attention, in
+    nats a token, where that head alone does; L counts the layers that keep every token.
+    `fingerprint`: of the model's weights. `record`: how it was measured.
     """
 
     windows: tuple[int, ...]

@@ -1,14 +1,17 @@
-"""How far back each KV head of a model has to look: what its attention loses where it does not.
+"""How far back each KV head of a model has to look: what its predictions lose where it does not.
 
-No training: each text is read once, in full attention, and at some positions what a head adds to
-the residual stream is computed once more from a shorter window and the first few tokens. That heads
-differ in this and that it can be measured once is DuoAttention's observation (arXiv 2410.10819),
-which asks whether a head has to look back; here it is how far.
+That heads differ in this and that it can be measured once is DuoAttention's observation (arXiv
+2410.10819), which learns whether a head has to look back; here it is how far, and nothing is
+learned. Each text is read once, in full attention, and read back once: at some positions a head's
+output is computed once more from each of some shorter windows and the first few tokens, and what it
+then lacks, d, moves the predictions by a KL divergence of E[(g d)^2] / 2 nats to second order. g is
+the gradient of the log-likelihood of tokens drawn from the predictions themselves, so that E[g g^T]
+is their Fisher information.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +34,7 @@ WINDOWS = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6
            16384, 24576, 32768)  # fmt: skip
 EVERY_TOKENS = 16  # a position is looked at; all of the second half of a text
 ROWS = 32  # positions at once
-_OUTPUTS = ("o_proj", "dense", "c_proj", "out_proj")  # names that families give it
+HEAD_TOKENS = 512  # whose logits there are at once
 
 
 @dataclass
@@ -39,12 +42,11 @@ class Losses:
     """Sums over positions, [L, Hkv, J] in fp32, and how many positions there were."""
 
     windows: tuple[int, ...]
+    layers: list[int]
     sums: torch.Tensor
     positions: int = 0
-    residuals: dict[int, torch.Tensor] = field(default_factory=dict)  # of a layer, [T, hidden]
 
 
-@torch.inference_mode()
 def measure(
     model: "PreTrainedModel", texts: Iterable[torch.Tensor], record: dict[str, Any]
 ) -> Adapter:
@@ -57,14 +59,16 @@ def measure(
     spec = spec_from_config(model.config.get_text_config().to_dict())
     layers = full_layer_numbers(spec)
     losses: Losses | None = None
+    random = torch.Generator(model.device).manual_seed(0)
     for ids in texts:
         if losses is None:
             windows = tuple(size for size in WINDOWS if 2 * size <= len(ids))
             if not windows or not layers:
                 raise TechniqueError(f"dms: there is nothing to measure in {len(ids)} tokens.")
-            losses = Losses(windows, torch.zeros(len(layers), spec.num_kv_heads, len(windows)))
-        with _watched(model, losses, layers):
-            model.base_model(ids[None].to(model.device), use_cache=False)
+            sums = torch.zeros(len(layers), spec.num_kv_heads, len(windows))
+            losses = Losses(windows, layers, sums)
+        with _watched(model, losses):
+            _read_and_back(model, ids, random)
         losses.positions += len(_positions(len(ids)))
     if losses is None:
         raise TechniqueError("dms: there is no text to measure with.")
@@ -72,54 +76,96 @@ def measure(
     return Adapter(losses.windows, mean.numpy(), spec.head_dim, fingerprint(model), record)
 
 
+def _read_and_back(model: "PreTrainedModel", ids: torch.Tensor, random: torch.Generator) -> None:
+    """The gradient of the log-likelihood of tokens drawn from the predictions after `ids`, [T]; the
+    logits of some positions at a time."""
+    hidden = model.base_model(ids[None].to(model.device), use_cache=False).last_hidden_state[0]
+    leaf = hidden.detach().requires_grad_()
+    for part in torch.split(leaf, HEAD_TOKENS):
+        logits = model.get_output_embeddings()(part).float()
+        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=random)[:, 0]
+        torch.autograd.backward(F.cross_entropy(logits, drawn, reduction="sum"))
+    torch.autograd.backward(hidden, leaf.grad)
+
+
 @contextmanager
-def _watched(model: "PreTrainedModel", losses: Losses, layers: list[int]) -> Iterator[None]:
-    """`model` with attention that notes what shorter windows would lose in `layers`."""
-    AttentionInterface.register(NAME, partial(_attention, losses, layers))
+def _watched(model: "PreTrainedModel", losses: Losses) -> Iterator[None]:
+    """`model` with attention that notes what shorter windows would lose, ready for gradients of its
+    states and of none of its weights; a layer's states are computed once more on the way back."""
+    AttentionInterface.register(NAME, partial(_attention, losses))
     AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
     before = model.config._attn_implementation
     with ExitStack() as undo:
         undo.callback(model.set_attn_implementation, before)
         model.set_attn_implementation(NAME)
-        for name, module in model.named_modules():
-            if name.endswith("attn") and getattr(module, "layer_idx", None) in layers:
-                layer = model.get_submodule(name.rpartition(".")[0])
-                note = partial(_note_residual, losses, module.layer_idx)
-                undo.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
-        yield
-    losses.residuals.clear()
+        for weight in model.parameters():
+            undo.callback(weight.requires_grad_, weight.requires_grad)
+            weight.requires_grad_(False)
+        embeddings = model.get_input_embeddings()
+        undo.callback(embeddings.register_forward_hook(_with_gradient).remove)
+        undo.callback(model.train, model.training)
+        enable, disable = _checkpointing(model)
+        undo.callback(disable)
+        enable({"use_reentrant": False})
+        model.train()
+        with torch.enable_grad():
+            yield
 
 
-def _note_residual(
-    losses: Losses, layer: int, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    losses.residuals[layer] = (args[0] if args else kwargs["hidden_states"])[0]
+def _checkpointing(model: "PreTrainedModel") -> tuple[Callable[..., None], Callable[[], None]]:
+    """What turns it on and off, by the names of this version of transformers."""
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    on, off = (getattr(model, f"{name}_checkpointing_{what}") for what in ("enable", "disable"))
+    return on, off
+
+
+def _with_gradient(_: torch.nn.Module, args: tuple[Any, ...], states: torch.Tensor) -> torch.Tensor:
+    return states.requires_grad_()
 
 
 def _attention(
     losses: Losses,
-    layers: list[int],
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Full attention of one text, query [1, Hq, T, D]."""
+    """Attention of one text, query [1, Hq, T, D]; one layer's on the way back notes its losses."""
     group = query.shape[1] // key.shape[1]
     keys, values = (part.repeat_interleave(group, dim=1) for part in (key, value))
     output = F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling)
-    number: Any = module.layer_idx
-    if number in layers:
+    layer: Any = module.layer_idx
+    if layer in losses.layers:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        here = losses.sums[layers.index(number)]
-        residual = losses.residuals.pop(number)
-        for at in torch.split(_positions(query.shape[2]), ROWS):
-            lost = _lost(query[0][:, at], key[0], value[0], at, scale, losses.windows)
-            here += _added(module, lost, key.shape[1], residual[at]).cpu()
+        states = query[0].detach(), key[0].detach(), value[0].detach()
+        sums = losses.sums[losses.layers.index(layer)]
+        output.register_hook(  # type: ignore[no-untyped-call]
+            partial(_note, losses.windows, sums, states, scale)
+        )
     return output.transpose(1, 2), None
+
+
+def _note(
+    windows: tuple[int, ...],
+    sums: torch.Tensor,
+    states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    scale: float,
+    gradient: torch.Tensor,
+) -> None:
+    """Add to `sums`, [Hkv, J], what the windows lose, by queries, keys and values, [H, T, D] each,
+    and the gradient of the output, [1, Hq, T, D]."""
+    query, keys, values = states
+    heads = keys.shape[0]
+    for at in torch.split(_positions(query.shape[1]), ROWS):
+        lost = _lost(query[:, at], keys, values, at, scale, windows)  # [J, Hq, N, D]
+        moved = (lost * gradient[0][:, at].float()).sum(-1)  # [J, Hq, N]
+        by_head = moved.view(len(windows), heads, -1, len(at)).sum(2)  # a group moves together
+        sums += by_head.square().sum(-1).T.cpu() / 2
 
 
 def _positions(tokens: int) -> torch.Tensor:
@@ -150,30 +196,3 @@ def _lost(
 
     full = seen(None)
     return torch.stack([seen((age < size) | (entry < SINKS)) - full for size in windows])
-
-
-def _added(
-    module: torch.nn.Module, lost: torch.Tensor, heads: int, residual: torch.Tensor
-) -> torch.Tensor:
-    """Squared length of `lost`, [J, Hq, N, D], behind the output projection, of the group of each
-    of `heads` KV heads, over that of the residual stream [N, hidden], summed over positions:
-    [Hkv, J]."""
-    count, query_heads, positions, _ = lost.shape
-    project = _output(module)
-    squares = []
-    for head in range(heads):
-        alone = torch.zeros_like(lost)
-        group = slice(head * query_heads // heads, (head + 1) * query_heads // heads)
-        alone[:, group] = lost[:, group]
-        added = project(alone.transpose(1, 2).reshape(count, positions, -1).to(residual.dtype))
-        squares.append(added.float().square().sum(-1))  # [J, N]
-    shares = torch.stack(squares) / residual.float().square().sum(-1)  # [Hkv, J, N]
-    return shares.sum(-1)
-
-
-def _output(module: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The output projection without its bias."""
-    found = next((getattr(module, name) for name in _OUTPUTS if hasattr(module, name)), None)
-    if found is None:
-        raise TechniqueError(f"dms: {type(module).__name__} has no output that we know.")
-    return lambda states: found(states) - found(torch.zeros_like(states[:1, :1]))
