@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from ullage.techniques.dms.adapter import Adapter
 
+_TOKENS = 8192
+
 
 def train(
     technique: Annotated[Literal["dms"], typer.Argument(help="The technique.")],
@@ -45,20 +47,25 @@ def train(
         "dms.safetensors"
     ),
     tokens: Annotated[
-        str, typer.Option(metavar="TOKENS", help="Length of a text: 4096, 8K; most that is known.")
-    ] = "8192",
+        str | None,
+        typer.Option(
+            metavar="TOKENS",
+            help="Length of a piece: 4096, 8K. Default: what the model reads, 8192 at most.",
+        ),
+    ] = None,
     pieces: Annotated[int, typer.Option(min=1, help="Pieces of text, from all files in turn.")] = 6,
     device: DeviceOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="What was found as JSON.")] = False,
 ) -> None:
     """Measure how far back each KV head of a model has to look, for `dms:adapter=FILE`.
 
-    Reads each text once; no gradients, minutes on a CPU.
+    Reads each piece once, forward and back; nothing is trained by steps. A minute or two a piece
+    of 8,192 tokens on a small model and two cores.
     """
     _refuse_unwritable(output)
     spec = resolve(model)
     refuse_planned_only(spec)
-    length = parse_tokens(tokens)
+    length = parse_tokens(tokens) if tokens else min(_TOKENS, spec.max_context_tokens)
     if length > spec.max_context_tokens:
         raise InputError(
             f"--tokens {length:,}: {spec.name} reads {spec.max_context_tokens:,} at most."

@@ -1,0 +1,71 @@
+"""ullage train, as a shell sees it, on a tiny model."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Typed = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    (tmp_path / "books").mkdir()
+    for name in ("one.txt", "books/two.txt", "books/moby_dick.txt"):
+        text = " ".join(f"w{6 + (n * n + len(name)) % 58}" for n in range(400))
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+@pytest.fixture
+def train(typed: Typed, model_folder: Callable[[str], Path], data: Path) -> Typed:
+    """`train(*words)`: an adapter of the tiny llama from two texts, in `data`."""
+    words = ["train", "dms", str(model_folder("llama")), "--data", str(data), "--device", "cpu-16gb"]
+    return lambda *more: typed(*words, "--output", str(data / "made.safetensors"), *more)
+
+
+def test_what_is_made_can_be_planned_and_run(
+    train: Typed, typed: Typed, model_folder: Callable[[str], Path], data: Path
+) -> None:
+    done = train("--tokens", "200", "--pieces", "3", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["pieces"] == ["two:0", "one:0", "two:1"]  # nothing to test with is among them
+    assert found["windows"] == [64, 96]
+    technique = f"dms:predictor=window,window=80,adapter={data / 'made.safetensors'}"
+    words = [str(model_folder("llama")), "--technique", technique]
+    run = typed("run", *words, "--prompt", "w9 w8 " * 60, "--max-new-tokens", "4")
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_table_says_how_the_heads_share(train: Typed) -> None:
+    done = train("--tokens", "200")
+    assert done.returncode == 0, done.stderr
+    assert "heads see least" in done.stdout
+    assert "use it by" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--tokens", "300"], "reads 256 at most"),
+        (["--data", "nowhere"], "no folder"),
+        (["--output", "/nowhere/made.safetensors"], "Cannot write"),
+        (["--tokens", "100"], "nothing to measure in 100 tokens"),
+    ],
+)
+def test_bad_input_is_our_error(train: Typed, words: list[str], said: str) -> None:
+    done = train(*words)
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr.replace("\n", " ")
+    assert "Traceback" not in done.stderr
+
+
+def test_texts_that_are_short_are_our_error(train: Typed, data: Path) -> None:
+    for file in data.rglob("*.txt"):
+        file.write_text("w9 w8 w7")
+    done = train("--tokens", "200")
+    assert done.returncode == 2
+    assert "No text is 200 tokens long" in done.stderr
