@@ -22,7 +22,15 @@ def data(tmp_path: Path) -> Path:
 @pytest.fixture
 def train(typed: Typed, model_folder: Callable[[str], Path], data: Path) -> Typed:
     """`train(*words)`: an adapter of the tiny llama from two texts, in `data`."""
-    words = ["train", "dms", str(model_folder("llama")), "--data", str(data), "--device", "cpu-16gb"]
+    words = [
+        "train",
+        "dms",
+        str(model_folder("llama")),
+        "--data",
+        str(data),
+        "--device",
+        "cpu-16gb",
+    ]
     return lambda *more: typed(*words, "--output", str(data / "made.safetensors"), *more)
 
 

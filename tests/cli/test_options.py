@@ -122,3 +122,22 @@ def test_prompt_and_output_are_the_whole_length(total: int, output: int) -> None
     else:
         assert workload_of(MODEL, str(total), str(output), 1) == Workload(total - output, output)
     assert workload_of(MODEL, str(total), None, 1).context_tokens == total
+
+
+def test_the_hybrid_recipe_is_4_bit_weights_and_a_sparse_cache() -> None:
+    llama = resolve("llama-3.1-8b")
+    recipe = PlanOptions().with_recipe("hybrid", llama).recipe(llama, GPU, WORK)
+    assert recipe.techniques[0] == NF4
+    assert [choice.name for choice in recipe.techniques] == ["quantization", "dms"]
+    assert PlanOptions().with_recipe(None, llama) == PlanOptions()
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        PlanOptions(weights="int8", technique=("dms:kept=0.25",)),
+        PlanOptions(technique=("quantization:scheme=int8", "camelot:slots=9")),
+    ],
+)
+def test_what_was_asked_for_stands_beside_the_hybrid_recipe(asked: PlanOptions) -> None:
+    assert asked.with_recipe("hybrid", MODEL) == asked

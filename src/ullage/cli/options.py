@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -17,9 +17,11 @@ from ullage.specs.dtypes import dtype_name, kv_dtype_name
 from ullage.specs.model import ModelSpec
 from ullage.specs.plan import Recipe, TechniqueChoice
 from ullage.specs.workload import Attention, Engine, Execution, Workload
+from ullage.techniques.dms.adapter import shipped_adapters
 from ullage.units import format_bytes, parse_bytes, parse_tokens
 
 DEFAULT_OUTPUT_TOKENS = 256
+NamedRecipe = Literal["hybrid"]
 _MOST = 1 << 31  # of anything that is counted here: no machine comes near, and floats hold
 
 ModelArgument = Annotated[
@@ -112,6 +114,14 @@ TechniqueOption = Annotated[
         "--technique", metavar="NAME:key=value", help="A memory technique; may be given again."
     ),
 ]
+RecipeOption = Annotated[
+    NamedRecipe | None,
+    typer.Option(
+        "--recipe",
+        help="hybrid: 4-bit weights and a sparse KV cache, --weights nf4 --technique dms, with the "
+        "model's own adapter where one is shipped.",
+    ),
+]
 EngineOption = Annotated[
     Engine,
     typer.Option(
@@ -167,6 +177,16 @@ class PlanOptions:
     tp: int = 1
     pp: int = 1
     utilization: float | None = None
+
+    def with_recipe(self, name: NamedRecipe | None, model: ModelSpec) -> "PlanOptions":
+        """These options, and what `name` stands for where they leave it open."""
+        if name is None:
+            return self
+        asked = {text.partition(":")[0] for text in self.technique}
+        weights = self.weights if self.weights or "quantization" in asked else "nf4"
+        sparse = f"dms:adapter={model.name}" if model.name in shipped_adapters() else "dms"
+        added = () if asked & {"dms", "camelot"} else (sparse,)
+        return replace(self, weights=weights, technique=(*self.technique, *added))
 
     def find_device(self) -> Device:
         """The device that is named, or this machine."""

@@ -22,6 +22,7 @@ from ullage.cli.options import (
     OutputLenOption,
     PlanOptions,
     PpOption,
+    RecipeOption,
     TechniqueOption,
     TpOption,
     UtilizationOption,
@@ -78,6 +79,7 @@ def plan(
     attention: AttentionOption = None,
     prefill_chunk: ChunkOption = None,
     technique: TechniqueOption = None,
+    recipe: RecipeOption = None,
     engine: EngineOption = "ullage",
     engine_version: EngineVersionOption = "",
     tp: TpOption = 1,
@@ -135,6 +137,7 @@ def plan(
         tp, pp, gpu_memory_utilization,
     )  # fmt: skip
     spec, place = resolve(model), options.find_device()
+    options = options.with_recipe(recipe, spec)
     if goal == "context" and max_model_len is None:
         max_model_len = str(min(_LEAST_CONTEXT_TOKENS, spec.max_context_tokens))
     workload = workload_of(spec, max_model_len, output_len, max_num_seqs or 1)

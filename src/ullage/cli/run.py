@@ -21,6 +21,7 @@ from ullage.cli.options import (
     MemoryOption,
     ModelArgument,
     PlanOptions,
+    RecipeOption,
     TechniqueOption,
     WeightsOption,
 )
@@ -75,6 +76,7 @@ def run(
     attention: AttentionOption = None,
     prefill_chunk: ChunkOption = None,
     technique: TechniqueOption = None,
+    recipe: RecipeOption = None,
     calibration: CalibrationOption = None,
 ) -> None:
     """Run a model inside a byte budget that nothing exceeds.
@@ -90,7 +92,9 @@ def run(
     spec = resolve(model)
     refuse_planned_only(spec)
     text = prompt_text(source, prompt, prompt_file)
-    session = _Session(spec, options, None if plan is None else read_plan(plan))
+    session = _Session(
+        spec, options.with_recipe(recipe, spec), None if plan is None else read_plan(plan)
+    )
     session.refuse_early(text, max_new_tokens)
     ids = session.tokenize(text, chat)
     made = session.plan_for(len(ids), max_new_tokens)

@@ -25,7 +25,7 @@ def as_memory_option(size_bytes: int) -> str:
 
 def as_typed(choice: TechniqueChoice) -> str:
     """The choice as ``--technique`` takes it."""
-    settings = ",".join(f"{key}={value}" for key, value in choice.settings.items())
+    settings = ",".join(f"{key}={value}" for key, value in choice.settings.items() if value != "")
     return f"{choice.name}:{settings}" if settings else choice.name
 
 

@@ -112,6 +112,12 @@ def _steps(loss: numpy.ndarray, sizes: list[int]) -> list[tuple[float, int, int]
     return steps
 
 
+def shipped_adapters() -> list[str]:
+    """The names of the adapters that are part of ullage: those of their models."""
+    files = (Path(item.name) for item in SHIPPED.iterdir())
+    return sorted(file.stem for file in files if file.suffix == ".safetensors")
+
+
 @cache
 def load_adapter(name: str) -> Adapter:
     """The adapter that is shipped as `name`, or the file of that path.
@@ -123,7 +129,7 @@ def load_adapter(name: str) -> Adapter:
     if not path.is_file():
         path = Path(name)
     if not path.is_file():
-        known = ", ".join(sorted(Path(str(item)).stem for item in SHIPPED.iterdir()))
+        known = ", ".join(shipped_adapters())
         raise TechniqueError(f"dms: no adapter {name!r}: neither a file nor one of {known}.")
     if path.stat().st_size > LIMIT_BYTES:
         raise TechniqueError(f"dms: {name} is too large for an adapter.")
