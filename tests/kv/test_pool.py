@@ -140,7 +140,7 @@ def test_a_block_given_back_twice_is_refused(again: Run) -> None:
 @pytest.mark.parametrize(("dtype", "number_bytes"), [(torch.float32, 4), (torch.bfloat16, 2)])
 def test_nbytes_is_what_the_tensors_hold(dtype: torch.dtype, number_bytes: int) -> None:
     pool = KVPool(5, head_dim=8, dtype=dtype)
-    assert pool.nbytes == pool.keys.nbytes + pool.values.nbytes
+    assert pool.nbytes == sum(tensor.nbytes for tensor in pool.blocks.tensors)
     assert pool.block_bytes == 2 * 16 * 8 * number_bytes
 
 

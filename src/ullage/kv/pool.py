@@ -1,8 +1,8 @@
 """KVPool: fixed-size blocks with one owner of their bytes.
 
-A block holds K and V of `BLOCK_TOKENS` tokens for one KV head. Blocks are handed out as runs, as
-few and as long as the free space allows, so that attention reads them as plain views and nothing is
-ever gathered.
+A block holds K and V of `BLOCK_TOKENS` tokens for one KV head, int8 with its scales. Blocks are
+handed out as runs, as few and as long as the free space allows, so that attention reads them as
+plain views and nothing is ever gathered.
 """
 
 from bisect import bisect_left
@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from ullage.errors import BudgetExceeded
-from ullage.specs.blocks import BLOCK_TOKENS
+from ullage.kv.entries import Entries, room_for
 
 
 @dataclass(frozen=True, order=True)
@@ -44,7 +44,7 @@ class Blocks(Protocol):
     def give_back(self, runs: list[Run]) -> None:
         """Return `runs`; their contents are gone."""
 
-    def entries(self, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+    def entries(self, run: Run) -> Entries:
         """K and V of a run, [count, BLOCK_TOKENS, D] each, where they lie."""
 
 
@@ -62,21 +62,19 @@ class KVPool:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> None:
-        shape = (num_blocks, BLOCK_TOKENS, head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.blocks = room_for(num_blocks, head_dim, dtype, device)
         self.num_blocks = num_blocks
         self._free = [Run(0, num_blocks)] if num_blocks else []  # sorted, never adjacent
 
     @property
     def dtype(self) -> torch.dtype:
         """Of an entry's numbers."""
-        return self.keys.dtype
+        return self.blocks.keys.dtype
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block, K and V."""
-        return 2 * BLOCK_TOKENS * self.keys.shape[-1] * self.keys.element_size()
+        """Bytes of one block, K and V, scales included."""
+        return sum(tensor.shape[1:].numel() * tensor.itemsize for tensor in self.blocks.tensors)
 
     @property
     def nbytes(self) -> int:
@@ -93,10 +91,9 @@ class KVPool:
         """Blocks that nobody has."""
         return sum(run.count for run in self._free)
 
-    def entries(self, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+    def entries(self, run: Run) -> Entries:
         """See `Blocks`."""
-        blocks = slice(run.start, run.start + run.count)
-        return self.keys[blocks], self.values[blocks]
+        return self.blocks.each(lambda tensor: tensor[run.start : run.start + run.count])
 
     def take(self, count: int, multiple: int = 1) -> list[Run]:
         """`count` blocks in as few runs as the free space allows, each a multiple of `multiple`.
@@ -188,19 +185,18 @@ class HeapBlocks:
 
     def __init__(self, head_dim: int, dtype: torch.dtype, device: torch.device | str) -> None:
         self.head_dim, self.dtype, self.device = head_dim, dtype, device
-        self._runs: dict[Run, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._runs: dict[Run, Entries] = {}
         self._next = 0
 
     @property
     def taken_bytes(self) -> int:
         """See `Blocks`."""
-        return sum(keys.nbytes + values.nbytes for keys, values in self._runs.values())
+        return sum(tensor.nbytes for held in self._runs.values() for tensor in held.tensors)
 
     def take(self, count: int, multiple: int = 1) -> list[Run]:
         """See `Blocks`; never refused by us."""
-        run, shape = Run(self._next, count), (count, BLOCK_TOKENS, self.head_dim)
-        keys, values = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
-        self._runs[run] = keys, values
+        run = Run(self._next, count)
+        self._runs[run] = room_for(count, self.head_dim, self.dtype, self.device)
         self._next += count
         return [run]
 
@@ -209,6 +205,6 @@ class HeapBlocks:
         for run in runs:
             del self._runs[run]
 
-    def entries(self, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+    def entries(self, run: Run) -> Entries:
         """See `Blocks`."""
         return self._runs[run]

@@ -13,6 +13,7 @@ from typing import Self
 import torch
 
 from ullage.errors import BudgetExceeded
+from ullage.kv.entries import Entries, side_by_side, stored
 from ullage.kv.kernels import Piece
 from ullage.kv.pool import Blocks, Run
 from ullage.specs.blocks import BLOCK_TOKENS
@@ -35,6 +36,11 @@ class NewTokens:
     def __len__(self) -> int:
         return self.keys.shape[1]
 
+    def stored(self, dtype: torch.dtype) -> Entries:
+        """Their entries, rounded as a pool of `dtype` stores them: what their own queries are shown
+        too, so that results do not hang on the chunk size."""
+        return stored(self.keys, self.values, dtype)
+
     def part(self, start: int, stop: int) -> "NewTokens":
         """The tokens from `start` up to `stop`, as views."""
         span = slice(start, stop)
@@ -53,10 +59,8 @@ class Segment:
     def __init__(self, pool: Blocks, run: Run, num_kv_heads: int) -> None:
         self.run = run
         self.slots = run.count // num_kv_heads * BLOCK_TOKENS
-        keys, values = pool.entries(run)
-        shape = (num_kv_heads, self.slots, keys.shape[-1])
-        self.keys = keys.view(shape)  # [Hkv, slots, D]
-        self.values = values.view(shape)
+        shape = (num_kv_heads, self.slots)
+        self.entries = pool.entries(run).each(lambda part: part.view(*shape, *part.shape[2:]))
 
 
 class Slots:
@@ -107,8 +111,8 @@ class Slots:
         twin, at = Slots(self.pool, self.num_kv_heads), 0
         twin.reserve(self.capacity)
         for piece in self.read(0, used):
-            twin.write(at, piece.keys, piece.values)
-            at += piece.keys.shape[1]
+            twin.write(at, piece)
+            at += len(piece)
         return twin
 
     def release(self) -> None:
@@ -116,15 +120,15 @@ class Slots:
         self.pool.give_back([segment.run for segment in self.segments])
         self.segments = []
 
-    def write(self, slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store `keys` and `values`, [Hkv, N, D] each, in N slots from `slot` on."""
+    def write(self, slot: int, entries: Entries) -> None:
+        """Copy `entries`, in the pool's format, to as many slots from `slot` on."""
         first, written = 0, 0  # the segment's first slot, tokens stored
         for segment in self.segments:
             at = slot + written - first
-            count = min(segment.slots - at, keys.shape[1] - written)
+            count = min(segment.slots - at, len(entries) - written)
             if count > 0:
-                segment.keys[:, at : at + count] = keys[:, written : written + count]
-                segment.values[:, at : at + count] = values[:, written : written + count]
+                part = entries.part(slice(written, written + count))
+                segment.entries.part(slice(at, at + count)).write(part)
                 written += count
             first += segment.slots
 
@@ -134,7 +138,7 @@ class Slots:
         for segment in self.segments:
             span = slice(max(0, start - first), max(0, min(segment.slots, stop - first)))
             if span.start < span.stop:
-                pieces.append(Piece(segment.keys[:, span], segment.values[:, span]))
+                pieces.append(Piece.of(segment.entries.part(span)))
             first += segment.slots
         return pieces
 
@@ -189,10 +193,11 @@ class FullRow(Row):
         past, tokens = self._length, len(new)
         self.slots.grow(past + tokens)
         self._length += tokens
-        self.slots.write(past, new.keys, new.values)
+        own = new.stored(self.slots.pool.dtype)
+        self.slots.write(past, own)
         if tokens == 1:
             return attention(new.query, self.slots.read(0, self._length))
-        pieces = [*self.slots.read(0, past), as_stored(new.keys, new.values, self.slots.pool)]
+        pieces = [*self.slots.read(0, past), Piece.of(own, causal=True)]
         return attention(new.query, pieces)
 
     def copy(self) -> Self:
@@ -234,17 +239,17 @@ class Ring:
         self.slots.release()
         self.length = 0
 
-    def write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store new entries, [Hkv, N, D] each, over the oldest."""
-        self.slots.grow(min(self.length + keys.shape[1], self.window), self.window)
-        self.length += keys.shape[1]
-        kept = min(keys.shape[1], self.window)
-        keys, values = keys[:, -kept:], values[:, -kept:]
+    def write(self, entries: Entries) -> None:
+        """Store new entries over the oldest."""
+        new = len(entries)
+        self.slots.grow(min(self.length + new, self.window), self.window)
+        self.length += new
+        kept = min(new, self.window)
         slot = (self.length - kept) % self.window
         first = min(kept, self.window - slot)
-        self.slots.write(slot, keys[:, :first], values[:, :first])
+        self.slots.write(slot, entries.part(slice(new - kept, new - kept + first)))
         if first < kept:
-            self.slots.write(0, keys[:, first:], values[:, first:])
+            self.slots.write(0, entries.part(slice(new - kept + first, new)))
 
     def read(self) -> list[Piece]:
         """All entries, in the order in which they lie."""
@@ -275,14 +280,20 @@ class SlidingRow(Row):
 
     def attend(self, new: NewTokens, attention: Attend) -> torch.Tensor:
         if len(new) == 1:
-            self.ring.write(new.keys, new.values)
+            self.ring.write(new.stored(self.ring.slots.pool.dtype))
             return attention(new.query, self.ring.read())
-        past, stored = self.ring.between(self.ring.first, self.length), self.ring.slots.pool.dtype
-        keys = side_by_side([piece.keys for piece in past], new.keys, stored)
-        values = side_by_side([piece.values for piece in past], new.values, stored)
-        self.ring.write(new.keys, new.values)
+        keys, values = self._laid_out(new)
         mask = _band(len(new), keys.shape[1], self.ring.window, keys.device)
-        return attention(new.query, [Piece(keys, values, mask=mask)])  # [Hkv, past + N, D]
+        return attention(new.query, [Piece(keys, values, mask=mask)])
+
+    def _laid_out(self, new: NewTokens) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the entries of `new`: K and V, [Hkv, past + N, D] each, of the window before them
+        and of them."""
+        past = self.ring.between(self.ring.first, self.length)
+        own = new.stored(self.ring.slots.pool.dtype)
+        laid_out = side_by_side([*past, own], new.keys.dtype)
+        self.ring.write(own)
+        return laid_out
 
     def copy(self) -> Self:
         twin = copy(self)
@@ -291,24 +302,6 @@ class SlidingRow(Row):
 
     def release(self) -> None:
         self.ring.release()
-
-
-def as_stored(keys: torch.Tensor, values: torch.Tensor, pool: Blocks) -> Piece:
-    """New entries, rounded as the pool rounds them, so that results do not hang on the chunk
-    size."""
-    return Piece(keys.to(pool.dtype), values.to(pool.dtype), causal=True)
-
-
-def side_by_side(past: list[torch.Tensor], new: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
-    """Stored entries and new ones in one tensor, [Hkv, past + N, D] in the new ones' format, the
-    new ones rounded as the pool rounds them, so that results do not hang on the chunk size."""
-    parts = [*past, new.to(stored)]
-    span = new.new_empty((new.shape[0], sum(part.shape[1] for part in parts), new.shape[2]))
-    at = 0
-    for part in parts:
-        span[:, at : at + part.shape[1]] = part
-        at += part.shape[1]
-    return span
 
 
 def _band(queries: int, keys: int, window: int, device: torch.device) -> torch.Tensor:

@@ -6,7 +6,7 @@ survivors or is gone. Who survives is decided for some tokens at a time, at plac
 position alone, so that the same entries are kept however a prompt is cut into chunks.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from copy import copy, deepcopy
 from dataclasses import replace
 from typing import Protocol, Self
@@ -14,9 +14,10 @@ from typing import Protocol, Self
 import torch
 
 from ullage.errors import BudgetExceeded
+from ullage.kv.entries import Entries, side_by_side
 from ullage.kv.kernels import Piece
 from ullage.kv.pool import Blocks
-from ullage.kv.rows import Attend, NewTokens, Ring, Row, Slots, as_stored, side_by_side
+from ullage.kv.rows import Attend, NewTokens, Ring, Row, Slots
 from ullage.specs.survivors import SPAN_TOKENS, Survival
 
 
@@ -41,11 +42,11 @@ class Survivors:
         """The same entries in blocks of their own."""
         return Survivors(self.slots.copy(self.length), self.length)
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store [1, N, D] each."""
-        length = self.length + keys.shape[1]
+    def append(self, entries: Entries) -> None:
+        """Store more."""
+        length = self.length + len(entries)
         self.slots.grow(length)
-        self.slots.write(self.length, keys, values)
+        self.slots.write(self.length, entries)
         self.length = length
 
     def release(self) -> None:
@@ -106,50 +107,49 @@ class SparseHead:
         self._stays = torch.cat([self._stays[first - self._since :], stays])
         self._since = first
 
-    def take(self, keys: torch.Tensor, values: torch.Tensor) -> list[Piece]:
-        """Store one entry, [1, 1, D], in the slot of the one that leaves, and return what its query
-        attends to."""
+    def take(self, own: Entries) -> list[Piece]:
+        """Store one entry in the slot of the one that leaves, and return what its query attends
+        to."""
         ring = self.ring
         if ring.used == ring.window and self._stays[ring.first - self._since]:
-            leaving = ring.between(ring.first, ring.first + 1)[0]
-            self.survivors.append(leaving.keys, leaving.values)
-        ring.write(keys, values)
+            self.survivors.append(ring.between(ring.first, ring.first + 1)[0])
+        ring.write(own)
         return [*ring.read(), *self.survivors.read()]
 
-    def pieces(self, keys: torch.Tensor, values: torch.Tensor) -> list[Piece]:
-        """What the queries of new entries, [1, N, D], attend to before those are stored: survivors
-        and window where they lie, under a mask what leaves the window on the way."""
-        ring, tokens = self.ring, keys.shape[1]
+    def pieces(self, own: Entries) -> list[Piece]:
+        """What the queries of new entries attend to before those are stored: survivors and window
+        where they lie, under a mask what leaves the window on the way."""
+        ring, tokens = self.ring, len(own)
         stop = ring.first + min(ring.used, self._leaving(tokens))
         masked, at = [], ring.first
         for piece in ring.between(at, stop):
             masked.append(replace(piece, mask=self._visible(at, piece, tokens)))
-            at += piece.keys.shape[1]
-        new = as_stored(keys, values, ring.slots.pool)
+            at += len(piece)
+        new = Piece.of(own, causal=True)
         if tokens > ring.window:
-            new = replace(new, causal=False, mask=self._visible(ring.length, new, tokens))
+            new = Piece.of(own, mask=self._visible(ring.length, own, tokens))
         return [*self.survivors.read(), *masked, *ring.between(stop, ring.length), new]
 
-    def store(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Take new entries in, [1, N, D] each; what leaves the window survives or is gone."""
-        ring, gone = self.ring, self._leaving(keys.shape[1])
+    def store(self, own: Entries) -> None:
+        """Take new entries in; what leaves the window survives or is gone."""
+        ring, gone = self.ring, self._leaving(len(own))
         at = ring.first
         for piece in ring.between(at, at + min(ring.used, gone)):
-            at = self._settle(at, piece.keys, piece.values)
+            at = self._settle(at, piece)
         passing = max(0, gone - ring.used)  # new entries that leave at once
-        self._settle(at, keys[:, :passing], values[:, :passing])
-        ring.write(keys, values)
+        self._settle(at, own.part(slice(passing)))
+        ring.write(own)
 
     def _leaving(self, tokens: int) -> int:
         """Entries that leave the window while `tokens` come."""
         return max(0, self.ring.used + tokens - self.ring.window)
 
-    def _settle(self, at: int, keys: torch.Tensor, values: torch.Tensor) -> int:
+    def _settle(self, at: int, leaving: Entries) -> int:
         """The entries from position `at` on leave the window; the position behind them."""
-        stop = at + keys.shape[1]
-        place = self._staying(at, stop).nonzero()[:, 0].to(keys.device)
+        stop = at + len(leaving)
+        place = self._staying(at, stop).nonzero()[:, 0].to(leaving.keys.device)
         if len(place):
-            self.survivors.append(keys[:, place], values[:, place])
+            self.survivors.append(leaving.each(lambda tensor: tensor[:, place]))
         return stop
 
     def _staying(self, start: int, stop: int) -> torch.Tensor:
@@ -160,11 +160,10 @@ class SparseHead:
         stays[: len(known)] = known
         return stays
 
-    def _visible(self, start: int, piece: Piece, queries: int) -> torch.Tensor:
-        """Bool [N, T]: each of the `queries` next queries sees, of the entries of `piece`, which
-        are those from position `start` on, the `window` newest up to its own, and before them
-        those that stay."""
-        device, stop, length = piece.keys.device, start + piece.keys.shape[1], self.ring.length
+    def _visible(self, start: int, entries: Entries, queries: int) -> torch.Tensor:
+        """Bool [N, T]: each of the `queries` next queries sees, of `entries`, which are those from
+        position `start` on, the `window` newest up to its own, and before them those that stay."""
+        device, stop, length = entries.keys.device, start + len(entries), self.ring.length
         query = torch.arange(length, length + queries, device=device)[:, None]
         entry = torch.arange(start, stop, device=device)[None, :]
         recent = entry > query - self.ring.window
@@ -217,25 +216,27 @@ class SparseRow(Row):
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
     def _attend_one(self, new: NewTokens, attention: Attend) -> torch.Tensor:
-        self._decide(new)
-        pieces = [head.take(*entries) for head, entries in self._by_head(new)]
+        own = self._by_head(new)
+        self._decide(new, own)
+        pieces = [head.take(entries) for head, entries in zip(self.heads, own, strict=True)]
         return attention(new.query, self._for_queries(new, pieces))
 
     def _attend_span(self, new: NewTokens, attention: Attend) -> torch.Tensor:
-        self._decide(new)
-        pieces = [head.pieces(*entries) for head, entries in self._by_head(new)]
+        own = self._by_head(new)
+        self._decide(new, own)
+        pieces = [head.pieces(entries) for head, entries in zip(self.heads, own, strict=True)]
         output = attention(new.query, self._for_queries(new, pieces))
-        for head, entries in self._by_head(new):
-            head.store(*entries)
+        for head, entries in zip(self.heads, own, strict=True):
+            head.store(entries)
         return output
 
-    def _decide(self, new: NewTokens) -> None:
+    def _decide(self, new: NewTokens, own: list[Entries]) -> None:
         """At each place of decision that `new` reaches, whoever is undecided before it."""
         waiting, every = self.length % self.every, self.every
         ends = range(every, waiting + len(new) + 1, every)
         seen = 0
         if ends:
-            keys, values = self._undecided(waiting, new)
+            keys, values = self._undecided(waiting, own, new.keys.dtype)
             for end in ends:
                 self.scorer.see(new.part(seen, end - waiting))
                 seen = end - waiting
@@ -246,22 +247,22 @@ class SparseRow(Row):
         if seen < len(new):
             self.scorer.see(new.part(seen, len(new)))
 
-    def _undecided(self, waiting: int, new: NewTokens) -> tuple[torch.Tensor, torch.Tensor]:
+    def _undecided(
+        self, waiting: int, own: list[Entries], dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values, [Hkv, waiting + N, D] each, of the entries that wait for a decision and
         of the new ones."""
-        stored = self.heads[0].ring.slots.pool.dtype
-        keys, values = [], []
-        for head, (new_keys, new_values) in self._by_head(new):
-            past = head.newest(waiting)
-            keys.append(side_by_side([piece.keys for piece in past], new_keys, stored))
-            values.append(side_by_side([piece.values for piece in past], new_values, stored))
+        laid_out = [
+            side_by_side([*head.newest(waiting), entries], dtype)
+            for head, entries in zip(self.heads, own, strict=True)
+        ]
+        keys, values = zip(*laid_out, strict=True)
         return torch.cat(keys), torch.cat(values)
 
-    def _by_head(self, new: NewTokens) -> Iterator[tuple[SparseHead, tuple[torch.Tensor, ...]]]:
-        """Each head with the keys and values, [1, N, D] each, that are new to it."""
-        for index, head in enumerate(self.heads):
-            here = slice(index, index + 1)
-            yield head, (new.keys[here], new.values[here])
+    def _by_head(self, new: NewTokens) -> list[Entries]:
+        """The entries that are new to each head."""
+        own = new.stored(self.heads[0].ring.slots.pool.dtype)
+        return [own.part(slice(None), slice(at, at + 1)) for at in range(len(self.heads))]
 
     def _for_queries(self, new: NewTokens, pieces: list[list[Piece]]) -> list[Piece]:
         """The pieces of each KV head, for the query heads that it serves."""

@@ -12,10 +12,12 @@ from typing import Protocol
 
 import torch
 
+from ullage.kv.entries import Entries
+
 
 @dataclass(frozen=True)
-class Piece:
-    """Entries that a query attends to: K and V, [Hkv, T, D] each, in the pool's format.
+class Piece(Entries):
+    """Entries that a query attends to.
 
     `causal`: the entries are the queries' own, T = N, and a query sees those up to itself. `mask`:
     bool [N, T], True where a query sees an entry. Neither: every query sees every entry. `heads`:
@@ -23,11 +25,17 @@ class Piece:
     alone. A KV head serves as many query heads in every piece.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
     causal: bool = False
     mask: torch.Tensor | None = None
     heads: slice | None = None
+
+    @classmethod
+    def of(
+        cls, entries: Entries, causal: bool = False, mask: torch.Tensor | None = None
+    ) -> "Piece":
+        """`entries`, seen so."""
+        scales = (entries.key_scales, entries.value_scales)
+        return cls(entries.keys, entries.values, *scales, causal=causal, mask=mask)
 
 
 class Kernel(Protocol):

@@ -35,8 +35,8 @@ def _flash(query: torch.Tensor, tile: Piece, scale: float) -> tuple[torch.Tensor
         packed = query.reshape(tile.keys.shape[0], -1, query.shape[2])  # [Hkv, G, D]
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         packed[None],
-        tile.keys[None].to(query.dtype),
-        tile.values[None].to(query.dtype),
+        tile.keys_in(query.dtype)[None],
+        tile.values_in(query.dtype)[None],
         is_causal=tile.causal and query.shape[1] > 1,
         attn_mask=bias,
         scale=scale,
@@ -55,7 +55,6 @@ def _tiles(query: torch.Tensor, piece: Piece) -> list[Piece]:
     at once. What has a mask is no longer than a chunk and its window."""
     if piece.keys.dtype == query.dtype or piece.causal or piece.mask is not None:
         return [piece]
-    spans = [
-        slice(start, start + TILE_TOKENS) for start in range(0, piece.keys.shape[1], TILE_TOKENS)
-    ]
-    return [Piece(piece.keys[:, span], piece.values[:, span]) for span in spans]
+    starts = range(0, len(piece), TILE_TOKENS)
+    parts = [piece.part(slice(start, start + TILE_TOKENS)) for start in starts]
+    return [Piece.of(part) for part in parts]

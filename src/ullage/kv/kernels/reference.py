@@ -6,6 +6,7 @@ Scores are built for a tile of entries at a time and overwritten in place: the w
 
 import torch
 
+from ullage.kv.entries import Entries
 from ullage.kv.kernels import Joined, Piece
 from ullage.specs.tiles import tile_tokens
 
@@ -31,29 +32,28 @@ def _attend_tile(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [Hq, N, D] and log-sum-exp [Hq, N] over the entries in `span`; zeros and a number near
     fp32's lowest for a query that sees none of them."""
-    scores = _scores(query, piece, span, scale, softcap)  # [Hkv, G N, T]
+    tile = piece.part(span)
+    scores = _scores(query, tile, scale, softcap)  # [Hkv, G N, T]
+    hidden = _hidden(piece, span)
+    if hidden is not None:
+        scores.view(*query.shape[:2], -1).masked_fill_(hidden, float("-inf"))
     highest = scores.amax(dim=-1, keepdim=True).clamp_(min=_FP32.min)
     weights = scores.sub_(highest).exp_()
     total = weights.sum(dim=-1, keepdim=True).clamp_(min=_FP32.tiny)
-    output = (weights @ piece.values[:, span].float()).div_(total)
+    output = (weights @ tile.values_in(torch.float32)).div_(total)
     return output.view(query.shape), highest.add_(total.log_()).view(query.shape[:2])
 
 
 def _scores(
-    query: torch.Tensor, piece: Piece, span: slice, scale: float, softcap: float | None
+    query: torch.Tensor, tile: Entries, scale: float, softcap: float | None
 ) -> torch.Tensor:
     """Each KV head's scores with the group of query heads that it serves, [Hkv, G N, T]."""
-    heads, _, head_dim = piece.keys.shape
+    heads, _, head_dim = tile.keys.shape
     grouped = query.to(torch.float32, memory_format=torch.contiguous_format)
-    keys = piece.keys[:, span].float()
+    keys = tile.keys_in(torch.float32)
     scores = grouped.reshape(heads, -1, head_dim) @ keys.transpose(1, 2)
     scores.mul_(scale)
-    if softcap is not None:
-        scores.div_(softcap).tanh_().mul_(softcap)
-    hidden = _hidden(piece, span)
-    if hidden is not None:
-        scores.view(*query.shape[:2], -1).masked_fill_(hidden, float("-inf"))
-    return scores
+    return scores if softcap is None else scores.div_(softcap).tanh_().mul_(softcap)
 
 
 def _hidden(piece: Piece, span: slice) -> torch.Tensor | None:

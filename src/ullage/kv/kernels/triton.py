@@ -9,6 +9,8 @@ Scratch: D + 1 numbers in fp32 for each query of each split, whose number specs/
 however long the past is, and the list of the work.
 """
 
+from dataclasses import replace
+
 import torch
 
 from ullage.kv.kernels import Piece, reference
@@ -93,4 +95,4 @@ def _readable(piece: Piece) -> Piece:
     if all(tensor is None or tensor.stride(-1) == 1 for tensor in tensors):
         return piece
     mask = None if piece.mask is None else _packed(piece.mask)
-    return Piece(_packed(piece.keys), _packed(piece.values), piece.causal, mask, piece.heads)
+    return replace(piece, keys=_packed(piece.keys), values=_packed(piece.values), mask=mask)
