@@ -266,7 +266,8 @@ def triton_kernel() -> Any:
 
     def on_gpu(piece: Piece) -> Piece:
         mask = None if piece.mask is None else piece.mask.cuda()
-        return replace(piece, keys=piece.keys.cuda(), values=piece.values.cuda(), mask=mask)
+        entries = piece.each(lambda tensor: tensor.cuda())
+        return replace(Piece.of(entries, piece.causal, mask), heads=piece.heads)
 
     def attend(query: Any, pieces: list[Piece], *how: Any) -> Any:
         return triton.attend(query.cuda(), [on_gpu(piece) for piece in pieces], *how).cpu()

@@ -2,12 +2,14 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
 from ullage.kv import kernels
 from ullage.kv.attention import kernel_for
+from ullage.kv.entries import stored
 from ullage.kv.kernels import Joined, Kernel, Piece, cpu, reference
 from ullage.specs.tiles import TILE_TOKENS, tile_scores
 
@@ -34,8 +36,17 @@ def piece(
     causal: bool = False,
     mask: torch.Tensor | None = None,
 ) -> Piece:
-    keys, values = (entries(seed + at, kv_heads, tokens, 8).to(dtype) for at in (0, 1))
-    return Piece(keys, values, causal=causal, mask=mask)
+    keys, values = (entries(seed + at, kv_heads, tokens, 8) for at in (0, 1))
+    return Piece.of(stored(keys, values, dtype), causal, mask)
+
+
+def parts_of(piece: Piece) -> list[torch.Tensor]:
+    """K and V in double precision, [Hkv, T, D] each."""
+    numbers, scales = (piece.keys, piece.values), (piece.key_scales, piece.value_scales)
+    return [
+        part.double() if scale is None else part.double() * scale.double()[:, :, None]
+        for part, scale in zip(numbers, scales, strict=True)
+    ]
 
 
 def by_hand(query: torch.Tensor, pieces: list[Piece], softcap: float | None) -> torch.Tensor:
@@ -51,8 +62,8 @@ def by_hand(query: torch.Tensor, pieces: list[Piece], softcap: float | None) -> 
                     sees = torch.arange(part.keys.shape[1]) <= n
                 elif part.mask is not None:
                     sees = part.mask[n]
-                keys.append(part.keys[head // group, sees].double())
-                values.append(part.values[head // group, sees].double())
+                for mine, its in zip((keys, values), parts_of(part), strict=True):
+                    mine.append(its[head // group, sees])
             scores = torch.cat(keys) @ query[head, n].double() * SCALE
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
@@ -75,6 +86,32 @@ def test_one_token_over_its_past(
     kernel: Kernel, heads: int, kv_heads: int, softcap: float | None
 ) -> None:
     check(kernel, entries(1, heads, 1, 8), [piece(2, 37, kv_heads)], softcap)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("query_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("queries", [1, 7])
+def test_entries_in_int8(
+    kernel: Kernel, queries: int, query_dtype: torch.dtype, softcap: float | None
+) -> None:
+    """Around tiles, under a mask, of some heads alone, and beside entries of another format."""
+    query = entries(1, 4, queries, 8).to(query_dtype)
+    mask = torch.arange(12)[None, :] % 3 < 2 + torch.arange(queries)[:, None] % 2
+    pieces = [
+        piece(2, TILE_TOKENS + 1, dtype=torch.int8),
+        piece(4, 12, dtype=torch.int8, mask=mask),
+        piece(6, 5, dtype=query_dtype),
+        piece(8, queries, dtype=torch.int8, causal=True),
+    ]
+    check(kernel, query, pieces, softcap)
+    halves = [
+        replace(Piece.of(part.part(slice(None), slice(at, at + 1)), part.causal, part.mask),
+                heads=slice(2 * at, 2 * at + 2))
+        for part in pieces for at in (0, 1)
+    ]  # fmt: skip
+    torch.testing.assert_close(
+        kernel(query, halves, SCALE, softcap), kernel(query, pieces, SCALE, softcap)
+    )
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
@@ -135,14 +172,18 @@ def test_scores_are_tiled_where_they_are_many(
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS.keys())
 def test_scratch_does_not_grow_with_the_past(
-    kernel: Kernel, softcap: float | None, peak_of: Callable[[Callable[[], object]], int]
+    kernel: Kernel,
+    dtype: torch.dtype,
+    softcap: float | None,
+    peak_of: Callable[[Callable[[], object]], int],
 ) -> None:
     query, new = entries(1, 4, 200, 8), piece(2, 200, causal=True)
 
     def scratch_bytes(past_tokens: int) -> int:
-        past = piece(4, past_tokens, dtype=torch.bfloat16)
+        past = piece(4, past_tokens, dtype=dtype)
         return peak_of(lambda: kernel(query, [past, new], SCALE, softcap))
 
     assert scratch_bytes(6000) == scratch_bytes(24_000) <= 4 * tile_scores(800, 24_000) + 2**20

@@ -46,7 +46,10 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 256, "n_layer": 2, "n_head": 8, "n_inner": 700, "n_positions": 8192},
     "phi": {"num_key_value_heads": 8},
 }
-FORMATS = [("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16"), ("bf16", "fp32")]
+FORMATS = [
+    ("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "int8"),
+    ("bf16", "int8"),
+]  # fmt: skip
 
 
 def recipe_for(spec: ModelSpec, kind: str, dtype: str, kv_dtype: str, chunk: int) -> Recipe:
@@ -122,7 +125,8 @@ def check(recipe: Recipe, measured: dict[str, int], within: float) -> None:
 
 @pytest.mark.triton
 @pytest.mark.parametrize(
-    ("kind", "dtype", "kv_dtype"), [("full", "bf16", "fp32"), ("windowed", "fp32", "fp32")]
+    ("kind", "dtype", "kv_dtype"),
+    [("full", "bf16", "fp32"), ("windowed", "fp32", "fp32"), ("full", "fp32", "int8")],
 )
 def test_a_step_in_splits_holds_what_was_planned(
     kind: str,

@@ -14,6 +14,7 @@ from ullage.kv import attention
 from ullage.kv.cache import PagedCache, cache_argument
 from ullage.kv.pool import KVPool
 from ullage.planner.memory import explain, kv_bytes_per_token, peak_bytes, phase_footprints
+from ullage.runtime.load import TORCH_DTYPES
 from ullage.specs.blocks import sequence_blocks
 from ullage.specs.calibration import Calibration
 from ullage.specs.device import Device
@@ -109,14 +110,14 @@ def test_the_chunk_bounds_the_activations(tiny_spec: TinySpec) -> None:
 
 
 @pytest.mark.parametrize("family", RUNNING)
-@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "int8"])
 def test_planned_kv_is_what_the_paged_cache_takes(
     tiny_spec: TinySpec, family: str, kv_dtype: str
 ) -> None:
     spec = tiny_spec(family)
     made = replace(recipe(spec, 45, 6, kv_dtype=kv_dtype), workload=Workload(45, 6, 3))
-    dtype = torch.float32 if kv_dtype == "fp32" else torch.bfloat16
-    cache = PagedCache(spec, KVPool(3 * sequence_blocks(spec, 51), spec.head_dim, dtype))
+    pool = KVPool(3 * sequence_blocks(spec, 51), spec.head_dim, TORCH_DTYPES[kv_dtype])
+    cache = PagedCache(spec, pool)
     for _ in range(3):
         cache.open(51)
     assert cache.pool.free_blocks == 0
@@ -199,6 +200,13 @@ def test_loading_another_format_needs_a_staging_copy(tiny_spec: TinySpec) -> Non
 def test_kv_bytes_per_token_of_known_models(name: str, expected: int) -> None:
     assert kv_bytes_per_token(recipe(resolve(name), kv_dtype="bf16")) == expected
     assert kv_bytes_per_token(recipe(resolve(name), kv_dtype="fp32")) == 2 * expected
+
+
+def test_kv_bytes_per_token_in_int8_count_the_scales() -> None:
+    """Of 3 heads in 30 layers, 64 numbers and a scale of 2 bytes in K, as many in V."""
+    smol, llama = resolve("smollm2-135m"), resolve("llama-3.1-8b")
+    assert kv_bytes_per_token(recipe(smol, kv_dtype="int8")) == 30 * 3 * 2 * (64 + 2)
+    assert kv_bytes_per_token(recipe(llama, kv_dtype="int8", engine="vllm")) == 131_072 // 2
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])

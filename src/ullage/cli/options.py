@@ -86,8 +86,8 @@ KvOption = Annotated[
     typer.Option(
         "--kv-cache-dtype",
         metavar="FORMAT",
-        help="Format of the KV entries: fp32, bf16, fp16; fp8 in vllm and sglang, q8_0 and others "
-        "in llama.cpp. Default: that of the arithmetic.",
+        help="Format of the KV entries: fp32, bf16, fp16; int8 in ullage and vllm, fp8 in vllm and "
+        "sglang, q8_0 and others in llama.cpp. Default: that of the arithmetic.",
     ),
 ]
 AttentionOption = Annotated[

@@ -9,11 +9,13 @@ from ullage.planner.levers import Lever, combinations, levers_of
 from ullage.planner.memory import peak_bytes
 from ullage.planner.search import Freedom, as_memory_option
 from ullage.specs.calibration import Calibration
+from ullage.specs.dtypes import DTYPE_BYTES
 from ullage.specs.plan import Recipe
 from ullage.units import format_bytes
 
 # What a run may move. Of these the last moves first: a smaller chunk only costs time, KV entries
-# lose less than weights. Unlike a search's, the order asks for no figures of quality or speed.
+# lose less than weights. Unlike a search's, the order asks for no figures of quality or speed; so
+# of KV formats those alone are moved to that are plain.
 _MOVED = ("weights", "KV entries", "chunk")
 
 
@@ -62,17 +64,21 @@ def _refuse_planned_only(recipe: Recipe) -> None:
 
 
 def _levers(recipe: Recipe, freedom: Freedom) -> list[Lever]:
-    """Those that a run may move. The arithmetic stays what it was: many CPUs are slow in bf16."""
-    dtype = recipe.execution.dtype
+    """Those that a run may move."""
     return [
         replace(
             lever,
             settings=tuple(
-                setting
-                for setting in lever.settings
-                if setting.apply(recipe).execution.dtype == dtype
+                setting for setting in lever.settings if _moves_to(setting.apply(recipe), recipe)
             ),
         )
         for lever in levers_of(recipe, freedom)
         if lever.name in _MOVED
     ]
+
+
+def _moves_to(changed: Recipe, asked: Recipe) -> bool:
+    """Whether a run may. The arithmetic stays what it was: many CPUs are slow in bf16."""
+    execution, kv_dtype = changed.execution, changed.execution.kv_dtype
+    plain = kv_dtype in DTYPE_BYTES or kv_dtype == asked.execution.kv_dtype
+    return plain and execution.dtype == asked.execution.dtype

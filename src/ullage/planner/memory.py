@@ -6,7 +6,6 @@ from ullage import techniques
 from ullage.planner.constants import Constants
 from ullage.planner.engines import ENGINES
 from ullage.specs.calibration import Calibration
-from ullage.specs.dtypes import KV_BITS
 from ullage.specs.footprint import Footprint, Part, Term
 from ullage.specs.plan import Recipe
 from ullage.specs.workload import PHASES, PhaseName, Workload
@@ -74,8 +73,11 @@ def kv_bytes_per_token(recipe: Recipe) -> int:
         return _slope(recipe)
     model = recipe.model
     growing = [kind for kind in model.cache_kinds if kind[0].window is None and kind[0].width]
-    numbers = sum(cache.width * count for cache, count in growing or model.cache_kinds)
-    return int(numbers * KV_BITS[recipe.execution.kv_dtype] / 8)
+    engine, kv_dtype = ENGINES[recipe.execution.engine], recipe.execution.kv_dtype
+    kinds = growing or model.cache_kinds
+    return int(
+        sum(count * engine.token_bytes(model, cache.width, kv_dtype) for cache, count in kinds)
+    )
 
 
 def _slope(recipe: Recipe) -> int:

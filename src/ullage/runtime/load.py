@@ -29,7 +29,9 @@ from ullage.specs.sources import read_config
 from ullage.techniques.base import Technique
 from ullage.techniques.quantization.linear import tensor_bytes
 
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TORCH_DTYPES = {
+    "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

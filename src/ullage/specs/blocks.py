@@ -1,6 +1,6 @@
 """How many blocks of KV entries a sequence takes: one arithmetic for the planner and the pool."""
 
-from ullage.specs.dtypes import DTYPE_BYTES
+from ullage.specs.dtypes import DTYPE_BYTES, SCALE_BYTES
 from ullage.specs.model import LayerCache, ModelSpec
 
 # Small enough that a sequence wastes under 1% of a thousand tokens, large enough that a block's
@@ -23,7 +23,15 @@ def sequence_blocks(model: ModelSpec, tokens: int) -> int:
 
 def block_bytes(model: ModelSpec, kv_dtype: str) -> int:
     """Bytes of one block: K and V of `BLOCK_TOKENS` tokens for one KV head."""
-    return 2 * BLOCK_TOKENS * model.head_dim * DTYPE_BYTES[kv_dtype]
+    return BLOCK_TOKENS * entry_bytes(model, 2 * model.head_dim, kv_dtype)
+
+
+def entry_bytes(model: ModelSpec, width: int, kv_dtype: str) -> int:
+    """Bytes of the `width` numbers that a layer keeps of one token; in int8 every K and V of a KV
+    head has a scale."""
+    if kv_dtype == "int8":
+        return width + -(-width // model.head_dim) * SCALE_BYTES
+    return width * DTYPE_BYTES[kv_dtype]
 
 
 def full_layer_numbers(model: ModelSpec) -> list[int]:
@@ -48,8 +56,10 @@ def dense_layer_bytes(model: ModelSpec, tokens: int, kv_dtype: str) -> int:
 
 def sequence_bytes(model: ModelSpec, tokens: int, kv_dtype: str) -> int:
     """Bytes of one sequence of `tokens`, in whole blocks, and of its state that does not grow."""
-    grown = sum(
-        cache.width * -(-cache.kept_tokens(tokens) // BLOCK_TOKENS) * BLOCK_TOKENS
+    grown_bytes = sum(
+        entry_bytes(model, cache.width, kv_dtype)
+        * -(-cache.kept_tokens(tokens) // BLOCK_TOKENS)
+        * BLOCK_TOKENS
         for cache in model.caches
     )
-    return grown * DTYPE_BYTES[kv_dtype] + model.state_bytes
+    return grown_bytes + model.state_bytes

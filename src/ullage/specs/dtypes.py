@@ -2,6 +2,10 @@
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
+SCALE_BYTES = (
+    2  # bf16: of one token's K in one KV head, and of its V, where ullage stores them in int8
+)
+
 # Bits of a stored KV number with its scales: llama.cpp's blocks of 32 hold one or two fp16 more.
 KV_BITS = {
     "fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "int8": 8,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ullage.planner.engines import forward
+from ullage.specs.blocks import entry_bytes
 from ullage.specs.dtypes import DTYPE_BYTES
 from ullage.specs.footprint import Label, Term
 from ullage.specs.model import LayerCache, ModelSpec
@@ -27,28 +28,31 @@ _SOURCES: dict[_Kernel, tuple[Label, str]] = {
 def scratch_term(recipe: Recipe, step: Step) -> Term:
     """By how much attention stands above the widest place of a layer, in the layer where it stands
     highest."""
-    model = recipe.model
-    kernel = _kernel(recipe)
-    layers = [_Attention(model, cache, step) for cache, _ in model.cache_kinds]
-    held_bytes = max((layer.nbytes(kernel) for layer in layers), default=0)
-    above_bytes = max(0, held_bytes - forward.layer_term(model, step).nbytes)
-    return Term("activation", "scratch of attention", above_bytes, *_SOURCES[kernel])
-
-
-def _kernel(recipe: Recipe) -> _Kernel:
-    """As kv/attention.py chooses."""
-    if recipe.device.kind in ("cuda", "rocm"):
-        return "split"
-    return "flash" if recipe.device.kind == "cpu" and recipe.model.softcap is None else "tiled"
+    layers = [_Attention(recipe, cache, step) for cache, _ in recipe.model.cache_kinds]
+    highest = max(layers, key=lambda layer: layer.nbytes)
+    above_bytes = max(0, highest.nbytes - forward.layer_term(recipe.model, step).nbytes)
+    return Term("activation", "scratch of attention", above_bytes, *_SOURCES[highest.kernel])
 
 
 @dataclass(frozen=True)
 class _Attention:
     """The attention of one layer in one step."""
 
-    model: ModelSpec
+    recipe: Recipe
     cache: LayerCache
     step: Step
+
+    @property
+    def model(self) -> ModelSpec:
+        return self.recipe.model
+
+    @property
+    def kernel(self) -> _Kernel:
+        """As kv/attention.py chooses; and Triton's leaves int8 to the reference."""
+        kind = self.recipe.device.kind
+        if kind in ("cuda", "rocm"):
+            return "tiled" if self.stored == "int8" else "split"
+        return "flash" if kind == "cpu" and self.model.softcap is None else "tiled"
 
     @property
     def queries(self) -> int:
@@ -77,14 +81,15 @@ class _Attention:
         return DTYPE_BYTES[self.step.execution.dtype]
 
     @property
-    def stored_bytes(self) -> int:
-        """Of one number, as the kernel finds it."""
-        return self.number_bytes if self.laid_out else DTYPE_BYTES[self.step.execution.kv_dtype]
+    def stored(self) -> str:
+        """The format of the entries, as the kernel finds them."""
+        return self.step.execution.dtype if self.laid_out else self.step.execution.kv_dtype
 
-    def nbytes(self, kernel: _Kernel) -> int:
+    @property
+    def nbytes(self) -> int:
         """All that is alive while the kernel runs."""
         kernels = {"flash": self._flash, "tiled": self._tiled, "split": self._split}
-        return self._layer_bytes() + self._row_bytes(kernels[kernel]())
+        return self._layer_bytes() + self._row_bytes(kernels[self.kernel]())
 
     def _layer_bytes(self) -> int:
         """What lives through all layers, residual and normed input; q, k, v and the output."""
@@ -94,13 +99,14 @@ class _Attention:
 
     def _row_bytes(self, kernel_bytes: int) -> int:
         """What the row lays out for the kernel, and the kernel's own scratch."""
-        new = self.queries * self.cache.width * DTYPE_BYTES[self.step.execution.kv_dtype]
-        rounded = new if self.step.execution.kv_dtype != self.step.execution.dtype else 0
+        execution = self.step.execution
+        new = self.queries * entry_bytes(self.model, self.cache.width, execution.kv_dtype)
+        rounded = new if execution.kv_dtype != execution.dtype else 0
         if not self.laid_out:
             return kernel_bytes + (rounded if self.queries > 1 else 0)
         band = self.queries * self.entries
         span = self.entries * self.cache.width * self.number_bytes
-        return span + band + max(kernel_bytes, band, rounded // 2)
+        return span + max(band + max(kernel_bytes, band), rounded)
 
     def _flash(self) -> int:
         """Of kernels/cpu.py: what is joined so far; K and V of a tile in the query's format and the
@@ -110,8 +116,7 @@ class _Attention:
         widened = 0 if self.number_bytes == 4 else output * 4
         bias = self.queries * self.entries * self.number_bytes if self.laid_out else 0
         tile_tokens = max(min(TILE_TOKENS, self.entries), self.queries)
-        copied = self.stored_bytes != self.number_bytes
-        converted = tile_tokens * self.cache.width * self.number_bytes if copied else 0
+        converted = self._widened_bytes(tile_tokens, self.cache.width, self.step.execution.dtype)
         part = output * self.number_bytes + bias + max(converted, widened)
         return joined + part + 5 * self.rows * 4
 
@@ -122,8 +127,16 @@ class _Attention:
         scores = tile_scores(self.rows, self.entries) * 4
         tile_tokens = min(TILE_TOKENS, self.entries)
         mask = self.queries * tile_tokens if self.queries > 1 else 0
-        converted = 0 if self.stored_bytes == 4 else tile_tokens * self.cache.width // 2 * 4
+        converted = self._widened_bytes(tile_tokens, self.cache.width // 2, "fp32")
         return outputs + scores + mask + converted
+
+    def _widened_bytes(self, tokens: int, width: int, dtype: str) -> int:
+        """That many numbers of each token in `dtype`, in which they may be already; and with them
+        the scales of K or of V."""
+        if self.stored == dtype:
+            return 0
+        scales = self.model.num_kv_heads if self.stored == "int8" else 0
+        return tokens * (width + scales) * DTYPE_BYTES[dtype]
 
     def _split(self) -> int:
         """Of kernels/triton.py: the splits' outputs and log-sum-exps in fp32, what is joined, and

@@ -8,7 +8,9 @@ from typing import ClassVar
 from ullage.errors import InputError
 from ullage.planner.constants import Constants
 from ullage.specs.device import Device, DeviceKind
+from ullage.specs.dtypes import KV_BITS
 from ullage.specs.footprint import Footprint, Term
+from ullage.specs.model import ModelSpec
 from ullage.specs.plan import DeviceShare, Recipe
 from ullage.specs.workload import Attention, Execution, PhaseName, Step
 
@@ -45,6 +47,10 @@ class EngineArithmetic(ABC):
         """Of `self.weights` those that it makes of a plain checkpoint on `device`: others have to
         be in the checkpoint."""
         return self.weights
+
+    def token_bytes(self, model: ModelSpec, width: int, kv_dtype: str) -> float:
+        """KV bytes of one token, of which `width` numbers are kept."""
+        return width * KV_BITS[kv_dtype] / 8
 
     def settle(self, recipe: Recipe) -> Recipe:
         """`recipe` with the engine's own defaults where nothing was asked for.

@@ -114,9 +114,8 @@ def repacked_terms(recipe: Recipe, step: Step, constants: Constants) -> list[Ter
     ]
 
 
-def kv_term(model: ModelSpec, step: Step, what: str, numbers: int, source: str) -> Term:
-    """`numbers` KV numbers a sequence, and its convolution and recurrent states, which do not
+def kv_term(model: ModelSpec, step: Step, what: str, sequence_bytes: int, source: str) -> Term:
+    """The KV entries of each sequence, and its convolution and recurrent states, which do not
     grow."""
-    kv_dtype = step.execution.kv_dtype
-    nbytes = step.sequences * (numbers * DTYPE_BYTES[kv_dtype] + model.state_bytes)
-    return Term("kv", f"{what} in {kv_dtype}", nbytes, "exact", source)
+    nbytes = step.sequences * (sequence_bytes + model.state_bytes)
+    return Term("kv", f"{what} in {step.execution.kv_dtype}", nbytes, "exact", source)

@@ -15,6 +15,7 @@ from ullage.specs.workload import Execution, PhaseName, Step
 class Transformers(Ullage):
     """`generate`, in ullage's formats and on its devices."""
 
+    kv_dtypes = tuple(DTYPE_BYTES)
     attentions = ("sdpa", "eager", "flash")
 
     def defaults(self, device: Device) -> Execution:
@@ -40,8 +41,9 @@ class Transformers(Ullage):
             count * cache.width * _kept_tokens(cache, step.held_tokens)
             for cache, count in model.cache_kinds
         )
+        sequence_bytes = numbers * DTYPE_BYTES[step.execution.kv_dtype]
         source = f"{step.sequences:,} x {step.held_tokens:,} tokens, window - 1 of a sliding layer"
-        return forward.kv_term(model, step, "DynamicCache", numbers, source)
+        return forward.kv_term(model, step, "DynamicCache", sequence_bytes, source)
 
     def attention_term(self, recipe: Recipe, step: Step) -> Term:
         """DynamicCache appends by copying a layer's K, then its V; later chunks need a mask, and

@@ -6,7 +6,7 @@ from typing import ClassVar
 from ullage.planner.constants import Constants
 from ullage.planner.engines import attention, forward
 from ullage.planner.engines.base import EngineArithmetic
-from ullage.specs.blocks import BLOCK_TOKENS
+from ullage.specs.blocks import BLOCK_TOKENS, entry_bytes
 from ullage.specs.device import Device
 from ullage.specs.dtypes import DTYPE_BYTES
 from ullage.specs.footprint import Term
@@ -18,7 +18,7 @@ from ullage.specs.workload import Attention, Execution, PhaseName, Step
 class Ullage(EngineArithmetic):
     """`ullage run`."""
 
-    kv_dtypes = tuple(DTYPE_BYTES)
+    kv_dtypes = (*DTYPE_BYTES, "int8")
     weights = ("fp32", "bf16", "fp16", "int8", "nf4")
     # it runs the first alone, by kernels of its own
     attentions: ClassVar[tuple[Attention, ...]] = ("sdpa", "eager")
@@ -37,6 +37,9 @@ class Ullage(EngineArithmetic):
             return replace(recipe, execution=execution)
         choice = TechniqueChoice("quantization", {"scheme": weights})
         return replace(recipe, techniques=(choice, *recipe.techniques))
+
+    def token_bytes(self, model: ModelSpec, width: int, kv_dtype: str) -> int:
+        return entry_bytes(model, width, kv_dtype)
 
     def settle(self, recipe: Recipe) -> Recipe:
         """The model with the KV heads that its modules hand to the cache.
@@ -82,12 +85,15 @@ class Ullage(EngineArithmetic):
 
     def kv_term(self, model: ModelSpec, step: Step) -> Term:
         """Whole blocks of every KV head; a sliding layer keeps its window and no more."""
-        numbers = sum(
-            count * cache.width * BLOCK_TOKENS * _blocks(cache.kept_tokens(step.held_tokens))
+        sequence_bytes = sum(
+            count
+            * entry_bytes(model, cache.width, step.execution.kv_dtype)
+            * BLOCK_TOKENS
+            * _blocks(cache.kept_tokens(step.held_tokens))
             for cache, count in model.cache_kinds
         )
         source = f"{step.sequences:,} x {step.held_tokens:,} tokens in blocks of {BLOCK_TOKENS}"
-        return forward.kv_term(model, step, "KV blocks", numbers, source)
+        return forward.kv_term(model, step, "KV blocks", sequence_bytes, source)
 
     def attention_term(self, recipe: Recipe, step: Step) -> Term:
         """Scratch of attention where no score matrix is built."""

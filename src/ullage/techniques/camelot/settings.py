@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from ullage.errors import TechniqueError
-from ullage.specs.blocks import dense_layer_bytes, full_layers
+from ullage.specs.blocks import dense_layer_bytes, entry_bytes, full_layers
 from ullage.specs.dtypes import DTYPE_BYTES
 from ullage.specs.footprint import Footprint
 from ullage.specs.model import ModelSpec
@@ -70,7 +70,7 @@ class CAMELoT(Technique):
 
     def bank_bytes(self, model: ModelSpec, kv_dtype: str) -> int:
         """The memory of one layer of one sequence."""
-        slot_bytes = 2 * model.head_dim * DTYPE_BYTES[kv_dtype] + COUNT_AND_AGE_BYTES
+        slot_bytes = entry_bytes(model, 2 * model.head_dim, kv_dtype) + COUNT_AND_AGE_BYTES
         return model.num_kv_heads * self.slots * slot_bytes
 
     def attach(self, model: "PreTrainedModel") -> AbstractContextManager[None]:

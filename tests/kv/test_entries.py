@@ -1,0 +1,85 @@
+"""What an entry becomes in the pool's format, and what is read of it again."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ullage.kv.entries import Entries, room_for, side_by_side, stored
+
+FORMATS = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
+
+
+def numbers(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def entries(tokens: int, dtype: torch.dtype, heads: int = 2) -> Entries:
+    return stored(numbers(1, heads, tokens, 8), numbers(2, heads, tokens, 8), dtype)
+
+
+def same(one: Entries, other: Entries) -> bool:
+    return all(map(torch.equal, one.tensors, other.tensors))
+
+
+@given(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=4, max_size=4))
+def test_int8_is_off_by_half_a_step_of_the_largest_at_most(vector: list[float]) -> None:
+    """And by what the scale, of 8 bits itself, cuts off the largest: a quarter of a step."""
+    keys = torch.tensor(vector)[None, None]
+    made = stored(keys, -keys, torch.int8)
+    step = keys.abs().amax() / 127
+    error = (made.keys_in(torch.float32) - keys).abs().amax()
+    assert error <= max(0.5 * (1 + 2**-8) * float(step), 1e-37)
+    assert torch.equal(made.values_in(torch.float32), -made.keys_in(torch.float32))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-30, 1.0, 3e38])
+def test_int8_has_numbers_of_every_size(size: float) -> None:
+    read = stored(*[torch.full((1, 1, 4), size)] * 2, torch.int8).keys_in(torch.float32)
+    assert torch.isfinite(read).all()
+    torch.testing.assert_close(read, torch.full_like(read, size), rtol=0.005, atol=1e-37)
+
+
+def test_every_token_of_every_head_has_a_scale_of_its_own() -> None:
+    """So that one loud token costs no other anything."""
+    keys, values = numbers(1, 2, 6, 8), numbers(2, 2, 6, 8)
+    loud = keys.clone()
+    loud[0, 3] *= 1000
+    quiet_read, loud_read = (stored(part, values, torch.int8) for part in (keys, loud))
+    differs = (quiet_read.keys_in(torch.float32) != loud_read.keys_in(torch.float32)).any(-1)
+    assert differs.nonzero().tolist() == [[0, 3]]
+    assert torch.equal(quiet_read.values, loud_read.values)
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_room_is_of_the_format_that_is_stored(dtype: torch.dtype) -> None:
+    room, made = room_for(3, 8, dtype, "cpu"), entries(16, dtype, heads=3)
+    assert [part.dtype for part in room.tensors] == [part.dtype for part in made.tensors]
+    assert [part.shape for part in room.tensors] == [part.shape for part in made.tensors]
+    room.write(made)
+    assert same(room, made)
+
+
+def test_entries_of_another_format_are_not_written() -> None:
+    """A number that is cut to int8 without its scale would be no error, and nonsense."""
+    with pytest.raises(ValueError, match="shorter"):
+        room_for(2, 8, torch.int8, "cpu").write(entries(16, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kept", FORMATS)
+def test_side_by_side_they_are_the_same_numbers(kept: torch.dtype, dtype: torch.dtype) -> None:
+    made = entries(20, kept)
+    parts = [made.part(slice(0, 7)), made.part(slice(7, 8)), made.part(slice(8, 20))]
+    keys, values = side_by_side(parts, dtype)
+    assert torch.equal(keys, made.keys_in(dtype))
+    assert torch.equal(values, made.values_in(dtype))
+
+
+def test_a_part_is_a_view_of_everything() -> None:
+    made = entries(20, torch.int8)
+    part = made.part(slice(3, 9), slice(1, 2))
+    assert len(part) == 6
+    for whole, some in zip(made.tensors, part.tensors, strict=True):
+        assert torch.equal(some, whole[1:2, 3:9])
+        assert some.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
