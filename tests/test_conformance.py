@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -20,7 +20,7 @@ from ullage.kv import attention
 from ullage.kv.cache import PagedCache, cache_argument
 from ullage.kv.pool import KVPool
 from ullage.planner.memory import phase_footprints
-from ullage.runtime.load import load_model, load_tokenizer
+from ullage.runtime.load import TORCH_DTYPES, load_model, load_tokenizer
 from ullage.specs.blocks import sequence_blocks
 from ullage.specs.device import Device
 from ullage.specs.families import RUNNING
@@ -132,7 +132,7 @@ def test_its_neutral_setting_is_one_of_its_own(name: str) -> None:
     st.integers(1, 3000),
     st.integers(0, 700),
     st.integers(1, 8),
-    st.sampled_from(["fp32", "bf16"]),
+    st.sampled_from(["fp32", "bf16", "int8"]),
     st.sampled_from([0, 32, 512]),
 )
 def test_planned_bytes_never_fall_as_tokens_grow(
@@ -182,14 +182,18 @@ def test_planned_weights_are_the_live_bytes(
             assert planned[phase].weights_bytes == pytest.approx(live_bytes, rel=0.005), family
 
 
+@pytest.mark.parametrize("kv_dtype", ["fp32", "int8"])
 @every_active
-def test_planned_kv_entries_are_the_live_bytes(tiny_spec: TinySpec, technique: Technique) -> None:
+def test_planned_kv_entries_are_the_live_bytes(
+    tiny_spec: TinySpec, technique: Technique, kv_dtype: str
+) -> None:
     skip_unless_it_runs(technique.name)
     spec = tiny_spec("llama")
     for tokens in (3, 24, 60):
-        made = recipe(spec, technique, Workload(tokens - 1, 1), FP32)
+        execution = replace(FP32, kv_dtype=kv_dtype)
+        made = recipe(spec, technique, Workload(tokens - 1, 1), execution)
         planned_bytes = phase_footprints(made)["decode"].kv_bytes
-        pool = KVPool(sequence_blocks(spec, 64), spec.head_dim, torch.float32)
+        pool = KVPool(sequence_blocks(spec, 64), spec.head_dim, TORCH_DTYPES[kv_dtype])
         with closing(PagedCache(spec, pool, technique.rows(spec)).open(tokens)):
             state_bytes = planned_bytes - pool.taken_bytes
             assert 0 <= state_bytes < 0.4 * planned_bytes

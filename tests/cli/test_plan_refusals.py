@@ -12,7 +12,7 @@ from ullage.specs.calibration import Calibration
 Typed = Callable[..., subprocess.CompletedProcess[str]]
 PLAN = ["plan", "llama-3.1-8b", "--device", "h100", "--max-model-len", "4K"]
 VLLM, SGLANG = [*PLAN, "--engine", "vllm"], [*PLAN, "--engine", "sglang"]
-LLAMA_CPP = [*PLAN, "--engine", "llama.cpp"]
+LLAMA_CPP, TRANSFORMERS = [*PLAN, "--engine", "llama.cpp"], [*PLAN, "--engine", "transformers"]
 SEARCH = [*PLAN, "--goal", "latency"]
 
 
@@ -40,6 +40,8 @@ def assert_refused(done: subprocess.CompletedProcess[str], says: str) -> None:
         ([*LLAMA_CPP, "--pp", "2"], "leave --tp and --pp out"),
         ([*VLLM, "--kv-cache-dtype", "q8_0"], "'q8_0': vllm has fp32, bf16, fp16, fp8, int8"),
         ([*SGLANG, "--kv-cache-dtype", "int8"], "'int8': sglang has"),
+        ([*TRANSFORMERS, "--kv-cache-dtype", "int8"], "'int8': transformers has fp32, bf16, fp16"),
+        ([*PLAN, "--kv-cache-dtype", "fp8"], "'fp8': ullage has fp32, bf16, fp16, int8"),
         ([*LLAMA_CPP, "--kv-cache-dtype", "fp8"], "'fp8': llama.cpp has"),
         ([*VLLM, "--kv-cache-dtype", "int8", "--engine-version", "0.19"], "0.20 has"),
         ([*VLLM, "--attention", "eager"], "--attention 'eager': vllm has flash"),

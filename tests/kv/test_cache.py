@@ -10,7 +10,7 @@ from ullage.errors import BudgetExceeded
 from ullage.kv import attention
 from ullage.kv.cache import PagedCache, cache_argument
 from ullage.kv.pool import KVPool
-from ullage.specs.blocks import sequence_blocks
+from ullage.specs.blocks import sequence_blocks, sequence_bytes
 from ullage.specs.families import RUNNING
 from ullage.specs.model import ModelSpec
 
@@ -221,15 +221,37 @@ def test_sequences_take_turns(tiny_model: TinyModel) -> None:
     assert cache.nbytes() == 0
 
 
-def test_bf16_entries_stay_close_to_fp32(tiny_model: TinyModel) -> None:
+@pytest.mark.parametrize(("dtype", "within"), [(torch.bfloat16, 0.02), (torch.int8, 0.04)])
+def test_rounded_entries_stay_close_to_fp32(
+    dtype: torch.dtype, within: float, tiny_model: TinyModel
+) -> None:
     model, spec = tiny_model("qwen3", initializer_range=0.1)
     exact = paged(model)(PROMPT, **cache_argument(model, paged_cache(spec))).logits
-    cache = paged_cache(spec, dtype=torch.bfloat16)
+    cache = paged_cache(spec, dtype=dtype)
     parts = [
         model(chunk, **cache_argument(model, cache)).logits for chunk in PROMPT.split(6, dim=1)
     ]
     rounded = torch.cat(parts, dim=1)
-    assert 0 < (rounded - exact).abs().max() < 0.02 * exact.abs().max()
+    assert 0 < (rounded - exact).abs().max() < within * exact.abs().max()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_generate_over_int8_entries_is_close_to_transformers_own(
+    family: str, tiny_model: TinyModel
+) -> None:
+    model, spec = tiny_model(family)
+    model.set_attn_implementation("eager")
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[1, :5] = 0
+    ids = torch.cat([PROMPT, PROMPT.flip(1)]) * mask
+    _, logits = generate(model, ids, attention_mask=mask)
+    cache = paged_cache(spec, sequences=2, dtype=torch.int8)
+    _, ours = generate(paged(model), ids, attention_mask=mask, **cache_argument(model, cache))
+    first = (ours - logits)[:, 0]  # later ones may follow another token
+    assert 0 < first.abs().max() < 0.05 * logits.abs().max()
+    assert cache.nbytes() == 2 * sequence_bytes(spec, 31, "int8")
+    cache.reset()
+    cache.pool.check_integrity(all_free=True)
 
 
 @pytest.mark.filterwarnings("error::FutureWarning")

@@ -17,7 +17,7 @@ from hypothesis.stateful import (
 )
 
 from ullage.errors import BudgetExceeded
-from ullage.kv.pool import KVPool, Run
+from ullage.kv.pool import HeapBlocks, KVPool, Run
 
 
 def blocks_of(runs: list[Run]) -> list[int]:
@@ -137,11 +137,18 @@ def test_a_block_given_back_twice_is_refused(again: Run) -> None:
     assert pool.free_blocks == 7
 
 
-@pytest.mark.parametrize(("dtype", "number_bytes"), [(torch.float32, 4), (torch.bfloat16, 2)])
-def test_nbytes_is_what_the_tensors_hold(dtype: torch.dtype, number_bytes: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "vector_bytes"), [(torch.float32, 32), (torch.bfloat16, 16), (torch.int8, 8 + 2)]
+)
+def test_nbytes_is_what_the_tensors_hold(dtype: torch.dtype, vector_bytes: int) -> None:
     pool = KVPool(5, head_dim=8, dtype=dtype)
     assert pool.nbytes == sum(tensor.nbytes for tensor in pool.blocks.tensors)
-    assert pool.block_bytes == 2 * 16 * 8 * number_bytes
+    assert pool.block_bytes == 2 * 16 * vector_bytes
+    heap = HeapBlocks(8, dtype, "cpu")
+    runs = heap.take(5)
+    assert heap.taken_bytes == pool.nbytes
+    heap.give_back(runs)
+    assert heap.taken_bytes == 0
 
 
 def test_an_empty_pool_refuses() -> None:

@@ -1,14 +1,17 @@
 """Rows hand attention the entries that each query may see, however the tokens come in."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from ullage.errors import BudgetExceeded
-from ullage.kv.kernels import Piece
+from ullage.kv.entries import side_by_side
+from ullage.kv.kernels import Piece, reference
 from ullage.kv.pool import KVPool
 from ullage.kv.rows import FullRow, NewTokens, Row, SlidingRow
 
@@ -112,6 +115,66 @@ def test_sliding_row_takes_no_more_than_its_window(window: int, sizes: list[int]
     row = SlidingRow(pool, HEADS, window)
     feed(row, sizes, window)
     assert pool.num_blocks - pool.free_blocks <= HEADS * -(-window // 16)
+
+
+def outputs(row: Row, new: NewTokens, sizes: list[int]) -> torch.Tensor:
+    """Of all tokens, fed in chunks of `sizes`, the last again and again: [HEADS, T, DIM]."""
+    parts, at = [], 0
+    while at < len(new):
+        size = sizes[min(len(parts), len(sizes) - 1)]
+        attention = partial(reference.attend, scale=new.scale)
+        parts.append(row.attend(new.part(at, at + size), attention))
+        at += size
+    return torch.cat(parts, dim=1)
+
+
+def pieces_of(row: Row) -> list[Piece]:
+    """All that it holds."""
+    if isinstance(row, FullRow):
+        return row.slots.read(0, row.length)
+    assert isinstance(row, SlidingRow)
+    return row.ring.read()
+
+
+def random_tokens(count: int) -> NewTokens:
+    shape, random = (HEADS, count, DIM), torch.Generator().manual_seed(3)
+    return NewTokens(*(torch.randn(shape, generator=random) for _ in range(3)), scale=0.5)
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@given(sizes=chunk_sizes)
+@hypothesis_settings(max_examples=10)
+def test_in_every_format_a_chunk_is_its_tokens_one_by_one(
+    kind: int, dtype: torch.dtype, sizes: list[int]
+) -> None:
+    """The same entries stored, to the bit, and the same seen."""
+    new, one, other = random_tokens(90), *(rows(pool_of(64, dtype))[kind] for _ in range(2))
+    torch.testing.assert_close(outputs(one, new, [1]), outputs(other, new, sizes))
+    held = [side_by_side(pieces_of(row), torch.float32) for row in (one, other)]
+    assert all(map(torch.equal, *held))
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_int8_is_close_to_what_it_stands_for(kind: int) -> None:
+    new = random_tokens(90)
+    exact, rounded = (
+        outputs(rows(pool_of(64, dtype))[kind], new, [30]) for dtype in (torch.float32, torch.int8)
+    )
+    assert 0 < (rounded - exact).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_a_copy_in_int8_is_the_same_to_the_bit(kind: int) -> None:
+    new = random_tokens(60)
+    row = rows(pool_of(64, torch.int8))[kind]
+    outputs(row, new.part(0, 50), [20, 1])
+    twin = row.copy()
+    outputs(row, new.part(50, 60), [1])
+    outputs(twin, new.part(50, 60), [10])
+    held = [[part.tensors for part in pieces_of(one)] for one in (row, twin)]
+    whole = [[torch.cat(parts, dim=1) for parts in zip(*tensors, strict=True)] for tensors in held]
+    assert all(map(torch.equal, *whole))
 
 
 def rows(pool: KVPool) -> list[Row]:

@@ -17,6 +17,7 @@ from ullage.planner.search import Freedom
 from ullage.specs.device import Device
 from ullage.specs.model import Storage
 from ullage.specs.plan import Recipe, TechniqueChoice
+from ullage.specs.quality import Quality
 from ullage.specs.workload import Execution, Workload
 from ullage.units import GIB, MIB, parse_bytes
 
@@ -121,6 +122,24 @@ def test_bf16_arithmetic_keeps_its_kv_format() -> None:
         except DoesNotFit:
             continue
         assert chosen.execution.kv_dtype == chosen.execution.dtype == "bf16"
+
+
+@pytest.mark.parametrize("cost", [None, 0.1])
+def test_a_run_moves_to_int8_entries_never_and_keeps_those_that_were_asked_for(
+    cost: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether a search would, since there is a figure of what they cost, or not."""
+    known = cost and Quality("kv", "int8", "m", 10, "perplexity %", cost, 8, "measured", "ours")
+    monkeypatch.setattr("ullage.planner.levers.find", lambda *_: known)
+    with pytest.raises(DoesNotFit) as refused:
+        fit_run(RECIPE, 1, ALL_FREE)
+    assert refused.value.needed_bytes == min(PEAKS.values())
+    asked = replace(RECIPE, execution=replace(FP32, kv_dtype="int8"))
+    with pytest.raises(DoesNotFit) as refused:
+        fit_run(asked, 1, ALL_FREE)
+    least_bytes = refused.value.needed_bytes
+    assert least_bytes < min(PEAKS.values())
+    assert fit_run(asked, least_bytes, ALL_FREE).recipe.execution.kv_dtype == "int8"
 
 
 def test_a_model_that_no_quantizer_converts_keeps_its_weights(

@@ -43,6 +43,18 @@ def test_kv_entries_get_narrower_one_format_a_width(engine: Engine, formats: lis
     assert typed(recipe(engine), "KV entries") == ["", *(f"--kv-cache-dtype {n}" for n in formats)]
 
 
+def test_int8_entries_of_ours_are_offered_where_their_cost_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known = Quality("kv", "int8", "m", 10, "perplexity %", 0.2, 8, "measured", "a run of ours")
+    monkeypatch.setattr(
+        "ullage.planner.levers.find", lambda _, *of: known if of == ("kv", "int8") else None
+    )
+    assert typed(recipe(), "KV entries") == ["", "--kv-cache-dtype int8"]
+    assert typed(recipe("transformers"), "KV entries") == [""]
+    assert typed(recipe(kv_dtype="int8"), "KV entries") == [""]
+
+
 @pytest.mark.parametrize(
     ("chunk", "smaller"),
     [(512, [256, 128, 64, 32]), (128, [64, 32]), (32, []), (0, list(CHUNKS))],

@@ -145,10 +145,13 @@ def test_a_sequence_longer_than_its_rotary_frequencies_are_for_is_refused(
         made.submit(Request(PROMPT[:10], 7))
 
 
+@pytest.mark.parametrize("kv_dtype", ["bf16", "int8"])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_tokens_over_a_bf16_cache_do_not_hang_on_the_chunk(family: str, engine: MakeEngine) -> None:
+def test_tokens_over_a_rounded_cache_do_not_hang_on_the_chunk(
+    family: str, kv_dtype: str, engine: MakeEngine
+) -> None:
     tokens = [
-        list(engine(family, chunk=chunk, kv_dtype="bf16").generate(Request(PROMPT, 12)))
+        list(engine(family, chunk=chunk, kv_dtype=kv_dtype).generate(Request(PROMPT, 12)))
         for chunk in (1, 3, 16, 0)
     ]
     assert tokens[0] == tokens[1] == tokens[2] == tokens[3]
@@ -395,6 +398,7 @@ def test_a_budget_without_room_for_the_cache_is_refused(
                 Engine(loaded("llama"), plan)
 
 
-def test_the_pool_is_what_was_planned(engine: MakeEngine) -> None:
-    made = engine("gemma2", sequences=3, kv_dtype="bf16")
+@pytest.mark.parametrize("kv_dtype", ["bf16", "int8"])
+def test_the_pool_is_what_was_planned(kv_dtype: str, engine: MakeEngine) -> None:
+    made = engine("gemma2", sequences=3, kv_dtype=kv_dtype)
     assert made.cache.pool.nbytes == made.plan.phases["decode"].kv_bytes

@@ -27,16 +27,16 @@ PROMPTS = [
 NEW = 20
 
 
-def plan_for(folder: Path, sequences: int) -> Plan:
-    execution = Execution(dtype="fp32", kv_dtype="fp32", prefill_chunk=32)
+def plan_for(folder: Path, sequences: int, kv_dtype: str) -> Plan:
+    execution = Execution(dtype="fp32", kv_dtype=kv_dtype, prefill_chunk=32)
     work = Workload(max(map(len, PROMPTS)), NEW, sequences)
     device = Device("cpu", "cpu", 64 * GIB)
     recipe = Recipe(resolve(str(folder)), device, work, execution, (choice_of(TECHNIQUE),))
     return build_plan(recipe)
 
 
-def engine_for(folder: Path, sequences: int) -> Engine:
-    plan = plan_for(folder, sequences)
+def engine_for(folder: Path, sequences: int, kv_dtype: str = "fp32") -> Engine:
+    plan = plan_for(folder, sequences, kv_dtype)
     loaded = load_model(plan, folder, load_tokenizer(folder)).without_end()
     return Engine(loaded, plan)
 
@@ -69,16 +69,19 @@ def test_texts_are_those_of_plain_generate(model_folder: ModelFolder, sequences:
     assert engine.cache.nbytes() == 0
 
 
+@pytest.mark.parametrize("kv_dtype", ["fp32", "int8"])
 def test_the_pool_is_what_was_planned_and_smaller_than_a_dense_one(
-    model_folder: ModelFolder,
+    kv_dtype: str, model_folder: ModelFolder
 ) -> None:
-    engine = engine_for(model_folder("llama"), 2)
+    engine = engine_for(model_folder("llama"), 2, kv_dtype)
     decode = engine.plan.phases["decode"]
     recipe = engine.plan.recipe
     dense = build_plan(Recipe(recipe.model, recipe.device, recipe.workload, recipe.execution))
     beside_bytes = engine.budget.held_bytes["what techniques keep beside it"]
     assert engine.pool.nbytes + beside_bytes == decode.kv_bytes
     assert engine.pool.nbytes < 0.6 * dense.phases["decode"].kv_bytes
+    run_all(engine, requests())
+    assert engine.idle
 
 
 def test_a_request_waits_while_the_free_blocks_lie_in_pieces(

@@ -25,6 +25,17 @@ def test_a_layers_blocks_are_whole_and_one_a_head(length: int, heads_blocks: int
     assert blocks.sequence_bytes(llama, length, "bf16") == 32 * heads_blocks * 8192
 
 
+def test_int8_has_a_scale_for_each_key_and_value() -> None:
+    smol = resolve("smollm2-135m")
+    assert blocks.block_bytes(smol, "int8") == 16 * 2 * (64 + 2)
+    assert blocks.block_bytes(smol, "bf16") / blocks.block_bytes(smol, "int8") > 1.93
+    for length in (1, 100, 4096):
+        held = blocks.sequence_blocks(smol, length) * blocks.block_bytes(smol, "int8")
+        assert blocks.sequence_bytes(smol, length, "int8") == held
+        layer = blocks.dense_layer_bytes(smol, length, "int8")
+        assert layer * blocks.full_layers(smol) == held
+
+
 def test_a_window_is_where_blocks_end() -> None:
     gemma = resolve("gemma-3-1b")  # one KV head; every sixth layer sees everything
     assert [blocks.layer_blocks(gemma, layer, 10_000) for layer in (0, 5)] == [32, 625]

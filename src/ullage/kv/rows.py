@@ -193,12 +193,13 @@ class FullRow(Row):
         past, tokens = self._length, len(new)
         self.slots.grow(past + tokens)
         self._length += tokens
-        own = new.stored(self.slots.pool.dtype)
-        self.slots.write(past, own)
+        dtype = self.slots.pool.dtype
         if tokens == 1:
+            self.slots.write(past, new.stored(dtype))
             return attention(new.query, self.slots.read(0, self._length))
-        pieces = [*self.slots.read(0, past), Piece.of(own, causal=True)]
-        return attention(new.query, pieces)
+        own = new.stored(dtype)
+        self.slots.write(past, own)
+        return attention(new.query, [*self.slots.read(0, past), Piece.of(own, causal=True)])
 
     def copy(self) -> Self:
         twin = copy(self)
