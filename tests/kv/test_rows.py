@@ -13,7 +13,7 @@ from ullage.errors import BudgetExceeded
 from ullage.kv.entries import side_by_side
 from ullage.kv.kernels import Piece, reference
 from ullage.kv.pool import KVPool
-from ullage.kv.rows import FullRow, NewTokens, Row, SlidingRow
+from ullage.kv.rows import FullRow, NewTokens, Row, SlidingRow, Slots
 
 HEADS, DIM = 2, 4
 chunk_sizes = st.lists(st.integers(1, 40), min_size=1, max_size=12)
@@ -162,6 +162,14 @@ def test_int8_is_close_to_what_it_stands_for(kind: int) -> None:
         outputs(rows(pool_of(64, dtype))[kind], new, [30]) for dtype in (torch.float32, torch.int8)
     )
     assert 0 < (rounded - exact).abs().max() < 0.03
+
+
+def test_entries_of_another_format_are_not_written() -> None:
+    """A number that is cut to int8 without its scale would be no error, and nonsense."""
+    slots = Slots(pool_of(HEADS, torch.int8), HEADS)
+    slots.reserve(16)
+    with pytest.raises(ValueError, match="shorter"):
+        slots.write(0, random_tokens(4).stored(torch.float32))
 
 
 @pytest.mark.parametrize("kind", [0, 1])

@@ -45,11 +45,6 @@ class Entries:
         """Some of the tokens, of some of the KV heads, as views."""
         return self.each(lambda tensor: tensor[heads, tokens])
 
-    def write(self, other: "Entries") -> None:
-        """Overwrite these with as many others of the same format, bit by bit."""
-        for mine, others in zip(self.tensors, other.tensors, strict=True):
-            mine.copy_(others)
-
     def keys_in(self, dtype: torch.dtype) -> torch.Tensor:
         """K as real numbers, [Hkv, T, D]; not a copy where it is in `dtype` already."""
         return _widened(self.keys, self.key_scales, dtype)

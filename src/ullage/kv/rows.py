@@ -127,8 +127,8 @@ class Slots:
             at = slot + written - first
             count = min(segment.slots - at, len(entries) - written)
             if count > 0:
-                part = entries.part(slice(written, written + count))
-                segment.entries.part(slice(at, at + count)).write(part)
+                for mine, new in zip(segment.entries.tensors, entries.tensors, strict=True):
+                    mine[:, at : at + count] = new[:, written : written + count]
                 written += count
             first += segment.slots
 
