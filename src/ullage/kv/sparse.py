@@ -13,7 +13,6 @@ from typing import Protocol, Self
 
 import torch
 
-from ullage.errors import BudgetExceeded
 from ullage.kv.kernels import Piece
 from ullage.kv.pool import Blocks
 from ullage.kv.rows import Attend, NewTokens, Ring, Row, Slots, as_stored, side_by_side
@@ -80,7 +79,7 @@ class SparseHead:
         twin.ring = self.ring.copy()
         try:
             twin.survivors = self.survivors.copy()
-        except BudgetExceeded:
+        except BaseException:
             twin.ring.release()
             raise
         return twin
@@ -188,7 +187,7 @@ class SparseRow(Row):
         try:
             for head in self.heads:
                 head.reserve(tokens)
-        except BudgetExceeded:
+        except BaseException:
             self.release()
             raise
 
@@ -198,7 +197,7 @@ class SparseRow(Row):
         try:
             for head in self.heads:
                 twin.heads.append(head.copy())
-        except BudgetExceeded:
+        except BaseException:
             twin.release()
             raise
         twin.scorer = deepcopy(self.scorer)
