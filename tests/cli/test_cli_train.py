@@ -40,7 +40,11 @@ def test_what_is_made_can_be_planned_and_run(
     done = train("--tokens", "200", "--pieces", "3", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["pieces"] == ["two:0", "one:0", "two:1"]  # nothing to test with is among them
+    assert found["pieces"] == [
+        "books/two:0",
+        "one:0",
+        "books/two:1",
+    ]  # nothing to test with is among them
     assert found["windows"] == [64, 96]
     technique = f"dms:predictor=window,window=80,adapter={data / 'made.safetensors'}"
     words = [str(model_folder("llama")), "--technique", technique]

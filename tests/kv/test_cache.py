@@ -10,6 +10,7 @@ from ullage.errors import BudgetExceeded
 from ullage.kv import attention
 from ullage.kv.cache import PagedCache, cache_argument
 from ullage.kv.pool import KVPool
+from ullage.kv.rows import NewTokens
 from ullage.specs.blocks import sequence_blocks, sequence_bytes
 from ullage.specs.families import RUNNING
 from ullage.specs.model import ModelSpec
@@ -146,6 +147,21 @@ def test_beam_search_is_transformers_own(family: str, tiny_model: TinyModel) -> 
     assert torch.equal(ours, tokens)
     cache.reset()
     cache.pool.check_integrity(all_free=True)
+
+
+def test_beams_that_find_no_room_leave_the_rows_as_they_were(
+    tiny_spec: Callable[..., ModelSpec],
+) -> None:
+    cache = paged_cache(tiny_spec("llama"), tokens=32, sequences=2)
+    cache.activate([cache.open(32)])
+    free, layer = cache.pool.free_blocks, cache.paged[0]
+    row = layer.rows[0]
+    row.attend(NewTokens(*(torch.zeros(2, 20, 8) for _ in range(3)), scale=1.0), lambda q, _: q)
+    for _ in range(2):  # the second copy has to be refused
+        with pytest.raises(BudgetExceeded):
+            layer.batch_select_indices(torch.zeros(99, dtype=torch.long))
+        assert cache.pool.free_blocks == free
+        assert layer.rows == [row]
 
 
 @torch.inference_mode()

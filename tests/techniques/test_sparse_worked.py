@@ -30,8 +30,8 @@ def change(
     return technique.footprint(Footprint(kv_bytes=KV), LLAMA, work)
 
 
-# a flag a head and token of the window; sums over queries, and how positions turn
-STATE = 8 * 256 + (2 * 32 + 3) * 128 * 4
+# a flag a head and token of the window and of a span; sums over queries, and how positions turn
+STATE = 8 * (256 + 512) + (2 * 32 + 3) * 128 * 4
 
 
 def test_a_layer_of_dms() -> None:
@@ -57,7 +57,7 @@ def test_dms_lays_out_the_undecided_and_a_span_of_the_prompt() -> None:
 def test_a_text_inside_the_window_pays_for_the_flags_and_saves_nothing() -> None:
     """100 tokens in 7 blocks a head, kept whole."""
     after = change(DMS(0.125, 256), "prefill", 100, new=100)
-    assert after.kv_bytes == KV + 32 * (STATE - 8 * 156)
+    assert after.kv_bytes == KV + 32 * (STATE - 8 * 668)
 
 
 def test_a_layer_of_camelot() -> None:

@@ -1,4 +1,4 @@
-"""The options that plan, run and audit share, and the recipe that they describe."""
+"""The options that commands share, and the recipe that they describe."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from ullage.specs.dtypes import dtype_name, kv_dtype_name
 from ullage.specs.model import ModelSpec
 from ullage.specs.plan import Recipe, TechniqueChoice
 from ullage.specs.workload import Attention, Engine, Execution, Workload
-from ullage.techniques.dms.adapter import shipped_adapters
+from ullage.techniques.dms.adapter import load_adapter, shipped_adapters
 from ullage.units import format_bytes, parse_bytes, parse_tokens
 
 DEFAULT_OUTPUT_TOKENS = 256
@@ -184,8 +184,7 @@ class PlanOptions:
             return self
         asked = {text.partition(":")[0] for text in self.technique}
         weights = self.weights if self.weights or "quantization" in asked else "nf4"
-        sparse = f"dms:adapter={model.name}" if model.name in shipped_adapters() else "dms"
-        added = () if asked & {"dms", "camelot"} else (sparse,)
+        added = () if asked & {"dms", "camelot"} else (_sparse(model),)
         return replace(self, weights=weights, technique=(*self.technique, *added))
 
     def find_device(self) -> Device:
@@ -271,6 +270,12 @@ class PlanOptions:
         if kv_dtype not in engine.kv_dtypes:
             raise _unknown("--kv-cache-dtype", self.kv_cache_dtype, self.engine, engine.kv_dtypes)
         return replace(recipe, execution=replace(recipe.execution, kv_dtype=kv_dtype))
+
+
+def _sparse(model: ModelSpec) -> str:
+    """DMS as `model` does best with it."""
+    shipped = model.name in shipped_adapters() and not load_adapter(model.name).unsuited(model)
+    return f"dms:adapter={model.name}" if shipped else "dms"
 
 
 def workload_of(

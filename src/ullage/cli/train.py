@@ -21,13 +21,12 @@ from ullage.runtime.checkpoint import refuse_planned_only, weights_folder
 from ullage.specs.plan import Plan
 from ullage.specs.sources import resolve
 from ullage.specs.workload import Workload
+from ullage.techniques.dms.adapter import Adapter, look_back
 from ullage.units import parse_tokens
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
-
-    from ullage.techniques.dms.adapter import Adapter
 
 _TOKENS = 8192
 
@@ -90,7 +89,7 @@ def _refuse_unwritable(output: Path) -> None:
         raise InputError(f"Cannot write {output}: no such folder, or not a writable one.")
 
 
-def _measured(plan: Plan, texts: dict[str, str], length: int, count: int) -> "Adapter":
+def _measured(plan: Plan, texts: dict[str, str], length: int, count: int) -> Adapter:
     from ullage.runtime.load import load_model, load_tokenizer
     from ullage.techniques.dms.measure import measure
 
@@ -129,13 +128,13 @@ def _pieces(
     return found
 
 
-def _show(adapter: "Adapter", context: int) -> None:
+def _show(adapter: Adapter, context: int) -> None:
     """How the heads share a window out, for some averages."""
     table = Table("window", "heads see least", "half of them at most", "most", box=None)
     for share in (2, 4, 8):
         average = context // share
         if average >= adapter.windows[0]:
-            heads = sorted(size for layer in adapter.look_back(average, context) for size in layer)
+            heads = sorted(size for layer in look_back(adapter, average, context) for size in layer)
             sizes = (heads[0], heads[len(heads) // 2], heads[-1])
             table.add_row(f"{average:,}", *(f"{size:,}" for size in sizes))
     Console(highlight=False).print(table)

@@ -95,7 +95,8 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Go on from the rows at `beam_idx`, [B]: a row that several go on from is copied.
 
         Raises:
-            BudgetExceeded: the pool has too few blocks for the copies.
+            BudgetExceeded: the pool has too few blocks for the copies; this layer is as it was, and
+                those before it have gone on.
         """
         self.batch_select_indices(beam_idx)
 
@@ -106,14 +107,22 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows at `indices` alone, in that order; raises what `reorder_cache` does."""
         wanted = indices.tolist()
+        copies: list[Row] = []
+        rows: list[Row] = []
+        try:
+            for at, index in enumerate(wanted):
+                if index in wanted[:at]:
+                    copies.append(self.rows[index].copy())
+                    rows.append(copies[-1])
+                else:
+                    rows.append(self.rows[index])
+        except BaseException:
+            for row in copies:
+                row.release()
+            raise
         for index, row in enumerate(self.rows):
             if index not in wanted:
                 row.release()
-        taken: set[int] = set()
-        rows = []
-        for index in wanted:
-            rows.append(self.rows[index].copy() if index in taken else self.rows[index])
-            taken.add(index)
         self.rows = rows
 
 

@@ -13,7 +13,6 @@ from typing import Protocol, Self
 
 import torch
 
-from ullage.errors import BudgetExceeded
 from ullage.kv.entries import Entries, side_by_side
 from ullage.kv.kernels import Piece
 from ullage.kv.pool import Blocks
@@ -81,7 +80,7 @@ class SparseHead:
         twin.ring = self.ring.copy()
         try:
             twin.survivors = self.survivors.copy()
-        except BudgetExceeded:
+        except BaseException:
             twin.ring.release()
             raise
         return twin
@@ -187,7 +186,7 @@ class SparseRow(Row):
         try:
             for head in self.heads:
                 head.reserve(tokens)
-        except BudgetExceeded:
+        except BaseException:
             self.release()
             raise
 
@@ -197,7 +196,7 @@ class SparseRow(Row):
         try:
             for head in self.heads:
                 twin.heads.append(head.copy())
-        except BudgetExceeded:
+        except BaseException:
             twin.release()
             raise
         twin.scorer = deepcopy(self.scorer)

@@ -32,11 +32,15 @@ def read_training_texts(data: Path) -> dict[str, str]:
         InputError: no folder, no such text in it, or one that cannot be read.
     """
     refuse_no_folder(data)
-    kept_back = {data / name for name in KNOWN}
-    files = sorted({*data.glob("*.txt"), *data.glob("books/*.txt")} - kept_back)
+    kept_back = {Path(name).name for name in KNOWN}
+    files = sorted({*data.glob("*.txt"), *data.glob("books/*.txt")})
+    files = [file for file in files if file.name not in kept_back]
     if not files:
         raise InputError(f"{data} holds no .txt file to learn from.")
-    return {file.stem: _plain(file.stem, read_file(file)) for file in files}
+    return {
+        str(file.relative_to(data).with_suffix("")): _plain(file.stem, read_file(file))
+        for file in files
+    }
 
 
 def read_essays(data: Path) -> str:

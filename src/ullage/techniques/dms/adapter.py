@@ -26,7 +26,7 @@ class Adapter:
 
     `windows`: [J], in tokens, rising. `loss`: [L, Hkv, J], the KL divergence to full attention, in
     nats a token, where that head alone does; L counts the layers that keep every token.
-    `fingerprint`: of the model's weights. `record`: how it was measured.
+    `fingerprint`: of the model's norms. `record`: how it was measured.
     """
 
     windows: tuple[int, ...]
@@ -46,34 +46,6 @@ class Adapter:
             "{}, {} and {}."
         ).format(*mine, *shape)
 
-    def look_back(self, average: int, context: int) -> list[list[int]]:
-        """A window for each head, [L][Hkv], `average` tokens on average at most, with the least
-        loss altogether; `context` where a head sees everything.
-
-        Raises:
-            TechniqueError: `average` is below the least window.
-        """
-        sizes = [*(size for size in self.windows if size < context), context]
-        if average < sizes[0]:
-            raise TechniqueError(
-                f"dms: a window of {average} tokens on average is below the adapter's least, "
-                f"{sizes[0]}."
-            )
-        loss = self.loss.reshape(-1, self.loss.shape[-1])[:, : len(sizes) - 1]
-        chosen = [0] * len(loss)
-        left = (average - sizes[0]) * len(loss)
-        closed: set[int] = set()  # heads whose next step is too large
-        for _, head, step in sorted(_steps(loss, sizes), reverse=True):
-            cost = sizes[step] - sizes[chosen[head]]
-            if head not in closed and cost <= left:
-                left -= cost
-                chosen[head] = step
-            else:
-                closed.add(head)
-        heads = self.loss.shape[1]
-        windows = [sizes[step] for step in chosen]
-        return [windows[at : at + heads] for at in range(0, len(windows), heads)]
-
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all."""
         metadata = {
@@ -92,6 +64,36 @@ class Adapter:
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
+
+
+@cache
+def look_back(adapter: Adapter, average: int, context: int) -> tuple[tuple[int, ...], ...]:
+    """A window for each head, [L][Hkv], `average` tokens on average at most, with the least loss
+    altogether; `context` where a head sees everything.
+
+    Raises:
+        TechniqueError: `average` is below the least window.
+    """
+    sizes = [*(size for size in adapter.windows if size < context), context]
+    if average < sizes[0]:
+        raise TechniqueError(
+            f"dms: a window of {average} tokens on average is below the adapter's least, "
+            f"{sizes[0]}."
+        )
+    loss = adapter.loss.reshape(-1, adapter.loss.shape[-1])[:, : len(sizes) - 1]
+    chosen = [0] * len(loss)
+    left = (average - sizes[0]) * len(loss)
+    closed: set[int] = set()  # heads whose next step is too large
+    for _, head, step in sorted(_steps(loss, sizes), reverse=True):
+        cost = sizes[step] - sizes[chosen[head]]
+        if head not in closed and cost <= left:
+            left -= cost
+            chosen[head] = step
+        else:
+            closed.add(head)
+    heads = adapter.loss.shape[1]
+    windows = tuple(sizes[step] for step in chosen)
+    return tuple(windows[at : at + heads] for at in range(0, len(windows), heads))
 
 
 def _steps(loss: numpy.ndarray, sizes: list[int]) -> list[tuple[float, int, int]]:
@@ -126,14 +128,14 @@ def load_adapter(name: str) -> Adapter:
         TechniqueError: there is none, or it is damaged.
     """
     path = Path(str(SHIPPED / f"{name}.safetensors"))
-    if not path.is_file():
-        path = Path(name)
-    if not path.is_file():
-        known = ", ".join(shipped_adapters())
-        raise TechniqueError(f"dms: no adapter {name!r}: neither a file nor one of {known}.")
-    if path.stat().st_size > LIMIT_BYTES:
-        raise TechniqueError(f"dms: {name} is too large for an adapter.")
     try:
+        if not path.is_file():
+            path = Path(name)
+        if not path.is_file():
+            known = ", ".join(shipped_adapters())
+            raise TechniqueError(f"dms: no adapter {name!r}: neither a file nor one of {known}.")
+        if path.stat().st_size > LIMIT_BYTES:
+            raise TechniqueError(f"dms: {name} is too large for an adapter.")
         with safe_open(path, "numpy") as file:
             return _parsed(file.metadata() or {}, file)
     except (SafetensorError, KeyError, ValueError, OSError) as error:
@@ -143,8 +145,10 @@ def load_adapter(name: str) -> Adapter:
 def _parsed(metadata: dict[str, str], file: Any) -> Adapter:
     if metadata.get("format") != FORMAT:
         raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
-    windows = tuple(map(int, file.get_tensor("windows")))
-    loss = file.get_tensor("loss")
+    sizes, loss = file.get_tensor("windows"), file.get_tensor("loss")
+    if sizes.ndim != 1 or sizes.dtype.kind != "i" or not sizes.size or loss.dtype.kind != "f":
+        raise ValueError("windows are whole numbers, and losses are numbers")
+    windows = tuple(map(int, sizes))
     if loss.ndim != 3 or loss.shape[2] != len(windows) or list(windows) != sorted(set(windows)):
         raise ValueError("windows and losses do not go together")
     if windows[0] < 1 or not numpy.isfinite(loss).all():

@@ -1,4 +1,4 @@
-"""What tells one model's weights from another's, however they are stored."""
+"""What tells one model from another, however its weights are stored."""
 
 import hashlib
 from typing import TYPE_CHECKING
@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
 
 def fingerprint(model: "PreTrainedModel") -> str:
-    """Hex SHA-256 over the norms' weights, which quantization leaves alone, as bf16, which every
-    format that models are read in can be rounded to."""
+    """Hex SHA-256 over the norms' weights, which quantization leaves alone, as bf16. A fine-tune
+    that leaves the norms alone is taken for the model itself."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
         if weight.ndim == 1 and name.endswith("weight"):

@@ -53,8 +53,8 @@ def measure(
     """An adapter for `model`, from `texts`, [T] token ids each, all equally long.
 
     Raises:
-        TechniqueError: the model has no layer that DMS acts on, its attention is not ours to
-            replace, or the texts are shorter than twice the least window.
+        TechniqueError: the model has no layer that DMS acts on, it caps its attention scores, or
+            the texts are shorter than twice the least window.
     """
     spec = spec_from_config(model.config.get_text_config().to_dict())
     layers = full_layer_numbers(spec)
@@ -91,7 +91,8 @@ def _read_and_back(model: "PreTrainedModel", ids: torch.Tensor, random: torch.Ge
 @contextmanager
 def _watched(model: "PreTrainedModel", losses: Losses) -> Iterator[None]:
     """`model` with attention that notes what shorter windows would lose, ready for gradients of its
-    states and of none of its weights; a layer's states are computed once more on the way back."""
+    states and of none of its weights; a layer's states are computed once more on the way back, and
+    what is kept of each until then is its queries, keys and values."""
     AttentionInterface.register(NAME, partial(_attention, losses))
     AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
     before = model.config._attn_implementation
@@ -108,6 +109,9 @@ def _watched(model: "PreTrainedModel", losses: Losses) -> Iterator[None]:
         undo.callback(disable)
         enable({"use_reentrant": False})
         model.train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.eval()
         with torch.enable_grad():
             yield
 
@@ -136,9 +140,14 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of one text, query [1, Hq, T, D]; one layer's on the way back notes its losses."""
+    if softcap is not None:
+        raise TechniqueError("dms: a model that caps its attention scores is not measured yet.")
     group = query.shape[1] // key.shape[1]
     keys, values = (part.repeat_interleave(group, dim=1) for part in (key, value))
-    output = F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling)
+    band = None if sliding_window is None else _band(query.shape[2], sliding_window, query.device)
+    output = F.scaled_dot_product_attention(
+        query, keys, values, attn_mask=band, is_causal=band is None, scale=scaling
+    )
     layer: Any = module.layer_idx
     if layer in losses.layers:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -148,6 +157,13 @@ def _attention(
             partial(_note, losses.windows, sums, states, scale)
         )
     return output.transpose(1, 2), None
+
+
+def _band(tokens: int, window: int, device: torch.device) -> torch.Tensor:
+    """Bool [T, T]: each position sees the `window` newest up to itself."""
+    position = torch.arange(tokens, device=device)
+    age = position[:, None] - position[None, :]
+    return (age >= 0) & (age < window)
 
 
 def _note(

@@ -20,7 +20,7 @@ from ullage.specs.model import ModelSpec
 from ullage.specs.survivors import SPAN_TOKENS, Survival
 from ullage.specs.workload import Engine, Step
 from ullage.techniques.base import Technique, with_full_layers
-from ullage.techniques.dms.adapter import load_adapter
+from ullage.techniques.dms.adapter import load_adapter, look_back
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +32,7 @@ Predictor = Literal["expected-attention", "window"]
 SINKS = 4  # first tokens, which attention falls back on: StreamingLLM (arXiv 2309.17453)
 DECIDED_TOKENS = 64  # at once
 FUTURE_TOKENS = 512  # positions ahead that expected attention averages the rotation over
-FLAG_BYTES = 1  # a token of the window and a head: whether it stays
+FLAG_BYTES = 1  # a token of the window or of what is read beside it, and a head: whether it stays
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class DMS(Technique):
         if self.predictor not in get_args(Predictor):
             known = ", ".join(get_args(Predictor))
             raise TechniqueError(f"dms: predictor is one of {known}, not {self.predictor!r}.")
+        if type(self.adapter) is not str:
+            raise TechniqueError(f"dms: adapter is a name or a path, not {self.adapter!r}.")
         if self.adapter:
             load_adapter(self.adapter)
 
@@ -75,15 +77,21 @@ class DMS(Technique):
         """
         layers = full_layer_numbers(model)
         if not self.adapter:
-            return dict.fromkeys(layers, (self._survival(self.window),) * model.num_kv_heads)
+            return dict.fromkeys(layers, (self._alike,) * model.num_kv_heads)
         adapter = load_adapter(self.adapter)
-        windows = adapter.look_back(self.window, model.max_context_tokens)
-        made = [tuple(map(self._survival, layer)) for layer in windows]
+        windows = look_back(adapter, self.window, model.max_context_tokens)
+        every = min(DECIDED_TOKENS, *(window for layer in windows for window in layer))
+        made = [tuple(self._survival(window, every) for window in layer) for layer in windows]
         return dict(zip(layers, made, strict=True))
 
-    def _survival(self, window: int) -> Survival:
+    def _survival(self, window: int, every: int) -> Survival:
         kept = 0.0 if self.predictor == "window" else self.kept
-        return Survival(kept, window, min(DECIDED_TOKENS, self.window), SINKS)
+        return Survival(kept, window, every, SINKS)
+
+    @property
+    def _alike(self) -> Survival:
+        """Of each head where there is no adapter."""
+        return self._survival(self.window, min(DECIDED_TOKENS, self.window))
 
     def unsupported(self, model: ModelSpec) -> str | None:
         if self.kept == 1:
@@ -112,18 +120,20 @@ class DMS(Technique):
     def _kinds(self, model: ModelSpec) -> Mapping[Survival, int]:
         """How many heads there are of each kind."""
         if not self.adapter:
-            return {self._survival(self.window): full_layers(model) * model.num_kv_heads}
+            return {self._alike: full_layers(model) * model.num_kv_heads}
         return Counter(chain.from_iterable(self.survivals(model).values()))
 
     def _state_bytes(self, model: ModelSpec, work: Step) -> int:
-        """What a sequence keeps beside its blocks: flags of the windows, and the scorer's sums over
-        the queries and their squares in fp32, [Hq, D] each a layer, with where the newest token
-        stands and how far one turns, [D], [D] and [D / 2]."""
+        """What a sequence keeps beside its blocks: flags of the entries in its windows and of a
+        span on its way there, and the scorer's sums over the queries and their squares in fp32,
+        [Hq, D] each a layer, with where the newest token stands and how far one turns, [D], [D]
+        and [D / 2]."""
         tokens = work.held_tokens
         if not tokens:
             return 0
         flags_bytes = FLAG_BYTES * sum(
-            heads * min(survival.window, tokens) for survival, heads in self._kinds(model).items()
+            heads * min(survival.window + SPAN_TOKENS, tokens)
+            for survival, heads in self._kinds(model).items()
         )
         if self.predictor != "expected-attention":
             return flags_bytes
