@@ -56,6 +56,12 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             self.rows = [self.new_row() for _ in range(key_states.shape[0])]
         return tag(key_states, self), value_states
 
+    def begin(self, batch: int, make_row: MakeRow) -> None:
+        """Empty rows of a kind of the caller's, where the layer has none; `make_row` makes these
+        alone."""
+        if not self.rows:
+            self.rows = [make_row(self.pool, self.num_kv_heads) for _ in range(batch)]
+
     def give_rotary(self, *rotary: torch.Tensor) -> None:
         """Cos and sin of the next step's positions, [1 or B, N, D] each, where there are any."""
         self._rotary = rotary

@@ -175,6 +175,77 @@ def test_a_full_cache_of_transformers_is_our_error(tiny_model: TinyModel) -> Non
         model(TEXT[:1], **cache_argument(model, full))
 
 
+def test_a_given_cache_is_dense_again_afterwards(tiny_model: TinyModel) -> None:
+    model, spec = tiny_model("llama")
+    cache = cache_of(model, spec, DMS.neutral())
+    never = logits(model, cache, TEXT[:1], 50)
+    cache.reset()
+    with DMS(0.25, 16).attach(model):
+        inside = logits(model, cache, TEXT[:1], 50)
+        assert sum(map(sum, live_tokens(cache))) > 0
+    cache.reset()
+    assert torch.equal(logits(model, cache, TEXT[:1], 50), never)
+    assert not torch.equal(inside, never)
+
+
+def test_a_given_cache_is_dense_again_after_a_step_that_failed(tiny_model: TinyModel) -> None:
+    model, spec = tiny_model("llama")
+    cache = cache_of(model, spec, DMS.neutral())
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    projection = model.model.layers[1].self_attn.k_proj
+    with DMS(0.25, 16).attach(model), pytest.raises(KeyboardInterrupt):
+        with_hook = projection.register_forward_pre_hook(fail)
+        logits(model, cache, TEXT[:1], 50)
+    with_hook.remove()
+    cache.reset()
+    logits(model, cache, TEXT[:1], 50)
+    assert live_tokens(cache) == []
+
+
+def test_a_cache_that_keeps_every_entry_is_our_error(tiny_model: TinyModel) -> None:
+    """Whether it holds some already or has room for them: it would go on keeping every one."""
+    model, spec = tiny_model("llama")
+    filled, opened = (cache_of(model, spec, DMS.neutral()) for _ in range(2))
+    logits(model, filled, TEXT[:1, :90], 50)
+    opened.activate([opened.open(150)])
+    held_bytes = filled.nbytes()
+    for cache in (filled, opened):
+        with (
+            DMS(0.25, 16).attach(model),
+            pytest.raises(TechniqueError, match="keeps every entry: give it an empty one"),
+        ):
+            logits(model, cache, TEXT[:1, 90:], 50)
+    assert filled.nbytes() == held_bytes
+
+
+def test_generate_goes_on_from_an_empty_cache_that_was_given(tiny_model: TinyModel) -> None:
+    """In its second turn it is filled, by the first."""
+    model, spec = tiny_model("llama")
+    cache = cache_of(model, spec, DMS.neutral())
+    with DMS(0.25, 16).attach(model):
+        first = generate(model, inputs=TEXT[:1, :90], **cache_argument(model, cache))
+        turn = torch.cat([first, TEXT[:1, 90:]], dim=1)
+        second = generate(model, inputs=turn, **cache_argument(model, cache))
+        assert torch.equal(second, generate(model, inputs=turn))
+
+
+def test_attaching_twice_is_our_error(tiny_model: TinyModel) -> None:
+    model, spec = tiny_model("llama")
+    technique = DMS(0.25, 16)
+    with technique.attach(model):
+        before = logits(model, cache_of(model, spec, technique), TEXT[:1], 50)
+        with (
+            pytest.raises(TechniqueError, match="attached to this model already"),
+            DMS(0.5, 16).attach(model),
+        ):
+            pass
+        after = logits(model, cache_of(model, spec, technique), TEXT[:1], 50)
+    assert torch.equal(before, after)
+
+
 def test_a_part_of_a_model_is_our_error(tiny_model: TinyModel) -> None:
     model, _ = tiny_model("llama")
     with DMS(0.25, 16).attach(model), pytest.raises(TechniqueError, match="the whole model"):

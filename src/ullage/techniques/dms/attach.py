@@ -12,6 +12,7 @@ from ullage.errors import TechniqueError
 from ullage.kv import attention
 from ullage.kv.cache import MakeRow, PagedCache, cache_argument
 from ullage.kv.pool import HeapBlocks
+from ullage.kv.sparse import SparseRow
 from ullage.specs.families import spec_from_config
 
 if TYPE_CHECKING:
@@ -23,7 +24,15 @@ _CACHE_NAMES = ("cache", "past_key_values")
 @contextmanager
 def sparse(model: "PreTrainedModel", makers: Mapping[int, MakeRow]) -> Iterator[None]:
     """`model` with sparse rows in the layers of `makers`, by number, whichever empty cache it is
-    given, or none."""
+    given, or none. A cache that is filled here goes on here; once it is reset, it is as it was
+    given.
+
+    Raises:
+        TechniqueError: the model has sparse rows already, or takes no attention but its own. Its
+            forward pass: a cache that holds other entries, or a part of the model alone.
+    """
+    if any(getattr(hook, "func", None) is _page for hook in model._forward_pre_hooks.values()):
+        raise TechniqueError("DMS is attached to this model already: leave that `with` first.")
     attention.register()
     before = model.config._attn_implementation
     with ExitStack() as undo:
@@ -60,14 +69,20 @@ def _page(
 
 
 def _prepare(
-    make_row: MakeRow, module: torch.nn.Module, _: tuple[Any, ...], kwargs: dict[str, Any]
+    make_row: MakeRow, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """Give the cache layer of this step its kind of rows and the rotation of its tokens."""
     cache = next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
     if not isinstance(cache, PagedCache):
         raise TechniqueError("DMS is attached to the whole model: call that, not a part of it.")
     layer = cache.paged[module.layer_idx]  # type: ignore[index]
-    layer.make_row = make_row
+    hidden = args[0] if args else kwargs["hidden_states"]  # [B, N, hidden]
+    layer.begin(len(hidden), make_row)
+    if not all(isinstance(row, SparseRow) for row in layer.rows):
+        raise TechniqueError(
+            "DMS cannot go on from a PagedCache that keeps every entry: give it an empty one, or "
+            "one that was filled while DMS was attached."
+        )
     layer.give_rotary(*(kwargs.get("position_embeddings") or ()))
 
 
