@@ -1,6 +1,7 @@
 """Adapters: files whole or refused, and windows shared out with the least loss."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,21 @@ def test_a_file_holds_it_all(tmp_path: Path) -> None:
         WINDOWS, 16, "print", {"texts": 1},
     )  # fmt: skip
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
+    """As after `ullage train dms`, in the same process; and one that did not change is not."""
+    path = tmp_path / "mine.safetensors"
+    for fingerprint in ("one", "two"):  # of one length, and within a tick of the clock perhaps
+        replace(adapter_of([[[3, 2, 1]]]), fingerprint=fingerprint).save(path)
+        assert load_adapter(str(path)).fingerprint == fingerprint
+    assert load_adapter(str(path)) is load_adapter(str(path))
+    path.write_bytes(b"damaged")
+    with pytest.raises(TechniqueError, match="damaged"):
+        load_adapter(str(path))
+    path.unlink()
+    with pytest.raises(TechniqueError, match="neither a file nor"):
+        load_adapter(str(path))
 
 
 def test_damaged_files_are_our_error(tmp_path: Path) -> None:

@@ -196,10 +196,10 @@ def test_a_given_cache_is_dense_again_after_a_step_that_failed(tiny_model: TinyM
         raise KeyboardInterrupt
 
     projection = model.model.layers[1].self_attn.k_proj
+    hook = projection.register_forward_pre_hook(fail)
     with DMS(0.25, 16).attach(model), pytest.raises(KeyboardInterrupt):
-        with_hook = projection.register_forward_pre_hook(fail)
         logits(model, cache, TEXT[:1], 50)
-    with_hook.remove()
+    hook.remove()
     cache.reset()
     logits(model, cache, TEXT[:1], 50)
     assert live_tokens(cache) == []

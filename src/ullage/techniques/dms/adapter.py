@@ -1,8 +1,9 @@
 """An adapter: how far back each KV head of one model has to look, as it was measured. No torch."""
 
 import json
+import os
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ class Adapter:
             part.unlink(missing_ok=True)
 
 
-@cache
+@lru_cache(maxsize=256)
 def look_back(adapter: Adapter, average: int, context: int) -> tuple[tuple[int, ...], ...]:
     """A window for each head, [L][Hkv], `average` tokens on average at most, with the least loss
     altogether; `context` where a head sees everything.
@@ -120,26 +121,33 @@ def shipped_adapters() -> list[str]:
     return sorted(file.stem for file in files if file.suffix == ".safetensors")
 
 
-@cache
 def load_adapter(name: str) -> Adapter:
-    """The adapter that is shipped as `name`, or the file of that path.
+    """The adapter that is shipped as `name`, or the file of that path, as it is now. Planning asks
+    often: a file that has not changed is read once.
 
     Raises:
         TechniqueError: there is none, or it is damaged.
     """
-    path = Path(str(SHIPPED / f"{name}.safetensors"))
+    path = os.path.join(str(SHIPPED), f"{name}.safetensors")
     try:
-        if not path.is_file():
-            path = Path(name)
-        if not path.is_file():
+        if not os.path.isfile(path):
+            path = name
+        if not os.path.isfile(path):
             known = ", ".join(shipped_adapters())
             raise TechniqueError(f"dms: no adapter {name!r}: neither a file nor one of {known}.")
-        if path.stat().st_size > LIMIT_BYTES:
+        state = os.stat(path)
+        if state.st_size > LIMIT_BYTES:
             raise TechniqueError(f"dms: {name} is too large for an adapter.")
-        with safe_open(path, "numpy") as file:
-            return _parsed(file.metadata() or {}, file)
+        # whoever writes one in place of another, as `save` does, writes another file
+        return _read(path, state.st_dev, state.st_ino, state.st_mtime_ns, state.st_size)
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise TechniqueError(f"dms: {name} is not an adapter of DMS, or damaged: {error}") from None
+
+
+@lru_cache(maxsize=16)
+def _read(path: str, *_: int) -> Adapter:
+    with safe_open(path, "numpy") as file:
+        return _parsed(file.metadata() or {}, file)
 
 
 def _parsed(metadata: dict[str, str], file: Any) -> Adapter:
