@@ -153,6 +153,7 @@ def test_a_prompt_of_other_bytes_is_refused_wherever_it_comes_from(
         ([], ["--prefill-chunk", "9"], "--prefill-chunk and --plan"),
         ([], ["--kv-cache-dtype", "bf16"], "--kv-cache-dtype and --plan"),
         ([], ["--technique", "quantization"], "--technique and --plan"),
+        ([], ["--recipe", "hybrid"], "--recipe and --plan"),
         ([], ["--device", "cpu"], "--device and --plan"),
         (["--engine", "transformers"], [], "for transformers"),
         (["--attention", "eager"], [], "attention eager"),

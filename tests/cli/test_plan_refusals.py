@@ -50,6 +50,8 @@ def assert_refused(done: subprocess.CompletedProcess[str], says: str) -> None:
         ([*PLAN, "--attention", "flash"], "ullage has sdpa, eager"),
         ([*VLLM, "--weights", "q4_k_m"], "'q4_k_m': vllm has"),
         ([*LLAMA_CPP, "--weights", "nf4"], "'nf4': llama.cpp has"),
+        ([*LLAMA_CPP, "--recipe", "hybrid"], "--recipe hybrid is ullage's own"),
+        ([*TRANSFORMERS, "--recipe", "hybrid"], "--recipe hybrid is ullage's own"),
         ([*VLLM, "--gpu-memory-utilization", "0"], "--gpu-memory-utilization"),
         ([*VLLM, "--gpu-memory-utilization", "1.01"], "--gpu-memory-utilization"),
         ([*VLLM, "--gpu-memory-utilization", "nan"], "--gpu-memory-utilization"),

@@ -4,7 +4,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from ullage.cli.options import PlanOptions
+from ullage.cli.options import NamedRecipe, PlanOptions
 from ullage.errors import InputError, PromptError
 from ullage.planner.engines import ENGINES
 from ullage.specs.model import ModelSpec
@@ -41,8 +41,9 @@ def _read(file: Path | None) -> str:
         return stdin.read()
 
 
-def refuse_beside_plan(options: PlanOptions) -> None:
-    """
+def refuse_beside_plan(options: PlanOptions, recipe: NamedRecipe | None) -> None:
+    """`options` as they were typed, without what `recipe` stands for.
+
     Raises:
         InputError: an option that the plan decides. --memory and --calibration only say what it is
             held against.
@@ -53,6 +54,7 @@ def refuse_beside_plan(options: PlanOptions) -> None:
         "--kv-cache-dtype": options.kv_cache_dtype,
         "--prefill-chunk": options.prefill_chunk,
         "--technique": options.technique or None,
+        "--recipe": recipe,
     }
     for option, value in given.items():
         if value is not None:

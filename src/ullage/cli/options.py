@@ -179,9 +179,15 @@ class PlanOptions:
     utilization: float | None = None
 
     def with_recipe(self, name: NamedRecipe | None, model: ModelSpec) -> "PlanOptions":
-        """These options, and what `name` stands for where they leave it open."""
+        """These options, and what `name` stands for where they leave it open.
+
+        Raises:
+            InputError: an engine that has no such recipe.
+        """
         if name is None:
             return self
+        if self.engine != "ullage":
+            raise InputError(f"--recipe {name} is ullage's own, which {self.engine} does not have.")
         asked = {text.partition(":")[0] for text in self.technique}
         weights = self.weights if self.weights or "quantization" in asked else "nf4"
         added = () if asked & {"dms", "camelot"} else (_sparse(model),)

@@ -92,6 +92,8 @@ def run(
     spec = resolve(model)
     refuse_planned_only(spec)
     text = prompt_text(source, prompt, prompt_file)
+    if plan is not None:
+        refuse_beside_plan(options, recipe)
     session = _Session(
         spec, options.with_recipe(recipe, spec), None if plan is None else read_plan(plan)
     )
@@ -120,7 +122,6 @@ class _Session:
         if self.given is None:
             device = device_to_run(self.options.device)
         else:
-            refuse_beside_plan(self.options)
             refuse_plan(self.given, self.spec)
             device = self.given.recipe.device
             refuse_unusable(device)
