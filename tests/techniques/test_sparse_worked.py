@@ -106,6 +106,8 @@ def test_settings_of_camelot_that_cannot_be(settings: dict[str, Any]) -> None:
 def test_what_is_typed_is_of_the_settings_type() -> None:
     assert parse("dms:kept=0.25,window=64") == DMS(0.25, 64)
     assert parse("camelot:segment=128") == CAMELoT(1024, 128)
+    with pytest.raises(TechniqueError, match="window is a whole number, not '1e9'"):
+        parse("dms:window=1e9")
     for text in ("dms:window=6.5", "camelot:slots=many", "dms:kept", "dms:share=1"):
         with pytest.raises(TechniqueError):
             parse(text)

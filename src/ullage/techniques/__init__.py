@@ -3,6 +3,7 @@ folder whose ``settings.py`` defines one `Technique`."""
 
 import importlib
 import pkgutil
+import re
 from dataclasses import asdict, fields
 from difflib import get_close_matches
 from functools import cache
@@ -53,7 +54,8 @@ def sequence_blocks(recipe: Recipe, tokens: int) -> int:
 
 
 def parse(text: str) -> Technique:
-    """The technique in ``NAME`` or ``NAME:key=value,key=value``.
+    """The technique in ``NAME`` or ``NAME:key=value,key=value``. A comma that no key follows is a
+    value's, as in a path.
 
     Raises:
         TechniqueError: unknown name or setting, or a value of the wrong type.
@@ -62,7 +64,7 @@ def parse(text: str) -> Technique:
     cls = _technique_class(name)
     types: dict[str, Any] = {field.name: field.type for field in fields(cls)}
     settings = {}
-    for pair in filter(None, rest.split(",")):
+    for pair in filter(None, re.split(r",(?=\w*=|$)", rest)):
         key, equals, value = pair.partition("=")
         if not equals or key not in types:
             raise TechniqueError(f"{name} has no setting {key!r}; {_has(types)}.")
@@ -97,4 +99,5 @@ def _cast(technique: str, key: str, text: str, kind: Any) -> Any:
     try:
         return kind(text) if kind in (int, float) else text
     except ValueError as error:
-        raise TechniqueError(f"{technique}: {key} is a number, not {text!r}.") from error
+        what = "a whole number" if kind is int else "a number"
+        raise TechniqueError(f"{technique}: {key} is {what}, not {text!r}.") from error
