@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ullage import DoesNotFit, ModelSpec, fit_run, resolve
+from ullage.errors import TechniqueError
 from ullage.planner.fitting import Choice
 from ullage.planner.levers import CHUNKS as ALL_CHUNKS
 from ullage.planner.memory import peak_bytes
@@ -51,6 +52,13 @@ budgets = st.integers(min(PEAKS.values()), max(PEAKS.values()))
 def test_nothing_changes_when_everything_fits() -> None:
     chosen = fit_run(RECIPE, 64 * GIB, ALL_FREE).recipe
     assert (scheme_of(chosen), chosen.execution) == ("none", FP32)
+
+
+@pytest.mark.parametrize("budget_bytes", [1, 64 * GIB])
+def test_what_no_budget_would_run_is_refused_whatever_the_budget(budget_bytes: int) -> None:
+    sliding = replace(RECIPE, model=resolve("mistral-7b-v0.1"))
+    with pytest.raises(TechniqueError, match="dms cannot act on mistral"):
+        fit_run(replace(sliding, techniques=(TechniqueChoice("dms", {}),)), budget_bytes, ALL_FREE)
 
 
 @given(budgets)

@@ -25,8 +25,7 @@ def build_plan(
     """
     engine = ENGINES[recipe.execution.engine]
     recipe = engine.settle(recipe)
-    for choice in recipe.techniques:
-        _refuse_unsupported(techniques.create(choice), recipe)
+    refuse_unsupported(recipe)
     budget_bytes = budget_bytes or engine.limit_bytes(recipe)
     recipe = engine.within(recipe, budget_bytes)
     phases = phase_footprints(recipe, calibration)
@@ -42,14 +41,21 @@ def build_plan(
     )
 
 
-def _refuse_unsupported(technique: techniques.Technique, recipe: Recipe) -> None:
+def refuse_unsupported(recipe: Recipe) -> None:
+    """
+    Raises:
+        TechniqueError: a technique that the engine does not have, or that does not support the
+            model.
+    """
     engine = recipe.execution.engine
-    if engine not in technique.engines:
-        known = " and ".join(technique.engines)
-        raise TechniqueError(f"{technique.name} is a technique of {known}, not of {engine}.")
-    reason = technique.unsupported(recipe.model)
-    if reason is not None:
-        raise TechniqueError(f"{technique.name} cannot act on {recipe.model.name}: {reason}")
+    for choice in recipe.techniques:
+        technique = techniques.create(choice)
+        if engine not in technique.engines:
+            known = " and ".join(technique.engines)
+            raise TechniqueError(f"{technique.name} is a technique of {known}, not of {engine}.")
+        reason = technique.unsupported(recipe.model)
+        if reason is not None:
+            raise TechniqueError(f"{technique.name} cannot act on {recipe.model.name}: {reason}")
 
 
 def default_execution(device: Device, engine: Engine = "ullage") -> Execution:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from ullage import techniques
 from ullage.errors import DoesNotFit, TechniqueError
+from ullage.planner.build import refuse_unsupported
 from ullage.planner.engines import ENGINES
 from ullage.planner.levers import Lever, combinations, levers_of
 from ullage.planner.memory import peak_bytes
@@ -36,11 +37,12 @@ def fit_run(
     """The first variant of `recipe`, from least to most loss, whose peak is inside `budget_bytes`.
 
     Raises:
-        TechniqueError: a technique that can only be planned.
+        TechniqueError: a technique that can only be planned, or that does not support the model.
         DoesNotFit: none fits; carries the smallest budget that would.
     """
     _refuse_planned_only(recipe)
     recipe = ENGINES[recipe.execution.engine].settle(recipe)
+    refuse_unsupported(recipe)  # before a larger budget is asked for
     smallest_bytes = None
     for variant, _ in combinations(recipe, _levers(recipe, freedom)):
         variant_bytes = peak_bytes(variant, calibration)
