@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from ullage.errors import InputError
 from ullage.kv.attention import tag
 from ullage.kv.pool import Blocks
 from ullage.kv.rows import FullRow, Row, SlidingRow
@@ -90,6 +91,18 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
     def get_max_length(self) -> int:
         """-1: the pool limits the bytes, nothing limits the length."""
         return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take no token back.
+
+        Raises:
+            InputError: some are to be: what a sliding or sparse row let go of for them is gone.
+        """
+        if tokens_to_remove:
+            raise InputError(
+                "A PagedCache takes no tokens back, as assisted decoding does: leave the assistant "
+                "out."
+            )
 
     def reset(self) -> None:
         """Give all blocks back."""

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from ullage import ModelSpec
-from ullage.errors import TechniqueError
+from ullage.errors import InputError, TechniqueError
 from ullage.kv import attention
 from ullage.kv.cache import PagedCache, cache_argument
 from ullage.kv.pool import HeapBlocks
@@ -230,6 +230,25 @@ def test_generate_goes_on_from_an_empty_cache_that_was_given(tiny_model: TinyMod
         turn = torch.cat([first, TEXT[:1, 90:]], dim=1)
         second = generate(model, inputs=turn, **cache_argument(model, cache))
         assert torch.equal(second, generate(model, inputs=turn))
+
+
+def test_to_read_without_a_cache_is_our_error(tiny_model: TinyModel) -> None:
+    model, _ = tiny_model("llama")
+    with DMS(0.25, 16).attach(model), pytest.raises(TechniqueError, match="use_cache=False"):
+        generate(model, inputs=TEXT[:1], use_cache=False)
+
+
+def test_assisted_decoding_is_refused(tiny_model: TinyModel) -> None:
+    """By transformers for the model that is assisted, which asks the cache whether it can go back;
+    by us for the assistant."""
+    model, other = tiny_model("llama")[0], tiny_model("llama")[0]
+    with DMS(0.25, 16).attach(model):
+        with pytest.raises(ValueError, match="Assisted decoding requires a cache"):
+            generate(model, inputs=TEXT[:1], assistant_model=other)
+        with pytest.raises(ValueError, match="Assisted decoding requires a cache"):
+            generate(model, inputs=TEXT[:1], prompt_lookup_num_tokens=3)
+        with pytest.raises(InputError, match="leave the assistant out"):
+            generate(other, inputs=TEXT[:1], assistant_model=model)
 
 
 def test_attaching_twice_is_our_error(tiny_model: TinyModel) -> None:

@@ -54,6 +54,8 @@ def _page(
     model: "PreTrainedModel", _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A PagedCache where none was given, or an empty one of transformers, as `generate` does."""
+    if kwargs.get("use_cache") is False:  # `generate` would give the text again, and our cache too
+        raise TechniqueError("DMS is a way to keep the cache: leave use_cache=False out.")
     given = next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
     if isinstance(given, PagedCache):
         return args, kwargs
