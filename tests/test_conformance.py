@@ -6,6 +6,7 @@ from contextlib import closing
 from dataclasses import asdict, fields, replace
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 from urllib.parse import urlparse
 
@@ -20,6 +21,7 @@ from ullage.kv import attention
 from ullage.kv.cache import PagedCache, cache_argument
 from ullage.kv.pool import KVPool
 from ullage.planner.memory import phase_footprints
+from ullage.runtime import engine
 from ullage.runtime.load import TORCH_DTYPES, load_model, load_tokenizer
 from ullage.specs.blocks import sequence_blocks
 from ullage.specs.device import Device
@@ -28,6 +30,8 @@ from ullage.specs.footprint import Footprint
 from ullage.specs.plan import Recipe, TechniqueChoice
 from ullage.specs.workload import PHASES, Engine, Execution, Workload
 from ullage.techniques import Technique, choice_of, create, parse
+from ullage.techniques.dms.adapter import Adapter
+from ullage.techniques.dms.fingerprint import fingerprint
 from ullage.techniques.quantization.linear import tensor_bytes
 from ullage.units import GIB
 
@@ -39,13 +43,40 @@ IDS = torch.randint(6, 64, (2, 24), generator=torch.Generator().manual_seed(1))
 SHORT = 9  # tokens of the second sequence, where it is shorter
 
 
+FOLDER = TemporaryDirectory()  # until the process ends
+ADAPTER = Path(FOLDER.name) / "tiny.safetensors"
+
+
+def save_adapter(fingerprint: str) -> None:
+    """An adapter of the tiny llama's shape, as if its heads had to look back unlike far."""
+    loss = torch.rand(2, 2, 3, generator=torch.Generator().manual_seed(1)).sort(descending=True)
+    Adapter((2, 4, 8), loss.values.numpy(), 8, fingerprint, {}).save(ADAPTER)
+
+
+save_adapter("")  # settings name a file that is there
+
+
+@pytest.fixture(autouse=True, scope="module")
+def adapter_of_the_tiny_llama(tiny_model: TinyModel) -> None:
+    save_adapter(fingerprint(tiny_model("llama")[0]))
+
+
 # What acts on texts as short as these; elsewhere the defaults do.
-SMALL: dict[str, dict[str, Any]] = {"dms": {"kept": 0.25, "window": 4}}
+SMALL: dict[str, list[dict[str, Any]]] = {
+    "dms": [
+        {"kept": 0.25, "window": 4},
+        {"kept": 0.25, "window": 4, "adapter": str(ADAPTER)},
+    ]
+}
 
 
 def settings_of(name: str) -> Iterator[Technique]:
     """The technique with small settings, and with every choice of its Literal and bool ones."""
-    default = create(TechniqueChoice(name, SMALL.get(name, {})))
+    for settings in SMALL.get(name, [{}]):
+        yield from choices_of(create(TechniqueChoice(name, settings)))
+
+
+def choices_of(default: Technique) -> Iterator[Technique]:
     kinds = get_type_hints(type(default))
     choices = [
         get_args(kinds[field.name])
@@ -57,7 +88,7 @@ def settings_of(name: str) -> Iterator[Technique]:
     ]
     for values in product(*choices):
         settings = dict(zip((field.name for field in fields(default)), values, strict=True))
-        yield create(TechniqueChoice(name, settings))
+        yield create(TechniqueChoice(default.name, settings))
 
 
 NAMES = techniques.names()
@@ -66,9 +97,15 @@ ACTIVE = [technique for technique in EVERY if technique != technique.neutral()]
 
 PLANNED_ONLY = {technique.name for technique in EVERY if not technique.runs}
 
+
+def label(technique: Technique) -> str:
+    """Without the folder, which is another one each time."""
+    return str(technique).replace(FOLDER.name, "")
+
+
 every_name = pytest.mark.parametrize("name", NAMES)
-every_setting = pytest.mark.parametrize("technique", EVERY, ids=str)
-every_active = pytest.mark.parametrize("technique", ACTIVE, ids=str)
+every_setting = pytest.mark.parametrize("technique", EVERY, ids=label)
+every_active = pytest.mark.parametrize("technique", ACTIVE, ids=label)
 
 
 def supported_families(technique: Technique, tiny_spec: TinySpec) -> list[str]:
@@ -80,22 +117,29 @@ def skip_unless_it_runs(name: str) -> None:
         pytest.skip(f"{name} is planned only: there is nothing to attach")
 
 
-def recipe(spec: ModelSpec, technique: Technique, work: Workload, execution: Execution) -> Recipe:
+def recipe(
+    spec: ModelSpec, technique: Technique, work: Workload, execution: Execution, *more: Technique
+) -> Recipe:
     device = Device("cpu", "cpu", 64 * GIB)
-    return Recipe(spec, device, work, execution, (choice_of(technique),))
+    return Recipe(spec, device, work, execution, tuple(map(choice_of, (technique, *more))))
 
 
-def cache_for(spec: ModelSpec) -> PagedCache:
-    return PagedCache(spec, KVPool(2 * sequence_blocks(spec, 64), spec.head_dim, torch.float32))
+def cache_for(spec: ModelSpec, dtype: torch.dtype) -> PagedCache:
+    return PagedCache(spec, KVPool(2 * sequence_blocks(spec, 64), spec.head_dim, dtype))
 
 
 def logits(
-    model: Any, spec: ModelSpec, ids: torch.Tensor, mask: torch.Tensor | None = None
+    model: Any,
+    spec: ModelSpec,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Logits [B, N, V] as the engine gets them: prompt in two chunks, over a PagedCache."""
+    """Logits [B, N, V] as the engine gets them: prompt in two chunks, over a PagedCache whose
+    entries are in `dtype`."""
     attention.register()
     model.set_attn_implementation(attention.NAME)
-    cache, parts = cache_for(spec), []
+    cache, parts = cache_for(spec, dtype), []
     mask = torch.ones_like(ids) if mask is None else mask
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.inference_mode():
@@ -313,6 +357,42 @@ def test_loading_it_is_attaching_it(
     model, spec = tiny_model("llama")
     with closing(loaded), technique.attach(model):
         assert torch.equal(logits(loaded.model, spec, IDS), logits(model, spec, IDS))
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp32", "int8"])
+@pytest.mark.parametrize(
+    ("weights", "entries"),
+    [
+        (weights, entries)
+        for weights, entries in product(ACTIVE, ACTIVE)
+        if weights.runs and entries.runs
+        if (weights.acts_on, entries.acts_on) == ("weights", "kv")
+    ],
+    ids=label,
+)
+def test_it_goes_with_what_acts_on_something_else(
+    model_folder: Callable[..., Path],
+    tiny_model: TinyModel,
+    weights: Technique,
+    entries: Technique,
+    kv_dtype: str,
+) -> None:
+    """Loaded together they are what one is attached inside the other; and the engine runs them."""
+    folder, execution = model_folder("llama"), replace(FP32, kv_dtype=kv_dtype)
+    tokenizer, dtype = load_tokenizer(folder), TORCH_DTYPES[kv_dtype]
+    spec = resolve(str(folder))
+    plan = build_plan(recipe(spec, weights, Workload(24, 6), execution, entries))
+    model, _ = tiny_model("llama")
+    with closing(load_model(plan, folder, tokenizer)) as loaded:
+        with weights.attach(model):
+            dense = logits(model, spec, IDS, dtype=dtype)
+            with entries.attach(model):
+                both = logits(model, spec, IDS, dtype=dtype)
+        assert torch.equal(logits(loaded.model, spec, IDS, dtype=dtype), both)
+        assert not torch.equal(both, dense)
+        ran = engine.Engine(loaded.without_end(), plan)
+        assert len(list(ran.generate(engine.Request(IDS[0].tolist(), 6)))) == 6
+        assert ran.pool.taken_bytes == 0
 
 
 @every_active
