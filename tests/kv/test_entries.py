@@ -36,6 +36,16 @@ def test_int8_has_numbers_of_every_size(size: float) -> None:
     torch.testing.assert_close(read, torch.full_like(read, size), rtol=0.005, atol=1e-37)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [1e-5, 1e-4, 1e-2, 1e4])
+def test_int8_loses_as_little_of_small_numbers(dtype: torch.dtype, size: float) -> None:
+    """In fp16 the scales of these are a few steps of its least number, or none. `size` is about the
+    largest's third; fp16's own step is 6e-8."""
+    keys = (numbers(1, 2, 64, 64) * size).to(dtype)
+    read = stored(keys, keys, torch.int8).keys_in(dtype)
+    assert float((read - keys).float().norm() / keys.float().norm()) < 0.01
+
+
 def test_every_token_of_every_head_has_a_scale_of_its_own() -> None:
     """So that one loud token costs no other anything."""
     keys, values = numbers(1, 2, 6, 8), numbers(2, 2, 6, 8)

@@ -103,6 +103,10 @@ def _widened(
 
 
 def _widen(numbers: torch.Tensor, scales: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
-    """Into `out`, in its format."""
+    """Into `out`, in its format. In fp16 the product is rounded and the scale is not: scales of
+    small numbers are below what it holds."""
     out.copy_(numbers)
-    return out if scales is None else out.mul_(scales[..., None].to(out.dtype))
+    if scales is None:
+        return out
+    dtype = torch.float32 if out.dtype == torch.float16 else out.dtype
+    return out.mul_(scales[..., None].to(dtype))

@@ -132,11 +132,13 @@ class _Attention:
 
     def _widened_bytes(self, tokens: int, width: int, dtype: str) -> int:
         """That many numbers of each token in `dtype`, in which they may be already; and with them
-        the scales of K or of V."""
+        the scales of K or of V. From int8 to fp16 they are multiplied in fp32."""
         if self.stored == dtype:
             return 0
-        scales = self.model.num_kv_heads if self.stored == "int8" else 0
-        return tokens * (width + scales) * DTYPE_BYTES[dtype]
+        if self.stored != "int8":
+            return tokens * width * DTYPE_BYTES[dtype]
+        in_dtype = "fp32" if dtype == "fp16" else dtype
+        return tokens * (width + self.model.num_kv_heads) * DTYPE_BYTES[in_dtype]
 
     def _split(self) -> int:
         """Of kernels/triton.py: the splits' outputs and log-sum-exps in fp32, what is joined, and
