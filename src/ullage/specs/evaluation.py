@@ -7,7 +7,6 @@ from ullage.specs.quality import Metric as QualityMetric
 from ullage.specs.quality import Quality
 
 Suite = Literal["perplexity", "glue", "retrieval"]
-SUITES: tuple[Suite, ...] = ("perplexity", "glue", "retrieval")
 Metric = Literal["perplexity", "bits per byte", "mean KLD", "99% KLD", "accuracy", "F1", "Matthews"]
 EVERY = "all"  # the task that stands for all of its suite
 
