@@ -63,7 +63,7 @@ def eval(
         typer.Option(
             min=1,
             help="Pieces of a text, or examples of a task. Default: 4 pieces, 100 examples of a "
-            "GLUE task; retrieval: 20 questions of a form and length, in fives.",
+            "GLUE task; retrieval: 40 questions of a form, in eights.",
         ),
     ] = None,
     seed: Annotated[
