@@ -1,7 +1,6 @@
 """ullage audit: what really happened, against the plan."""
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,7 +25,8 @@ from ullage.cli.options import (
     WeightsOption,
     workload_of,
 )
-from ullage.errors import DoesNotFit, InputError
+from ullage.cli.written import refuse_undrawable, refuse_unwritable
+from ullage.errors import DoesNotFit
 from ullage.planner import build_plan
 from ullage.planner.search import describe
 from ullage.runtime.checkpoint import refuse_planned_only, weights_folder
@@ -73,7 +73,8 @@ def audit(
         device, memory, weights, kv_cache_dtype, None, prefill_chunk, tuple(technique or ()),
         calibration=calibration,
     )  # fmt: skip
-    _refuse_unwritable(plot, write)
+    refuse_undrawable(plot)
+    refuse_unwritable(write)
     spec = resolve(model)
     refuse_planned_only(spec)
     place = device_to_run(device)
@@ -94,15 +95,6 @@ def audit(
     Console(stderr=True, highlight=False).print(
         escape(f"Picture in {plot}; use the calibration by `plan --calibration {write}`.")
     )
-
-
-def _refuse_unwritable(plot: Path, write: Path) -> None:
-    """Refuse before minutes of work what could not be written after them."""
-    if plot.suffix.lower() not in (".svg", ".png"):
-        raise InputError(f"--plot {plot}: the picture is .svg or .png.")
-    for path in (plot, write):
-        if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-            raise InputError(f"Cannot write {path}: no such folder, or not a writable one.")
 
 
 def _largest_tokens(

@@ -1,7 +1,6 @@
 """ullage eval: what a technique costs in quality, against the dense model in the same run."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +21,7 @@ from ullage.cli.options import (
     WeightsOption,
 )
 from ullage.cli.show.evaluated import show_evaluation
+from ullage.cli.written import refuse_undrawable
 from ullage.errors import InputError
 from ullage.measure.quality.suite import READERS, Asked, Found
 from ullage.planner import build_plan
@@ -63,7 +63,7 @@ def eval(
         typer.Option(
             min=1,
             help="Pieces of a text, or examples of a task. Default: 4 pieces, 100 examples of a "
-            "GLUE task; retrieval: 20 questions of a form and length, in fives.",
+            "GLUE task; retrieval: 40 questions of a form, in eights.",
         ),
     ] = None,
     seed: Annotated[
@@ -88,7 +88,7 @@ def eval(
     if not typed:
         raise InputError("There is nothing to compare: name a --technique, as dms:kept=0.5.")
     if plot is not None:
-        _refuse_unwritable(plot)
+        refuse_undrawable(plot)
     spec = resolve(model)
     refuse_planned_only(spec)
     _refuse_long(asked.tokens, spec)
@@ -108,14 +108,6 @@ def eval(
         typer.echo(json.dumps(done.to_json(), indent=2))
     else:
         show_evaluation(Console(highlight=False), done)
-
-
-def _refuse_unwritable(plot: Path) -> None:
-    """Refuse before minutes of work what could not be drawn after them."""
-    if plot.suffix.lower() not in (".svg", ".png"):
-        raise InputError(f"--plot {plot}: the picture is .svg or .png.")
-    if plot.is_dir() or not os.access(plot.absolute().parent, os.W_OK):
-        raise InputError(f"Cannot write {plot}: no such folder, or not a writable one.")
 
 
 def _refuse_long(tokens: int, model: ModelSpec) -> None:

@@ -1,7 +1,6 @@
 """ullage train: what a technique has to know of a model, from texts."""
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from ullage.cli.machine import device_to_run
 from ullage.cli.options import DeviceOption, ModelArgument, PlanOptions
+from ullage.cli.written import refuse_unwritable
 from ullage.errors import InputError
 from ullage.measure.quality.texts import read_training_texts
 from ullage.planner import build_plan
@@ -61,7 +61,7 @@ def train(
     Reads each piece once, forward and back; nothing is trained by steps. A minute or two a piece
     of 8,192 tokens on a small model and two cores.
     """
-    _refuse_unwritable(output)
+    refuse_unwritable(output)
     spec = resolve(model)
     refuse_planned_only(spec)
     length = parse_tokens(tokens) if tokens else min(_TOKENS, spec.max_context_tokens)
@@ -81,12 +81,6 @@ def train(
     Console(stderr=True, highlight=False).print(
         escape(f"Adapter in {output}; use it by `--technique dms:adapter={output},window=TOKENS`.")
     )
-
-
-def _refuse_unwritable(output: Path) -> None:
-    """Refuse before minutes of work what could not be written after them."""
-    if output.is_dir() or not os.access(output.absolute().parent, os.W_OK):
-        raise InputError(f"Cannot write {output}: no such folder, or not a writable one.")
 
 
 def _measured(plan: Plan, texts: dict[str, str], length: int, count: int) -> Adapter:

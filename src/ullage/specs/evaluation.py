@@ -7,8 +7,7 @@ from ullage.specs.quality import Metric as QualityMetric
 from ullage.specs.quality import Quality
 
 Suite = Literal["perplexity", "glue", "retrieval"]
-SUITES: tuple[Suite, ...] = ("perplexity", "glue", "retrieval")
-Metric = Literal["perplexity", "bits per byte", "mean KLD", "99% KLD", "accuracy", "F1", "Matthews"]
+Metric = Literal["perplexity", "bits per byte", "mean KLD", "99% KLD", "accuracy", "log-likelihood"]
 EVERY = "all"  # the task that stands for all of its suite
 
 _PLANNED: dict[Metric, QualityMetric] = {
@@ -33,9 +32,10 @@ class Comparison:
     """One metric of one task, dense and compressed on the same inputs in the same run.
 
     `change` is compressed less dense, with the standard error of the paired difference: in percent
-    of dense for perplexity, in points of a hundred for scores, else in the metric's own unit. The
-    bytes are those of the live KV entries of one sequence, windows and slack of blocks included, on
-    average over the sequences that were read.
+    of dense for perplexity, in points of a hundred for accuracy, else in the metric's own unit,
+    which is nats for the log-likelihood of the right answer. The bytes are those of the live KV
+    entries of one sequence, windows and slack of blocks included, on average over the sequences
+    that were read.
     """
 
     task: str
@@ -54,11 +54,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Cell:
-    """Questions about one depth of prompts of one length: how many of `n` were answered right.
-    `depth` is 0 at the prompt's beginning and 1 at its end."""
+    """Questions about one depth of prompts: how many of `n` were answered right. `depth` is 0 at
+    the prompt's beginning and 1 at its end."""
 
     task: str
-    tokens: int
     depth: float
     n: int
     dense: int

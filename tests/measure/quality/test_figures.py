@@ -28,14 +28,6 @@ def test_bits_are_spread_over_the_bytes(losses: np.ndarray, text_bytes: int) -> 
     assert bits.value == pytest.approx(losses.sum() / log(2) / text_bytes)
 
 
-@given(SAMPLES)
-def test_the_jackknife_of_a_mean_is_its_standard_error(values: np.ndarray) -> None:
-    found = figures.jackknife(lambda index: float(values[index].mean()), len(values))
-    plain = figures.mean(values, figures.POINTS)
-    assert found.value == pytest.approx(plain.value)
-    assert found.error == pytest.approx(plain.error, abs=1e-6)
-
-
 def test_the_percentiles_error_is_about_what_samples_spread() -> None:
     draw = np.random.default_rng(0)
     samples = [figures.percentile(draw.exponential(size=2000)) for _ in range(200)]
@@ -46,4 +38,3 @@ def test_the_percentiles_error_is_about_what_samples_spread() -> None:
 
 def test_one_value_has_no_error() -> None:
     assert figures.mean(np.array([3.0])) == figures.Figure(3.0, 0.0, 1)
-    assert figures.jackknife(lambda index: 0.5, 1) == figures.Figure(50.0, 0.0, 1)

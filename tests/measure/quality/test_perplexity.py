@@ -90,6 +90,29 @@ def test_the_divergence_is_that_of_the_two_distributions(sides_of: Sides) -> Non
     assert not dense.divergences.any()
 
 
+def test_every_piece_begins_as_the_models_texts_do(words: Words, tokenizer: Any) -> None:
+    """Where the tokenizer puts a token before a text, the second piece has it too."""
+
+    class Beginning:
+        """The tokenizer with token 1 before every text."""
+
+        bos_token_id = 1
+        decode = staticmethod(tokenizer.decode)
+
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            return {"input_ids": [1, *ids] if add_special_tokens else ids}
+
+    text = words(398)
+    made: Any = Beginning()
+    first, second = perplexity.prepare({"a": text}, made, ASKED)["a"]
+    assert (first.ids[0], second.ids[0]) == (1, 1)
+    read = torch.cat([first.ids[1:], second.ids[1:]])
+    assert read.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(first.ids) == len(second.ids) == ASKED.tokens
+    assert first.scored_bytes == len(" ".join(text.split()[32:199]))
+
+
 def test_texts_too_short_for_a_piece_are_refused(words: Words, tokenizer: Any) -> None:
     with pytest.raises(InputError, match=r"a has 199 tokens: fewer than the 200"):
         perplexity.prepare({"a": words(199)}, tokenizer, ASKED)

@@ -1,7 +1,6 @@
 """What was said once in a long prompt, on a tiny model that reads bytes."""
 
 import random
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +10,14 @@ import pytest
 
 from ullage.errors import InputError
 from ullage.measure.quality import retrieval
-from ullage.measure.quality.prompts import Heard
+from ullage.measure.quality.prompts import Heard, Prompt
 from ullage.measure.quality.sides import Answer
 from ullage.measure.quality.suite import Asked, Found
 from ullage.measure.quality.texts import read_essays
 from ullage.specs.evaluation import EVERY
 
 Sides = Callable[..., tuple[Any, Any]]
-ASKED = Asked(tokens=4000, beyond_tokens=0, limit=10, seed=0)
+ASKED = Asked(tokens=4000, beyond_tokens=0, limit=16, seed=0)
 BYTES = {"vocab_size": 256, "max_position_embeddings": 4096, "bos_token_id": None}
 
 
@@ -34,65 +33,57 @@ def essays() -> str:
 
 
 @pytest.fixture(scope="module")
-def prepared(essays: str, byte_tokenizer: Any) -> list[retrieval.Asking]:
+def prepared(essays: str, byte_tokenizer: Any) -> list[Prompt]:
     return retrieval.prepare(essays, byte_tokenizer, ASKED)
 
 
-def asking(prepared: list[retrieval.Asking], form: str, tokens: int) -> retrieval.Asking:
-    return next(one for one in prepared if (one.form, one.tokens) == (form, tokens))
+def asked_of(prompt: Prompt, tokenizer: Any) -> dict[str, list[list[str]]]:
+    """By form and depth the steps of a question, each with its answer."""
+    texts = iter([tokenizer.decode(one.asked + one.choices[0]) for one in prompt.questions])
+    found = {
+        form: [[next(texts) for _ in range(steps)] for _ in retrieval.DEPTHS]
+        for form, steps in retrieval.FORMS.items()
+    }
+    assert not list(texts)
+    return found
 
 
-def test_every_form_fills_every_length_and_is_asked_at_every_depth(
-    prepared: list[retrieval.Asking],
-) -> None:
-    assert [(one.form, one.tokens) for one in prepared] == [
-        (form, tokens)
-        for form in ("needle", "key-value", "variables")
-        for tokens in (1000, 2000, 4000)
-    ]
-    for one in prepared:
-        assert len(one.prompts) == 2  # of five questions
-        for prompt in one.prompts:
-            steps = 2 if one.form == "variables" else 1
-            assert len(prompt.questions) == steps * len(retrieval.DEPTHS)
-            assert 0.9 * one.tokens < prompt.tokens <= one.tokens
+def test_prompts_fill_the_length(prepared: list[Prompt]) -> None:
+    assert len(prepared) == 2  # of eight questions of a form
+    for prompt in prepared:
+        assert 0.95 * ASKED.tokens < prompt.tokens <= ASKED.tokens
 
 
-@pytest.mark.parametrize("form", ["needle", "key-value", "variables"])
+@pytest.mark.parametrize("form", retrieval.FORMS)
 def test_what_is_asked_was_said_once_at_its_depth(
-    prepared: list[retrieval.Asking], byte_tokenizer: Any, form: str
+    prepared: list[Prompt], byte_tokenizer: Any, form: str
 ) -> None:
-    one = asking(prepared, form, 4000)
-    for prompt in one.prompts:
+    for prompt in prepared:
         text = byte_tokenizer.decode(prompt.ids)
-        steps = len(prompt.questions) // len(retrieval.DEPTHS)
-        for depth, question in zip(retrieval.DEPTHS, prompt.questions[::-steps][::-1], strict=True):
-            asked = byte_tokenizer.decode(question.asked).strip().split(". ")[-1]  # the last step
-            said = asked + byte_tokenizer.decode(question.choices[0])
+        asked = asked_of(prompt, byte_tokenizer)[form]
+        for depth, steps in zip(retrieval.DEPTHS, asked, strict=True):
+            said = steps[-1].strip().split(". ")[-1]  # the last step
             assert text.count(said) == 1
-            assert text.index(said) / len(text) == pytest.approx(depth, abs=0.06)
+            assert text.index(said) / len(text) == pytest.approx(depth, abs=0.0625)
 
 
-def test_the_other_name_stands_between_its_depth_and_the_next(
-    prepared: list[retrieval.Asking], byte_tokenizer: Any
+def test_the_other_name_comes_after_the_number_and_is_asked_before_it(
+    prepared: list[Prompt], byte_tokenizer: Any
 ) -> None:
-    prompt = asking(prepared, "variables", 4000).prompts[0]
-    text = byte_tokenizer.decode(prompt.ids)
-    numbers = [found.start() for found in re.finditer("The magic number of", text)]
-    others = [found.start() for found in re.finditer("The other name of", text)]
-    assert sorted([*numbers, *others]) == [
-        place for pair in zip(numbers, others, strict=True) for place in pair
-    ]
+    text = byte_tokenizer.decode(prepared[0].ids)
+    for first, last in asked_of(prepared[0], byte_tokenizer)["variables"]:
+        other, number = last.strip().split(". ")
+        assert first.strip() == other
+        assert text.index(number) < text.index(other)
 
 
 def test_prompts_are_drawn_by_the_seed(
-    prepared: list[retrieval.Asking], essays: str, byte_tokenizer: Any
+    prepared: list[Prompt], essays: str, byte_tokenizer: Any
 ) -> None:
     assert retrieval.prepare(essays, byte_tokenizer, ASKED) == prepared
     other = retrieval.prepare(essays, byte_tokenizer, replace(ASKED, seed=1))
-    for ours, theirs in zip(prepared, other, strict=True):
-        assert ours.prompts != theirs.prompts
-    assert prepared[0].prompts[0] != prepared[0].prompts[1]
+    assert not any(ours == theirs for ours, theirs in zip(prepared, other, strict=True))
+    assert prepared[0] != prepared[1]
 
 
 def found_by(knows: tuple[Callable[[int], bool], Callable[[int], bool]], prepared: Any) -> Found:
@@ -109,43 +100,49 @@ def found_by(knows: tuple[Callable[[int], bool], Callable[[int], bool]], prepare
 
 
 def test_right_answers_are_counted_by_depth_and_all_steps_must_be_right(
-    prepared: list[retrieval.Asking],
+    prepared: list[Prompt],
 ) -> None:
-    found = found_by((lambda at: True, lambda at: at not in (0, 3)), prepared)
-    needle = [cell for cell in found.cells if (cell.task, cell.tokens) == ("needle", 2000)]
-    assert [cell.compressed for cell in needle] == [0, 2, 2, 0, 2]
-    assert all((cell.dense, cell.n) == (2, 2) for cell in needle)
-    chains = [cell for cell in found.cells if (cell.task, cell.tokens) == ("variables", 2000)]
-    assert [cell.compressed for cell in chains] == [0, 0, 2, 2, 2]
+    forgotten = (0, 3, 19)  # needles at two depths, the second step of a variable at another
+    found = found_by((lambda at: True, lambda at: at not in forgotten), prepared)
+    right = {
+        form: [cell.compressed for cell in found.cells if cell.task == form]
+        for form in retrieval.FORMS
+    }
+    assert right == {
+        "needle": [0, 2, 2, 0, 2, 2, 2, 2],
+        "key-value": [2] * 8,
+        "variables": [2, 0, *[2] * 6],
+    }
+    assert all((cell.dense, cell.n) == (2, 2) for cell in found.cells)
     line = found.comparisons[0]
-    assert (line.task, line.dense.value, line.compressed.value) == ("needle 1,000", 100, 60)
-    assert line.change.value == -40
-    assert line.change.error == pytest.approx(100 * (0.24 / 9) ** 0.5)
+    assert (line.task, line.dense.value, line.compressed.value) == ("needle", 100, 75)
+    assert (line.change.value, line.change.n) == (-25, 16)
+    assert line.change.error == pytest.approx(100 * (0.25 * 0.75 / 15) ** 0.5)
     assert (line.dense_bytes, line.compressed_bytes) == (100, 50)
-    assert found.comparisons[-1].task == EVERY
-    assert found.comparisons[-1].change.value == pytest.approx(-40)
+    steps = next(
+        one for one in found.comparisons if one.task == "variables" and "log" in one.metric
+    )
+    assert steps.dense.value == -2  # of both
+    every = found.comparisons[-2]
+    assert (every.task, every.metric) == (EVERY, "accuracy")
+    assert every.change.value == pytest.approx(-(25 + 12.5) / 3)
 
 
-def test_neutral_settings_change_no_answer(
-    sides_of: Sides, prepared: list[retrieval.Asking]
-) -> None:
+def test_neutral_settings_change_no_answer(sides_of: Sides, prepared: list[Prompt]) -> None:
     sides = sides_of("dms:kept=1.0", tokens=ASKED.tokens, **BYTES)
     found = retrieval.measure(prepared[:1], sides, ASKED, lambda *_: None)
-    assert [line.change.value for line in found.comparisons] == [0.0, 0.0]
+    assert [line.change.value for line in found.comparisons] == [0.0] * 8
     assert found.comparisons[0].dense_bytes == found.comparisons[0].compressed_bytes
 
 
 def test_no_room_and_no_essays_are_refused(
     essays: str, byte_tokenizer: Any, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match="no room for 5 facts"):
-        retrieval.prepare(essays, byte_tokenizer, replace(ASKED, tokens=400))
+    with pytest.raises(InputError, match="no room for what is asked"):
+        retrieval.prepare(essays, byte_tokenizer, replace(ASKED, tokens=1200))
     with pytest.raises(InputError, match="too short for prompts of that length"):
         retrieval.prepare(essays[:2000], byte_tokenizer, ASKED)
-    few = essays + " It is. " * 2000
-    with pytest.raises(InputError, match="words: too few for 16,000 tokens"):
-        retrieval.prepare(few, byte_tokenizer, replace(ASKED, tokens=16000))
-    with pytest.raises(InputError, match="have 2 words: 5 are needed"):
+    with pytest.raises(InputError, match="have 2 words: 40 are needed"):
         retrieval.prepare("It rains cats.", byte_tokenizer, ASKED)
     with pytest.raises(InputError, match="no folder"):
         read_essays(tmp_path)

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from ullage.errors import InputError
-from ullage.measure.quality.tables import read_glue
+from ullage.measure.quality.glue import FORMS
+from ullage.measure.quality.tables import Row, read_glue
 
 FILES = {
     "sst2_train.tsv": "good film\t1\nbad film\t0\n",
@@ -34,14 +35,14 @@ def test_every_field_is_found_in_its_column(data: Path) -> None:
     found = read_glue(data)
     assert [len(table.shots) for table in found.values()] == [2, 1, 1, 1, 200]
     assert {name: table.scored[0] for name, table in found.items()} == {
-        "sst2": {"sentence": "a fine film", "label": 1},
-        "mrpc": {"sentence1": "C d.", "sentence2": "E f.", "label": 0},
-        "rte": {"sentence1": "It\u2028rains.", "sentence2": "It snows.", "label": 1},
-        "cola": {"sentence": "They go.", "label": 1},
-        "qnli": {"question": "Who 200?", "sentence": "He 200.", "label": 0},
+        "sst2": Row({"sentence": "a fine film"}, 1),
+        "mrpc": Row({"sentence1": "C d.", "sentence2": "E f."}, 0),
+        "rte": Row({"sentence1": "It\u2028rains.", "sentence2": "It snows."}, 1),
+        "cola": Row({"sentence": "They go."}, 1),
+        "qnli": Row({"question": "Who 200?", "sentence": "He 200."}, 0),
     }
-    assert found["mrpc"].shots[0]["sentence2"] == 'B "a.'
-    assert found["qnli"].scored[1]["label"] == 1
+    assert found["mrpc"].shots[0].texts["sentence2"] == 'B "a.'
+    assert found["qnli"].scored[1].label == 1
 
 
 def test_a_missing_file_and_a_broken_line_are_named(data: Path) -> None:
@@ -57,3 +58,11 @@ def test_a_missing_file_and_a_broken_line_are_named(data: Path) -> None:
         read_glue(data)
     with pytest.raises(InputError, match="no folder"):
         read_glue(data / "glue")
+
+
+def test_every_set_has_a_form_for_all_its_texts(data: Path) -> None:
+    tables = read_glue(data)
+    assert tables.keys() == FORMS.keys()
+    for name, table in tables.items():
+        asked = FORMS[name].asked(table.scored[0])
+        assert all(text in asked for text in table.scored[0].texts.values())

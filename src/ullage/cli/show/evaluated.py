@@ -7,7 +7,7 @@ from rich.table import Table
 from ullage.specs.evaluation import Cell, Comparison, Evaluation, Figure, Metric
 from ullage.units import format_bytes
 
-_DIGITS: dict[Metric, int] = {"bits per byte": 4, "mean KLD": 4, "99% KLD": 3}
+_DIGITS: dict[Metric, int] = {"bits per byte": 4, "mean KLD": 4, "99% KLD": 3, "log-likelihood": 3}
 
 
 def show_evaluation(console: Console, done: Evaluation) -> None:
@@ -47,15 +47,15 @@ def _change(found: Comparison) -> str:
 
 def _cells(done: Evaluation) -> Table:
     """Right answers by depth: dense, then compressed."""
-    places: dict[tuple[str, int], list[Cell]] = {}
+    tasks: dict[str, list[Cell]] = {}
     for cell in done.cells:
-        places.setdefault((cell.task, cell.tokens), []).append(cell)
+        tasks.setdefault(cell.task, []).append(cell)
     table = Table("right at depth", box=None, pad_edge=False)
-    for name in ("tokens", *(f"{cell.depth:.0%}" for cell in next(iter(places.values()))), "of"):
+    for name in (*(f"{cell.depth:.0%}" for cell in next(iter(tasks.values()))), "of"):
         table.add_column(name, justify="right", no_wrap=True)
-    for (task, tokens), cells in places.items():
+    for task, cells in tasks.items():
         right = (f"{cell.dense}, {cell.compressed}" for cell in cells)
-        table.add_row(task, f"{tokens:,}", *right, f"{cells[0].n}")
+        table.add_row(task, *right, f"{cells[0].n}")
     return table
 
 
@@ -68,5 +68,5 @@ def _footnote(done: Evaluation) -> str:
     return (
         f"{done.model}, {done.dtype} weights, {done.kv_dtype} KV, {done.device}: "
         f"{', '.join(done.techniques)}; {scored}, seed {done.seed}.\n"
-        "± is the standard error; changes are paired, those of scores in points."
+        "± is the standard error; changes are paired, those of accuracy in points."
     )

@@ -1,6 +1,6 @@
 """Means, percentiles and their standard errors; differences are paired, input by input."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import log
 
 import numpy as np
@@ -57,14 +57,3 @@ def average(several: Sequence[Figure]) -> Figure:
     error = sum(figure.error**2 for figure in several) ** 0.5 / count
     value = sum(figure.value for figure in several) / count
     return Figure(value, error, sum(figure.n for figure in several))
-
-
-def jackknife(statistic: Callable[[NDArray[np.int64]], float], n: int) -> Figure:
-    """`statistic` of the examples 0 .. n - 1, in points; its error from leaving one out at a
-    time."""
-    every = np.arange(n)
-    if n < 2:
-        return Figure(POINTS * statistic(every), 0.0, n)
-    without = np.array([statistic(np.delete(every, index)) for index in every])
-    error = ((n - 1) / n * float(((without - without.mean()) ** 2).sum())) ** 0.5
-    return Figure(POINTS * statistic(every), POINTS * error, n)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ullage.errors import InputError
 from ullage.measure.quality import figures
 from ullage.measure.quality.figures import Values
+from ullage.measure.quality.prompts import beginning, encode
 from ullage.measure.quality.sides import CHUNK_TOKENS, Side
 from ullage.measure.quality.suite import Asked, Found, OnStep
 from ullage.specs.evaluation import EVERY, Comparison, Figure, Metric
@@ -75,17 +76,26 @@ def measure(
 def pieces(
     name: str, text: str, tokenizer: PreTrainedTokenizerBase, asked: Asked, count: int
 ) -> list[Piece]:
-    """The first `count` pieces of `text`, or as many as there are.
+    """The first `count` pieces of `text`, or as many as there are; each begins as the model's texts
+    do.
 
     Raises:
         InputError: there is not one.
     """
-    ids, tokens = tokenizer(text, return_tensors="pt").input_ids[0], asked.tokens
-    if len(ids) < tokens:
-        raise InputError(f"{name} has {len(ids):,} tokens: fewer than the {tokens:,} of --tokens.")
-    cut = torch.split(ids[: len(ids) // tokens * tokens], tokens)[:count]
+    first, ids = beginning(tokenizer), encode(tokenizer, text)
+    room = asked.tokens - len(first)
+    if len(ids) < room:
+        raise InputError(
+            f"{name} has {len(ids) + len(first):,} tokens: fewer than the {asked.tokens:,} of "
+            "--tokens."
+        )
+    starts = range(0, len(ids) - room + 1, room)[:count]
+    cut = [[*first, *ids[start : start + room]] for start in starts]
     scored = (tokenizer.decode(part[asked.beyond_tokens + 1 :]) for part in cut)
-    return [Piece(part, len(text.encode())) for part, text in zip(cut, scored, strict=True)]
+    return [
+        Piece(torch.tensor(part), len(text.encode()))
+        for part, text in zip(cut, scored, strict=True)
+    ]
 
 
 def read(sides: Sequence[Side], ids: torch.Tensor) -> list[Reading]:

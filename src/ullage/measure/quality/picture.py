@@ -9,8 +9,7 @@ from ullage.specs.evaluation import Cell, Comparison, Evaluation, Metric
 _UNITS: dict[Metric, str] = {
     "perplexity": ", %",
     "accuracy": ", points",
-    "F1": ", points",
-    "Matthews": ", points",
+    "log-likelihood": ", nats",
 }
 
 
@@ -52,23 +51,20 @@ def _changes(figure: Any, comparisons: tuple[Comparison, ...]) -> None:
 
 
 def _heat_maps(figure: Any, cells: tuple[Cell, ...]) -> None:
-    """A row a side, a column a task: the share of right answers by length and depth."""
+    """A task each: the share of right answers by depth, a column a side."""
     tasks = list(dict.fromkeys(cell.task for cell in cells))
-    rows = figure.subplots(2, len(tasks), squeeze=False)
+    every = figure.subplots(1, len(tasks), squeeze=False)[0]
     shown = None
-    for row, side in zip(rows, ("dense", "compressed"), strict=True):
-        for task, axes in zip(tasks, row, strict=True):
-            shown = _heat_map(axes, [cell for cell in cells if cell.task == task], side)
-            axes.set(title=f"{task}, {side}", xlabel="tokens", ylabel="depth")
-    figure.colorbar(shown, ax=rows, label="right answers")
+    for task, axes in zip(tasks, every, strict=True):
+        shown = _heat_map(axes, [cell for cell in cells if cell.task == task])
+        axes.set(title=task, ylabel="depth")
+    figure.colorbar(shown, ax=every, label="right answers")
 
 
-def _heat_map(axes: Any, cells: list[Cell], side: str) -> Any:
-    lengths, depths = sorted({cell.tokens for cell in cells}), sorted({c.depth for c in cells})
-    right = {(cell.depth, cell.tokens): getattr(cell, side) / cell.n for cell in cells}
-    shares = [[right[depth, tokens] for tokens in lengths] for depth in depths]
-    axes.set_xticks(range(len(lengths)), [f"{tokens:,}" for tokens in lengths])
-    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+def _heat_map(axes: Any, cells: list[Cell]) -> Any:
+    shares = [[cell.dense / cell.n, cell.compressed / cell.n] for cell in cells]
+    axes.set_xticks(range(2), ["dense", "compressed"])
+    axes.set_yticks(range(len(cells)), [f"{cell.depth:.0%}" for cell in cells])
     for row, several in enumerate(shares):
         for column, share in enumerate(several):
             axes.text(column, row, f"{share:.0%}", ha="center", va="center")

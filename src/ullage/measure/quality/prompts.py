@@ -8,9 +8,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ullage.measure.quality import figures
-from ullage.measure.quality.figures import POINTS
+from ullage.measure.quality.figures import POINTS, Values
 from ullage.measure.quality.sides import Answer, Side
-from ullage.specs.evaluation import EVERY, Comparison
+from ullage.specs.evaluation import EVERY, Comparison, Metric
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,15 @@ class Heard:
     live_bytes: int
 
 
+@dataclass(frozen=True)
+class Score:
+    """One question: whether it was answered right, and the log-likelihood of the right answer, in
+    nats."""
+
+    right: bool
+    log_likelihood: float
+
+
 def hear(side: Side, prompt: Prompt) -> Heard:
     """Read `prompt` and go on from it with each question."""
     with side.open(prompt.tokens) as sequence:
@@ -59,25 +68,40 @@ def hear(side: Side, prompt: Prompt) -> Heard:
     return Heard(answers, live_bytes)
 
 
-def accuracy(
-    task: str, right: Sequence[Sequence[bool]], live_bytes: Sequence[Sequence[int]]
-) -> Comparison:
-    """How many were `right`, dense and compressed, with the bytes of each prompt."""
-    dense, compressed = (np.array(side, dtype=np.float64) for side in right)
-    dense_bytes, compressed_bytes = (sum(side) // len(side) for side in live_bytes)
-    return Comparison(
-        task,
-        "accuracy",
-        figures.mean(dense, POINTS),
-        figures.mean(compressed, POINTS),
-        figures.mean(compressed - dense, POINTS),
-        dense_bytes,
-        compressed_bytes,
+def compare(
+    task: str, scores: Sequence[Sequence[Score]], heard: Sequence[tuple[Heard, Heard]]
+) -> list[Comparison]:
+    """How many answers are right, and how likely the right ones are, of `scores` dense and
+    compressed; questions are paired."""
+    right = [np.array([score.right for score in side], dtype=np.float64) for side in scores]
+    likely = [np.array([score.log_likelihood for score in side]) for side in scores]
+    dense_bytes, compressed_bytes = (
+        sum(both[side].live_bytes for both in heard) // len(heard) for side in range(2)
     )
+    metrics: dict[Metric, tuple[list[Values], float]] = {
+        "accuracy": (right, POINTS),
+        "log-likelihood": (likely, 1.0),
+    }
+    return [
+        Comparison(
+            task,
+            metric,
+            figures.mean(dense, unit),
+            figures.mean(compressed, unit),
+            figures.mean(compressed - dense, unit),
+            dense_bytes,
+            compressed_bytes,
+        )
+        for metric, ((dense, compressed), unit) in metrics.items()
+    ]
 
 
-def average(tasks: Sequence[Comparison]) -> Comparison:
-    """One metric over several tasks, each weighing the same."""
+def averages(tasks: Sequence[Sequence[Comparison]]) -> list[Comparison]:
+    """Each metric over several tasks, each weighing the same."""
+    return [_average(lines) for lines in zip(*tasks, strict=True)]
+
+
+def _average(tasks: Sequence[Comparison]) -> Comparison:
     return Comparison(
         EVERY,
         tasks[0].metric,

@@ -1,15 +1,15 @@
-"""Retrieval as RULER asks for it (arXiv 2404.06654): what was said once in a long prompt.
+"""Retrieval as RULER asks for it (arXiv 2404.06654): what was said once in a prompt of essays.
 
-needle: sentences with a number each, at several depths of essays. key-value: a prompt of nothing
-but such pairs. variables: a number has a name, and further on that has another name; the number is
-asked by the other name, in two steps that must both be right. A question is a sentence to go on
-with, which small models that answer no questions can do, too. Prompts are read before anything is
-asked, and each is asked about every depth.
+needle: a number with a name. key-value: a word for a word, on a line of its own. variables: a
+number has a name, and further on that has another name; the number is asked by the other name, in
+two steps that must both be right. One of each is said at every depth of one prompt. A question is a
+sentence to go on with, which small models that answer no questions can do, too. A prompt is read
+before anything is asked, and once for all its questions.
 """
 
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -19,44 +19,36 @@ from ullage.errors import InputError
 from ullage.measure.quality.prompts import (
     Heard,
     Prompt,
-    accuracy,
-    average,
+    Score,
+    averages,
     beginning,
+    compare,
     encode,
     hear,
     question,
 )
-from ullage.measure.quality.sides import Side
+from ullage.measure.quality.sides import Answer, Side
 from ullage.measure.quality.suite import Asked, Found, OnStep
 from ullage.specs.evaluation import Cell, Comparison
 
-QUESTIONS = 20  # of a form and length, where --limit does not say
-DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
-_STEP = 0.2  # from one depth to the next
-_LEAST_SENTENCES = 2 * len(DEPTHS)  # so that facts stand apart
+QUESTIONS = 40  # of a form, where --limit does not say
+DEPTHS = tuple((2 * eighth + 1) / 16 for eighth in range(8))
+FORMS = {"needle": 1, "key-value": 1, "variables": 2}  # and the steps of a question
+_WORDS = 5  # that what is said at a depth takes
+_STEP = 1 / len(DEPTHS)  # from one depth to the next
+_LEAST_SENTENCES = 4 * len(DEPTHS)  # so that facts stand apart
 _SEAM_TOKENS = 4  # that words may take more where they meet others
-_HALVINGS = 2  # lengths are that of --tokens, half of it, and a quarter, down to:
-_SHORTEST_TOKENS = 512
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 _WORD = re.compile(r"\b[a-z]{4,9}\b")
 
 
 @dataclass(frozen=True)
 class Fact:
-    """Sentences, `said` one after the other from one depth up to the next; at the prompt's end the
-    first text of each of `steps` is to be followed by the second."""
+    """Sentences, `said` one after the other around a depth; at the prompt's end the first text of
+    each of `steps` is to be followed by the second."""
 
     said: tuple[str, ...]
     steps: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True)
-class Asking:
-    """Prompts of one form and length, which ask about one depth after the other."""
-
-    form: str
-    tokens: int
-    prompts: list[Prompt]
 
 
 class Haystack:
@@ -93,143 +85,113 @@ class Haystack:
         raise InputError(f"The essays are {tokens:,} tokens too short for prompts of that length.")
 
 
-def prepare(essays: str, tokenizer: PreTrainedTokenizerBase, asked: Asked) -> list[Asking]:
-    """Prompts of every form and length.
+def prepare(essays: str, tokenizer: PreTrainedTokenizerBase, asked: Asked) -> list[Prompt]:
+    """Prompts with their questions: form by form, each depth after depth.
 
     Raises:
-        InputError: a length that has no room for the questions, or essays of too few words.
+        InputError: `asked.tokens` have no room for the facts, or essays are too short.
     """
-    haystack = Haystack(essays, tokenizer)
-    shorter = [asked.tokens >> halving for halving in range(_HALVINGS, 0, -1)]
-    lengths = [*(tokens for tokens in shorter if tokens >= _SHORTEST_TOKENS), asked.tokens]
+    haystack, draw = Haystack(essays, tokenizer), random.Random(asked.seed)
     count = -(-(asked.limit or QUESTIONS) // len(DEPTHS))
-    askings = []
-    for form, make in _FORMS.items():
-        for tokens in lengths:
-            draw = random.Random(f"{form} {tokens} {asked.seed}")
-            prompts = [make(haystack, tokens, draw) for _ in range(count)]
-            askings.append(Asking(form, tokens, prompts))
-    return askings
+    return [_prompt(haystack, asked.tokens, draw) for _ in range(count)]
 
 
 def measure(
-    prepared: list[Asking], sides: tuple[Side, Side], asked: Asked, on_step: OnStep
+    prepared: list[Prompt], sides: tuple[Side, Side], asked: Asked, on_step: OnStep
 ) -> Found:
-    """Right answers of each form and length, of all, and of each depth."""
-    total = sum(len(asking.prompts) for asking in prepared)
-    done = 0
-    comparisons: list[Comparison] = []
+    """Right answers of each form, of all, and of each depth."""
+    heard: list[tuple[Heard, Heard]] = []
+    for prompt in prepared:
+        on_step(f"{asked.tokens:,} tokens", len(heard), len(prepared))
+        heard.append((hear(sides[0], prompt), hear(sides[1], prompt)))
+    scores = [[_scores(both[side]) for both in heard] for side in range(2)]
+    found: list[list[Comparison]] = []
     cells: list[Cell] = []
-    for asking in prepared:
-        heard: list[tuple[Heard, Heard]] = []
-        for prompt in asking.prompts:
-            on_step(f"{asking.form}, {asking.tokens:,} tokens", done, total)
-            heard.append((hear(sides[0], prompt), hear(sides[1], prompt)))
-            done += 1
-        right = [[_right(both[side]) for both in heard] for side in range(2)]
-        live_bytes = [[both[side].live_bytes for both in heard] for side in range(2)]
-        every = [list(chain(*side)) for side in right]
-        comparisons.append(accuracy(f"{asking.form} {asking.tokens:,}", every, live_bytes))
-        cells += _cells(asking, right)
-    return Found([*comparisons, average(comparisons)], cells)
+    for form in FORMS:
+        dense, compressed = ([by_form[form] for by_form in side] for side in scores)
+        found.append(compare(form, [list(chain(*dense)), list(chain(*compressed))], heard))
+        cells += _cells(form, dense, compressed)
+    return Found([*chain(*found), *averages(found)], cells)
 
 
-def _right(heard: Heard) -> list[bool]:
-    """Whether all steps are right, for each depth."""
-    steps = [answers[0].greedy for answers in heard.answers]
-    count = len(steps) // len(DEPTHS)
-    return [all(steps[at : at + count]) for at in range(0, len(steps), count)]
+def _scores(heard: Heard) -> dict[str, list[Score]]:
+    """By form, depth after depth."""
+    answers = (answers[0] for answers in heard.answers)
+    return {
+        form: [_score([next(answers) for _ in range(steps)]) for _ in DEPTHS]
+        for form, steps in FORMS.items()
+    }
 
 
-def _cells(asking: Asking, right: list[list[list[bool]]]) -> Iterator[Cell]:
-    by_depth = (zip(*side, strict=True) for side in right)
-    for depth, dense, compressed in zip(DEPTHS, *by_depth, strict=True):
-        yield Cell(asking.form, asking.tokens, depth, len(dense), sum(dense), sum(compressed))
+def _score(steps: Sequence[Answer]) -> Score:
+    return Score(all(step.greedy for step in steps), sum(step.log_likelihood for step in steps))
 
 
-def _needle(haystack: Haystack, tokens: int, draw: random.Random) -> Prompt:
-    facts = []
-    for word in haystack.draw_words(len(DEPTHS), draw):
-        asked, number = f"The magic number of {word} is", f" {_number(draw)}"
-        facts.append(Fact((f" {asked}{number}.",), ((f"\n\n{asked}", number),)))
-    return _among_essays(haystack, facts, tokens, draw)
+def _cells(
+    form: str, dense: Sequence[Sequence[Score]], compressed: Sequence[Sequence[Score]]
+) -> Iterator[Cell]:
+    right = ([sum(score.right for score in at) for at in zip(*side, strict=True)]
+             for side in (dense, compressed))  # fmt: skip
+    for depth, *two in zip(DEPTHS, *right, strict=True):
+        yield Cell(form, depth, len(dense), *two)
 
 
-def _variables(haystack: Haystack, tokens: int, draw: random.Random) -> Prompt:
-    facts = []
-    words = iter(haystack.draw_words(2 * len(DEPTHS), draw))
-    for name, other in zip(words, words, strict=True):
-        first, number = f"The magic number of {name} is", f" {_number(draw)}"
-        second = f"The other name of {other} is"
-        said = (f" {first}{number}.", f" {second} {name}.")
-        steps = ((f"\n\n{second}", f" {name}"), (f"\n\n{second} {name}. {first}", number))
-        facts.append(Fact(said, steps))
-    return _among_essays(haystack, facts, tokens, draw)
-
-
-def _key_value(haystack: Haystack, tokens: int, draw: random.Random) -> Prompt:
-    """Nothing but pairs; those at the depths are asked about."""
+def _prompt(haystack: Haystack, tokens: int, draw: random.Random) -> Prompt:
+    """As many sentences as there is room for, and facts among them."""
     tokenizer = haystack.tokenizer
-    facts: list[Fact] = []
-    lines: list[list[int]] = []
-    room = tokens - len(beginning(tokenizer)) - _SEAM_TOKENS
-    for word in haystack.draw_words(len(haystack.words), draw):
-        number = f" {_number(draw)}"
-        ids = encode(tokenizer, f"{word}:{number}\n")
-        room -= len(ids)
-        if room < max(map(len, [*lines, ids])):  # a question is as long as a line
-            break
-        lines.append(ids)
-        facts.append(Fact((), ((f"{word}:", number),)))
-    else:
-        raise InputError(f"The essays have {len(lines):,} words: too few for {tokens:,} tokens.")
-    if len(facts) < len(DEPTHS):
-        raise _no_room(tokens)
-    asked = [facts[int(depth * len(facts))] for depth in DEPTHS]
-    return _prompt(tokenizer, lines, asked)
-
-
-def _among_essays(
-    haystack: Haystack, facts: Sequence[Fact], tokens: int, draw: random.Random
-) -> Prompt:
-    """A fact at each of the depths of as many sentences as there is room for."""
-    tokenizer = haystack.tokenizer
-    said = [[encode(tokenizer, sentence) for sentence in fact.said] for fact in facts]
-    asked = [encode(tokenizer, "".join(step)) for fact in facts for step in fact.steps]
-    taken = len(beginning(tokenizer)) + sum(map(len, chain(*said))) + max(map(len, asked))
+    words = haystack.draw_words(_WORDS * len(DEPTHS), draw)
+    facts = [_facts(words[at :: len(DEPTHS)], draw) for at in range(len(DEPTHS))]  # by depth
+    questions = [
+        question(tokenizer, asked, [given])
+        for same_form in zip(*facts, strict=True)
+        for fact in same_form
+        for asked, given in fact.steps
+    ]
+    said = [
+        [encode(tokenizer, sentence) for fact in several for sentence in fact.said]
+        for several in facts
+    ]
+    begun = beginning(tokenizer)
+    taken = len(begun) + sum(map(len, chain(*said))) + max(one.tokens for one in questions)
     start = draw.randrange(len(haystack.sentences))
     parts = haystack.fill(start, tokens - taken - _SEAM_TOKENS)
     if len(parts) < _LEAST_SENTENCES:
-        raise _no_room(tokens)
-    places = [
-        (round((depth + _STEP * at / len(sentences)) * len(parts)), ids)
-        for depth, sentences in zip(DEPTHS, said, strict=True)
-        for at, ids in enumerate(sentences)
-    ]
-    for place, ids in reversed(places):  # from the end, so that places stay what they are
-        parts.insert(place, ids)
-    return _prompt(tokenizer, parts, facts)
+        raise InputError(f"{tokens:,} tokens have no room for what is asked: ask for more.")
+    return Prompt([*begun, *chain(*_among(parts, said))], questions)
 
 
-def _prompt(
-    tokenizer: PreTrainedTokenizerBase, parts: Sequence[list[int]], facts: Sequence[Fact]
-) -> Prompt:
-    questions = [
-        question(tokenizer, asked, [given]) for fact in facts for asked, given in fact.steps
-    ]
-    return Prompt([*beginning(tokenizer), *chain(*parts)], questions)
+def _facts(words: Sequence[str], draw: random.Random) -> tuple[Fact, Fact, Fact]:
+    """One of each form."""
+    name, key, value, first, other = words
+    return (
+        _needle(f"The magic number of {name} is", f" {_number(draw)}"),
+        Fact((f"\n{key}: {value}\n",), ((f"\n{key}:", f" {value}"),)),
+        _variable(first, f"The other name of {other} is", f" {_number(draw)}"),
+    )
+
+
+def _needle(asked: str, number: str) -> Fact:
+    return Fact((f" {asked}{number}.",), ((f"\n\n{asked}", number),))
+
+
+def _variable(name: str, asked: str, number: str) -> Fact:
+    first = f"The magic number of {name} is"
+    said = (f" {first}{number}.", f" {asked} {name}.")
+    return Fact(said, ((f"\n\n{asked}", f" {name}"), (f"\n\n{asked} {name}. {first}", number)))
 
 
 def _number(draw: random.Random) -> int:
     return draw.randrange(10_000, 100_000)
 
 
-def _no_room(tokens: int) -> InputError:
-    return InputError(f"{tokens:,} tokens have no room for {len(DEPTHS)} facts: ask for more.")
-
-
-_FORMS: dict[str, Callable[[Haystack, int, random.Random], Prompt]] = {
-    "needle": _needle,
-    "key-value": _key_value,
-    "variables": _variables,
-}
+def _among(parts: list[list[int]], said: Sequence[Sequence[list[int]]]) -> list[list[int]]:
+    """`parts` with what is said at each depth, spread evenly around it."""
+    places = [
+        (round((depth + _STEP * ((at + 0.5) / len(sentences) - 0.5)) * len(parts)), ids)
+        for depth, sentences in zip(DEPTHS, said, strict=True)
+        for at, ids in enumerate(sentences)
+    ]
+    every = list(parts)
+    for place, ids in reversed(places):  # from the end, so that places stay what they are
+        every.insert(place, ids)
+    return every

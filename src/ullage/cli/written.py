@@ -1,0 +1,27 @@
+"""Files that a command writes at its end, refused before its work where they could not be."""
+
+import os
+from pathlib import Path
+
+from ullage.errors import InputError
+
+
+def refuse_unwritable(*files: Path) -> None:
+    """
+    Raises:
+        InputError: a file that could not be written.
+    """
+    for file in files:
+        if file.is_dir() or not os.access(file.absolute().parent, os.W_OK):
+            raise InputError(f"Cannot write {file}: no such folder, or not a writable one.")
+
+
+def refuse_undrawable(plot: Path) -> None:
+    """
+    Raises:
+        InputError: a picture for `--plot` of a format that is not drawn, or that could not be
+            written.
+    """
+    if plot.suffix.lower() not in (".svg", ".png"):
+        raise InputError(f"--plot {plot}: the picture is .svg or .png.")
+    refuse_unwritable(plot)
