@@ -59,7 +59,7 @@ def attention_forward(
 
     new_tokens = query.shape[2]
     real = None if attention_mask is None else attention_mask[:, -new_tokens:]
-    rotary = layer.take_rotary()
+    beside = layer.take_beside()
     for index, row in enumerate(layer.rows_of_step(query.shape[0], new_tokens)):
         tokens = slice(None) if real is None else real[index].nonzero()[:, 0]
         new = NewTokens(
@@ -67,7 +67,7 @@ def attention_forward(
             key[index][:, tokens],
             value[index][:, tokens],
             scale,
-            *(part[min(index, len(part) - 1), tokens] for part in rotary),
+            *(None if part is None else part[min(index, len(part) - 1), tokens] for part in beside),
         )
         if len(new):
             output[index, tokens] = row.attend(new, attend).transpose(0, 1)

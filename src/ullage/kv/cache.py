@@ -16,6 +16,8 @@ from ullage.kv.rows import FullRow, Row, SlidingRow
 from ullage.specs.model import ModelSpec
 
 MakeRow = Callable[[Blocks, int], Row]  # from the pool and the number of KV heads
+# Cos and sin of a step's positions, [1 or B, N, D], and the hidden states of its tokens, [B, N, E]
+Beside = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -30,7 +32,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.seen_tokens = 0  # positions of the batch, padding counted
         self.make_row: MakeRow | None = None  # a technique's; None: as the model says
         self._waiting = False
-        self._rotary: tuple[torch.Tensor, ...] = ()
+        self._beside: Beside = (None, None, None)
 
     def new_row(self) -> Row:
         """An empty row for one sequence."""
@@ -63,14 +65,14 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         if not self.rows:
             self.rows = [make_row(self.pool, self.num_kv_heads) for _ in range(batch)]
 
-    def give_rotary(self, *rotary: torch.Tensor) -> None:
-        """Cos and sin of the next step's positions, [1 or B, N, D] each, where there are any."""
-        self._rotary = rotary
+    def give_beside(self, beside: Beside) -> None:
+        """What a technique wants to be told of the next step's tokens, too."""
+        self._beside = beside
 
-    def take_rotary(self) -> tuple[torch.Tensor, ...]:
-        """What `give_rotary` was given for this step."""
-        rotary, self._rotary = self._rotary, ()
-        return rotary
+    def take_beside(self) -> Beside:
+        """What `give_beside` was given for this step."""
+        beside, self._beside = self._beside, (None, None, None)
+        return beside
 
     def rows_of_step(self, batch: int, new_tokens: int) -> list[Row]:
         """The rows that the attention of this step extends, one for each of `batch`."""

@@ -23,8 +23,8 @@ Attend = Callable[[torch.Tensor, list[Piece]], torch.Tensor]  # query and output
 
 @dataclass(frozen=True)
 class NewTokens:
-    """What N tokens of one sequence bring to one layer. `cos` and `sin` of their positions are
-    there where a technique asks for them."""
+    """What N tokens of one sequence bring to one layer. `cos` and `sin` of their positions and what
+    the layer's attention is computed from, `hidden`, are there where a technique asks for them."""
 
     query: torch.Tensor  # [Hq, N, D]
     keys: torch.Tensor  # [Hkv, N, D]
@@ -32,6 +32,7 @@ class NewTokens:
     scale: float  # of a query's product with a key
     cos: torch.Tensor | None = None  # [N, D], or narrower where not all of a head is rotated
     sin: torch.Tensor | None = None  # [N, D], likewise
+    hidden: torch.Tensor | None = None  # [N, E]
 
     def __len__(self) -> int:
         return self.keys.shape[1]
@@ -49,7 +50,7 @@ class NewTokens:
             self.keys[:, span],
             self.values[:, span],
             self.scale,
-            *(None if part is None else part[span] for part in (self.cos, self.sin)),
+            *(None if part is None else part[span] for part in (self.cos, self.sin, self.hidden)),
         )
 
 

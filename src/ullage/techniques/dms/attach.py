@@ -73,7 +73,8 @@ def _page(
 def _prepare(
     make_row: MakeRow, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """Give the cache layer of this step its kind of rows and the rotation of its tokens."""
+    """Give the cache layer of this step its kind of rows, and the rotation and the hidden states of
+    its tokens."""
     cache = next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
     if not isinstance(cache, PagedCache):
         raise TechniqueError("DMS is attached to the whole model: call that, not a part of it.")
@@ -85,7 +86,8 @@ def _prepare(
             "DMS cannot go on from a PagedCache that keeps every entry: give it an empty one, or "
             "one that was filled while DMS was attached."
         )
-    layer.give_rotary(*(kwargs.get("position_embeddings") or ()))
+    cos, sin = kwargs.get("position_embeddings") or (None, None)
+    layer.give_beside((cos, sin, hidden))
 
 
 def _refuse_others(model: "PreTrainedModel") -> None:
