@@ -100,7 +100,7 @@ def test_damaged_files_are_our_error(tmp_path: Path) -> None:
     adapter_of([[[3, 2, 1]]]).save(path)
     whole = path.read_bytes()
     for number, damaged in enumerate(
-        (b"", whole[:40], whole[:-3], whole.replace(b"ullage-dms-1", b"something-else"),
+        (b"", whole[:40], whole[:-3], whole.replace(b"ullage-dms-2", b"something-else"),
          whole.replace(b"windows", b"widnows"), b"\x00" * (3 << 20))
     ):  # fmt: skip
         other = tmp_path / f"{number}.safetensors"
@@ -121,7 +121,7 @@ def test_numbers_that_no_measurement_gives_are_our_error(tmp_path: Path, numbers
 def test_windows_that_are_none_are_our_error(tmp_path: Path, windows: Any) -> None:
     path = tmp_path / "mine.safetensors"
     tensors = {"windows": numpy.array(windows), "loss": numpy.ones((1, 1, 3), numpy.float32)}
-    metadata = {"format": "ullage-dms-1", "head_dim": "4", "fingerprint": "x", "record": "{}"}
+    metadata = {"format": "ullage-dms-2", "head_dim": "4", "fingerprint": "x", "record": "{}"}
     path.write_bytes(save(tensors, metadata))
     with pytest.raises(TechniqueError, match="damaged"):
         load_adapter(str(path))

@@ -41,7 +41,7 @@ def cut(model: Any, spec: ModelSpec, layer: int, head: int, window: int) -> torc
     rows = {number: row_maker(alike, of) for number, of in survivals.items()}
     rows[layer] = row_maker(alike, changed)
     pool = HeapBlocks(spec.head_dim, torch.float32, "cpu")
-    with alike.attach(model), sparse(model, rows), torch.no_grad():
+    with sparse(model, rows), torch.no_grad():
         cache = PagedCache(spec, pool, rows)
         return model(LONG[None], **cache_argument(model, cache)).logits[0].log_softmax(-1)
 

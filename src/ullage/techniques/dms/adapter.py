@@ -1,8 +1,9 @@
-"""An adapter: how far back each KV head of one model has to look, as it was measured. No torch."""
+"""An adapter: how far back each KV head of one model has to look, as it was measured, and what it
+has learned to read off hidden states. No torch."""
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -16,18 +17,22 @@ from ullage.errors import TechniqueError
 from ullage.specs.blocks import full_layer_numbers
 from ullage.specs.model import ModelSpec
 
-FORMAT = "ullage-dms-1"
+FORMAT = "ullage-dms-2"
 SHIPPED = files(__package__) / "adapters"
 LIMIT_BYTES = 2 << 20
+LEARNED = ("linear", "dms")
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """What a model's predictions lose where a head sees a shorter window.
+    """What a model's predictions lose where a head sees a shorter window, and what tells which
+    entries beyond it they will miss.
 
     `windows`: [J], in tokens, rising. `loss`: [L, Hkv, J], the KL divergence to full attention, in
     nats a token, where that head alone does; L counts the layers that keep every token.
-    `fingerprint`: of the model's norms. `record`: how it was measured.
+    `fingerprint`: of the model's norms. `record`: how it was measured. `predictors`: [L, Hkv, E] by
+    name; the product with the hidden state that an entry is computed from ranks it among others.
+    `shares`: [L, Hkv], 1 on average: how much more a head keeps than others under "dms".
     """
 
     windows: tuple[int, ...]
@@ -35,17 +40,25 @@ class Adapter:
     head_dim: int
     fingerprint: str
     record: dict[str, Any]
+    predictors: dict[str, numpy.ndarray] = field(default_factory=dict)
+    shares: numpy.ndarray | None = None
 
     def unsuited(self, model: ModelSpec) -> str | None:
         """Why it is not for `model`, as far as shapes say; None when they agree."""
         shape = (len(full_layer_numbers(model)), model.num_kv_heads, model.head_dim)
         mine = (*self.loss.shape[:2], self.head_dim)
-        if shape == mine:
+        if shape == mine and self._hidden_sizes <= {model.hidden_size}:
             return None
+        if shape == mine:
+            return f"the adapter is for another hidden size than its {model.hidden_size}."
         return (
             "the adapter is for a model of {} layers, {} KV heads and head size {}, and this has "
             "{}, {} and {}."
         ).format(*mine, *shape)
+
+    @property
+    def _hidden_sizes(self) -> set[int]:
+        return {weights.shape[2] for weights in self.predictors.values()}
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all."""
@@ -59,12 +72,11 @@ class Adapter:
             "windows": numpy.array(self.windows, dtype=numpy.int32),
             "loss": self.loss.astype(numpy.float32),
         }
-        part = path.with_name(path.name + ".part")
-        try:
-            part.write_bytes(save(tensors, metadata))
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        for name, weights in self.predictors.items():
+            tensors[name], tensors[f"{name}.scales"] = _quantized(weights)
+        if self.shares is not None:
+            tensors["shares"] = self.shares.astype(numpy.float32)
+        write_whole(path, save(tensors, metadata))
 
 
 @lru_cache(maxsize=256)
@@ -150,6 +162,39 @@ def _read(path: str, *_: int) -> Adapter:
         return _parsed(file.metadata() or {}, file)
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _quantized(weights: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """In int8, and a scale for each head: it is the order of products that counts."""
+    scales = numpy.abs(weights).max(-1, keepdims=True) / 127
+    safe = numpy.where(scales > 0, scales, 1)
+    return numpy.rint(weights / safe).astype(numpy.int8), scales[..., 0].astype(numpy.float32)
+
+
+def _predictor(name: str, shape: tuple[int, ...], file: Any) -> numpy.ndarray:
+    numbers, scales = file.get_tensor(name), file.get_tensor(f"{name}.scales")
+    if numbers.ndim != 3 or numbers.dtype != numpy.int8 or numbers.shape[:2] != shape:
+        raise ValueError(f"{name} is no predictor of its heads")
+    if scales.shape != shape or not numpy.isfinite(scales).all():
+        raise ValueError(f"{name} has no scale for each head")
+    return numbers * scales.astype(numpy.float32)[..., None]  # type: ignore[no-any-return]
+
+
+def _shares(shape: tuple[int, ...], file: Any) -> numpy.ndarray:
+    shares = file.get_tensor("shares")
+    if shares.shape != shape or not (numpy.isfinite(shares).all() and (shares >= 0).all()):
+        raise ValueError("shares are no shares of its heads")
+    return shares  # type: ignore[no-any-return]
+
+
 def _parsed(metadata: dict[str, str], file: Any) -> Adapter:
     if metadata.get("format") != FORMAT:
         raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
@@ -161,10 +206,13 @@ def _parsed(metadata: dict[str, str], file: Any) -> Adapter:
         raise ValueError("windows and losses do not go together")
     if windows[0] < 1 or not numpy.isfinite(loss).all():
         raise ValueError("it holds what no measurement gives")
+    held = set(file.keys())
     return Adapter(
         windows,
         loss,
         int(metadata["head_dim"]),
         metadata["fingerprint"],
         json.loads(metadata["record"]),
+        {name: _predictor(name, loss.shape[:2], file) for name in LEARNED if name in held},
+        _shares(loss.shape[:2], file) if "shares" in held else None,
     )
