@@ -20,14 +20,15 @@ from ullage.specs.model import ModelSpec
 from ullage.specs.survivors import SPAN_TOKENS, Survival
 from ullage.specs.workload import Engine, Step
 from ullage.techniques.base import Technique, with_full_layers
-from ullage.techniques.dms.adapter import load_adapter, look_back
+from ullage.techniques.dms.adapter import LEARNED, load_adapter, look_back
 
 if TYPE_CHECKING:
+    import numpy
     from transformers import PreTrainedModel
 
     from ullage.kv.cache import MakeRow
 
-Predictor = Literal["expected-attention", "window"]
+Predictor = Literal["expected-attention", "window", "linear", "dms"]
 
 SINKS = 4  # first tokens, which attention falls back on: StreamingLLM (arXiv 2309.17453)
 DECIDED_TOKENS = 64  # at once
@@ -64,6 +65,18 @@ class DMS(Technique):
             raise TechniqueError(f"dms: adapter is a name or a path, not {self.adapter!r}.")
         if self.adapter:
             load_adapter(self.adapter)
+        if self.predictor in LEARNED and self._learned is None:
+            raise TechniqueError(
+                f"dms: predictor={self.predictor} needs an adapter that has learned it: see "
+                "`ullage train dms --help`."
+            )
+
+    @property
+    def _learned(self) -> "numpy.ndarray | None":
+        """The weights of a learned predictor, [L, Hkv, E]."""
+        if not self.adapter:
+            return None
+        return load_adapter(self.adapter).predictors.get(self.predictor)
 
     @classmethod
     def neutral(cls) -> Self:
@@ -81,11 +94,18 @@ class DMS(Technique):
         adapter = load_adapter(self.adapter)
         windows = look_back(adapter, self.window, model.max_context_tokens)
         every = min(DECIDED_TOKENS, *(window for layer in windows for window in layer))
-        made = [tuple(self._survival(window, every) for window in layer) for layer in windows]
+        shares = adapter.shares if self.predictor == "dms" else None
+        made = [
+            tuple(
+                self._survival(window, every, 1.0 if shares is None else float(shares[at, head]))
+                for head, window in enumerate(layer)
+            )
+            for at, layer in enumerate(windows)
+        ]
         return dict(zip(layers, made, strict=True))
 
-    def _survival(self, window: int, every: int) -> Survival:
-        kept = 0.0 if self.predictor == "window" else self.kept
+    def _survival(self, window: int, every: int, share: float = 1.0) -> Survival:
+        kept = 0.0 if self.predictor == "window" else min(1.0, self.kept * share)
         return Survival(kept, window, every, SINKS)
 
     @property
@@ -106,6 +126,7 @@ class DMS(Technique):
         blocks = self.held_blocks(model, work.held_tokens)
         held_bytes = blocks * block_bytes(model, work.execution.kv_dtype)
         after = with_full_layers(before, model, work, held_bytes + self._state_bytes(model, work))
+        after = replace(after, weights_bytes=after.weights_bytes + self._predictor_bytes)
         if work.phase == "load":
             return after
         scratch_bytes = self._scratch_bytes(model, work)
@@ -135,9 +156,15 @@ class DMS(Technique):
             heads * min(survival.window + SPAN_TOKENS, tokens)
             for survival, heads in self._kinds(model).items()
         )
-        if self.predictor != "expected-attention":
+        if self.predictor == "window":
             return flags_bytes
+        if self.predictor in LEARNED:
+            return flags_bytes + full_layers(model) * model.num_kv_heads * DECIDED_TOKENS * 4
         return flags_bytes + full_layers(model) * (2 * model.num_heads + 3) * model.head_dim * 4
+
+    @property
+    def _predictor_bytes(self) -> int:
+        return 0 if self._learned is None else self._learned.nbytes
 
     def _scratch_bytes(self, model: ModelSpec, work: Step) -> int:
         """While one row of one layer attends: the undecided and the new entries side by side; for
@@ -148,8 +175,10 @@ class DMS(Technique):
         span = DECIDED_TOKENS + new
         laid_out = 3 * span * 2 * heads * model.head_dim * number_bytes
         masks = new * new * (2 * heads + number_bytes) if new > 1 else 0
-        if self.predictor != "expected-attention":
+        if self.predictor == "window":
             return laid_out + masks
+        if self.predictor in LEARNED:
+            return laid_out + masks + new * model.hidden_size * 4
         ahead = FUTURE_TOKENS * model.head_dim  # their angles, and what is made of these
         scored = (5 * model.num_heads * DECIDED_TOKENS * model.head_dim + 2 * ahead) * 4
         return laid_out + masks + scored
@@ -182,5 +211,8 @@ class DMS(Technique):
             return {}
         from ullage.techniques.dms.rows import row_maker
 
-        survivals = self.survivals(model)
-        return {layer: row_maker(self, heads) for layer, heads in survivals.items()}
+        learned = self._learned
+        return {
+            layer: row_maker(self, heads, None if learned is None else learned[at])
+            for at, (layer, heads) in enumerate(self.survivals(model).items())
+        }
