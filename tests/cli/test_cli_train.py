@@ -52,6 +52,36 @@ def test_what_is_made_can_be_planned_and_run(
     assert run.returncode == 0, run.stderr
 
 
+def test_a_predictor_is_trained_and_drawn(
+    train: Typed, typed: Typed, model_folder: Callable[[str], Path], data: Path
+) -> None:
+    words = ["--tokens", "200", "--to", "1.1x", "--steps", "3", "--step-tokens", "150"]
+    done = train(*words, "--plot", str(data / "drawn.svg"), "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["training"] == {"ratio": 1.1, "steps": 3, "tokens": 150}
+    assert 0 < found["last"]["kept"] <= 1
+    assert "<svg" in (data / "drawn.svg").read_text()
+    assert not list(data.glob("*.training"))
+    technique = f"dms:predictor=dms,window=80,adapter={data / 'made.safetensors'}"
+    words = [str(model_folder("llama")), "--technique", technique]
+    run = typed("run", *words, "--prompt", "w9 w8 " * 60, "--max-new-tokens", "4")
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_training_that_was_broken_off_measures_nothing_again(train: Typed, data: Path) -> None:
+    """Nor does one of other settings lose what there is."""
+    words = ["--tokens", "200", "--to", "1.1x", "--steps", "3", "--step-tokens", "150"]
+    assert train("--tokens", "200").returncode == 0
+    adapter, state = data / "made.safetensors", data / "made.safetensors.training"
+    state.write_bytes(b"broken")
+    before = adapter.read_bytes()
+    done = train(*words)
+    assert done.returncode == 2
+    assert "is damaged" in done.stderr.replace("\n", " ")
+    assert (adapter.read_bytes(), state.read_bytes()) == (before, b"broken")
+
+
 def test_a_table_says_how_the_heads_share(train: Typed) -> None:
     done = train("--tokens", "200")
     assert done.returncode == 0, done.stderr
@@ -66,6 +96,11 @@ def test_a_table_says_how_the_heads_share(train: Typed) -> None:
         (["--data", "nowhere"], "no folder"),
         (["--output", "/nowhere/made.safetensors"], "Cannot write"),
         (["--tokens", "100"], "nothing to measure in 100 tokens"),
+        (["--to", "much"], "how many times smaller"),
+        (["--to", "nan"], "how many times smaller"),
+        (["--to", "8x", "--step-tokens", "300"], "--step-tokens 300"),
+        (["--to", "8x", "--step-tokens", "150", "--tokens", "200"], "below the adapter's least"),
+        (["--plot", "drawn.svg"], "add --to"),
     ],
 )
 def test_bad_input_is_our_error(train: Typed, words: list[str], said: str) -> None:

@@ -1,32 +1,48 @@
 """ullage train: what a technique has to know of a model, from texts."""
 
 import json
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import track
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    track,
+)
 from rich.table import Table
 
 from ullage.cli.machine import device_to_run
 from ullage.cli.options import DeviceOption, ModelArgument, PlanOptions
-from ullage.cli.written import refuse_unwritable
-from ullage.errors import InputError
+from ullage.cli.written import refuse_undrawable, refuse_unwritable
+from ullage.errors import InputError, TechniqueError
+from ullage.measure.picture import draw_training
 from ullage.measure.quality.texts import read_training_texts
 from ullage.planner import build_plan
 from ullage.runtime import out_of_memory
 from ullage.runtime.checkpoint import refuse_planned_only, weights_folder
+from ullage.specs.blocks import full_layer_numbers
+from ullage.specs.model import ModelSpec
 from ullage.specs.plan import Plan
 from ullage.specs.sources import resolve
 from ullage.specs.workload import Workload
-from ullage.techniques.dms.adapter import Adapter, look_back
+from ullage.techniques.dms.adapter import Adapter, load_adapter, look_back
 from ullage.units import parse_tokens
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
+
+    from ullage.runtime.load import LoadedModel
+    from ullage.techniques.dms.training import Point
 
 _TOKENS = 8192
 
@@ -53,53 +69,177 @@ def train(
         ),
     ] = None,
     pieces: Annotated[int, typer.Option(min=1, help="Pieces of text, from all files in turn.")] = 6,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RATIO",
+            help="Train a predictor, too, for a cache that many times smaller: 8x.",
+            show_default=False,
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Of the training, a text each.")] = 100,
+    step_tokens: Annotated[
+        str, typer.Option(metavar="TOKENS", help="Length of a step's text.")
+    ] = "2048",
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Draw loss and kept share, .svg or .png.", show_default=False
+        ),
+    ] = None,
     device: DeviceOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="What was found as JSON.")] = False,
 ) -> None:
-    """Measure how far back each KV head of a model has to look, for `dms:adapter=FILE`.
+    """Measure how far back each KV head of a model has to look and what tells which entries it will
+    miss beyond, for `dms:adapter=FILE` and `predictor=linear`.
 
-    Reads each piece once, forward and back; nothing is trained by steps. A minute or two a piece
-    of 8,192 tokens on a small model and two cores.
+    Reads each piece once, forward and back: a minute or two a piece of 8,192 tokens on a small
+    model and two cores. With --to, a predictor is trained from there on, for `predictor=dms`;
+    broken off, the same command goes on where it was. What FILE holds is not measured again.
     """
     refuse_unwritable(output)
+    if plot is not None:
+        refuse_undrawable(plot)
+    if plot is not None and to is None:
+        raise InputError("--plot draws a training: add --to, such as --to 8x.")
     spec = resolve(model)
     refuse_planned_only(spec)
-    length = parse_tokens(tokens) if tokens else min(_TOKENS, spec.max_context_tokens)
-    if length > spec.max_context_tokens:
-        raise InputError(
-            f"--tokens {length:,}: {spec.name} reads {spec.max_context_tokens:,} at most."
-        )
+    length = _length("--tokens", tokens or str(min(_TOKENS, spec.max_context_tokens)), spec)
+    lesson = None
+    if to is not None:
+        lesson = _Lesson(_ratio(to), steps, _length("--step-tokens", step_tokens, spec))
     texts = read_training_texts(data)
     work = Workload(length - 1, 1)
     plan = build_plan(PlanOptions(device).recipe(spec, device_to_run(device), work))
-    adapter = _measured(plan, texts, length, pieces)
-    adapter.save(output)
+    adapter, points = _adapter(plan, texts, length, pieces, lesson, output)
+    if plot is not None:
+        draw_training(points, plot)
     if as_json:
         typer.echo(json.dumps(adapter.record | {"windows": adapter.windows}, indent=2))
     else:
         _show(adapter, spec.max_context_tokens)
-    Console(stderr=True, highlight=False).print(
+    _stderr().print(
         escape(f"Adapter in {output}; use it by `--technique dms:adapter={output},window=TOKENS`.")
     )
 
 
-def _measured(plan: Plan, texts: dict[str, str], length: int, count: int) -> Adapter:
+@dataclass(frozen=True)
+class _Lesson:
+    """A training: to a cache `ratio` times smaller, in so many steps of a text of `tokens` each."""
+
+    ratio: float
+    steps: int
+    tokens: int
+
+
+def _length(option: str, given: str, spec: ModelSpec) -> int:
+    length = parse_tokens(given)
+    if length > spec.max_context_tokens:
+        raise InputError(
+            f"{option} {length:,}: {spec.name} reads {spec.max_context_tokens:,} at most."
+        )
+    return length
+
+
+def _ratio(given: str) -> float:
+    try:
+        ratio = float(given.lower().removesuffix("x"))
+    except ValueError:
+        ratio = 0.0
+    if not 1 < ratio <= 64:
+        raise InputError(f"--to {given}: how many times smaller, above 1 and at most 64, as in 8x.")
+    return ratio
+
+
+def _adapter(
+    plan: Plan,
+    texts: dict[str, str],
+    length: int,
+    count: int,
+    lesson: _Lesson | None,
+    output: Path,
+) -> "tuple[Adapter, list[Point]]":
+    """The adapter, in its file, and the steps that it took."""
     from ullage.runtime.load import load_model, load_tokenizer
-    from ullage.techniques.dms.measure import measure
 
     folder = weights_folder(plan.recipe.model)
+    state = output.with_name(output.name + ".training")
     with out_of_memory.explained():
         loaded = load_model(plan, folder, load_tokenizer(folder))
-        chosen = _pieces(texts, loaded.tokenizer, length, count)
-        record = {
-            "model": plan.recipe.model.name,
-            "tokens": length,
-            "pieces": [name for name, _ in chosen],
-        }
-        console = Console(stderr=True)
-        ids = (ids for _, ids in chosen)
-        shown = track(ids, "reading", total=len(chosen), console=console, transient=True)
-        return measure(loaded.model, shown, record)
+        adapter = _measured(plan, loaded, texts, length, count, output)
+        if lesson is None:
+            return adapter, []
+        adapter, points = _trained(plan, loaded, texts, lesson, adapter, state)
+    adapter.save(output)
+    state.unlink()
+    return adapter, points
+
+
+def _measured(
+    plan: Plan,
+    loaded: "LoadedModel",
+    texts: dict[str, str],
+    length: int,
+    count: int,
+    output: Path,
+) -> Adapter:
+    """Into `output`, unless what is there was measured on the same."""
+    from ullage.techniques.dms.fingerprint import fingerprint
+    from ullage.techniques.dms.measure import measure
+
+    chosen = _pieces(texts, loaded.tokenizer, length, count)
+    record = {
+        "model": plan.recipe.model.name,
+        "tokens": length,
+        "pieces": [name for name, _ in chosen],
+    }
+    with suppress(TechniqueError):
+        found = load_adapter(str(output))
+        if found.record.items() >= record.items() and found.fingerprint == fingerprint(
+            loaded.model
+        ):
+            return found
+    ids = (ids for _, ids in chosen)
+    shown = track(ids, "reading", total=len(chosen), console=_stderr(), transient=True)
+    adapter = measure(loaded.model, shown, record)
+    adapter.save(output)
+    return adapter
+
+
+def _trained(
+    plan: Plan,
+    loaded: "LoadedModel",
+    texts: dict[str, str],
+    lesson: _Lesson,
+    adapter: Adapter,
+    state: Path,
+) -> "tuple[Adapter, list[Point]]":
+    from ullage.techniques.dms.course import course_to, trained
+
+    layers = full_layer_numbers(plan.recipe.model)
+    course = course_to(lesson.ratio, lesson.tokens, lesson.steps, layers, adapter)
+    chosen = _pieces(texts, loaded.tokenizer, lesson.tokens, lesson.steps)
+    ids = list(islice(cycle(ids for _, ids in chosen), lesson.steps))
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("KL {task.fields[divergence]:.4f}  kept {task.fields[kept]:.1%}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=_stderr(), transient=True) as progress:
+        task = progress.add_task("", total=lesson.steps, divergence=0.0, kept=1.0)
+
+        def watch(point: "Point") -> None:
+            progress.update(task, advance=1, divergence=point.divergence, kept=point.kept)
+
+        adapter, points = trained(loaded.model, adapter, ids, course, state, watch)
+    record = adapter.record | {"training": asdict(lesson), "last": asdict(points[-1])}
+    return replace(adapter, record=record), points
+
+
+def _stderr() -> Console:
+    return Console(stderr=True, highlight=False)
 
 
 def _pieces(

@@ -1,11 +1,15 @@
-"""Planned against measured, as a picture."""
+"""Planned against measured, and a training, as pictures."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ullage.errors import InputError
 from ullage.measure.audit import Audit
 from ullage.units import MIB
+
+if TYPE_CHECKING:
+    from ullage.techniques.dms.training import Point
 
 
 def draw_audit(audit: Audit, path: Path) -> None:
@@ -32,6 +36,26 @@ def draw_audit(audit: Audit, path: Path) -> None:
     axes.set(xlabel="tokens", ylabel="peak, MiB", ylim=(0, None), title=plan.recipe.model.name)
     axes.grid(alpha=0.3)
     axes.legend()
+    save(figure, path)
+
+
+def draw_training(points: "Sequence[Point]", path: Path) -> None:
+    """Draw into `path` what a predictor's training made of divergence and kept share, step by step.
+
+    Raises:
+        InputError: the file cannot be written, or its ending is no picture's.
+    """
+    from matplotlib.figure import Figure  # the figure alone: no window system is asked for
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    loss, kept = figure.subplots(2, 1, sharex=True)
+    steps = range(1, len(points) + 1)
+    loss.plot(steps, [point.divergence for point in points])
+    loss.set(ylabel="KL divergence, nats a token", yscale="log")
+    kept.plot(steps, [100 * point.kept for point in points], color="tab:green")
+    kept.set(xlabel="steps", ylabel="kept beyond the window, %", ylim=(0, 100))
+    for axes in (loss, kept):
+        axes.grid(alpha=0.3)
     save(figure, path)
 
 

@@ -1,0 +1,74 @@
+"""A training that can be broken off: after each step all that going on takes is in a file."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from ullage.errors import TechniqueError
+from ullage.techniques.dms.adapter import Adapter, look_back, write_whole
+from ullage.techniques.dms.training import Course, Point, Trainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def course_to(ratio: float, tokens: int, steps: int, layers: list[int], adapter: Adapter) -> Course:
+    """To hold a `ratio`-th of the entries of `tokens` tokens: half of them in windows, which are
+    shared out among the heads as `adapter` says, and half as survivors.
+
+    Raises:
+        TechniqueError: the windows would be below the adapter's least.
+    """
+    windows = look_back(adapter, int(tokens / ratio / 2), tokens)
+    return Course(layers, windows, 1 - 1 / ratio / 2, steps)
+
+
+def trained(
+    model: "PreTrainedModel",
+    adapter: Adapter,
+    texts: Sequence[torch.Tensor],
+    course: Course,
+    file: Path,
+    watch: Callable[[Point], None],
+) -> tuple[Adapter, list[Point]]:
+    """`adapter` with a trained predictor, and the steps: one for each of `texts`, [T] token ids
+    each. Goes on from `file` where there is one; `watch` is told of each step, of earlier ones too.
+
+    Raises:
+        TechniqueError: `file` is of another training, or damaged.
+    """
+    trainer = Trainer(model, course, torch.from_numpy(adapter.predictors["linear"]))
+    asked = json.dumps([asdict(course), adapter.fingerprint, [len(ids) for ids in texts]])
+    if file.exists():
+        trainer.go_on(_state(file, asked))
+        for point in trainer.history:
+            watch(point)
+    for ids in texts[len(trainer.history) :]:
+        watch(trainer.step(ids))
+        write_whole(file, save(trainer.state(), {"course": asked}))
+    learned = {"dms": trainer.weights.detach().cpu().numpy()}
+    shares = trainer.shares.cpu().numpy()
+    done = replace(adapter, predictors=adapter.predictors | learned, shares=shares / shares.mean())
+    return done, trainer.history
+
+
+def _state(file: Path, asked: str) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(file, "pt") as opened:
+            if (opened.metadata() or {}).get("course") == asked:
+                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise TechniqueError(
+            f"dms: {file}, which training would go on from, is damaged: {error}. Remove it to "
+            "begin anew."
+        ) from None
+    raise TechniqueError(
+        f"dms: {file} is of a training with other settings: ask for the same, or remove it to "
+        "begin anew."
+    )
