@@ -2,6 +2,8 @@
 
     python benchmarks/dms.py --data DIR --tokens 4096 --technique kept=0.45,window=512
 
+`--technique` may be given again, to compare; the plain window is as large as the first.
+
 DIR holds books/moby_dick.txt and wikitext2_test.txt. The first `--chunks` pieces of each text are
 read dense and sparse; the loss is that of the tokens beyond `--beyond`, with the standard error of
 the difference, token by token. Live bytes count windows, survivors and slack. `ullage eval` has
@@ -51,11 +53,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--beyond", type=int, default=512)
     parser.add_argument("--chunks", type=int, default=1)
-    parser.add_argument("--technique", default="kept=0.45,window=512")
+    parser.add_argument("--technique", action="append", required=True)
     asked = parser.parse_args()
-    technique = techniques.parse(f"dms:{asked.technique}")
-    if not isinstance(technique, DMS):
-        parser.error("this measures dms")
+    named = {words: techniques.parse(f"dms:{words}") for words in asked.technique}
+    compared = {words: made for words, made in named.items() if isinstance(made, DMS)}
     spec, execution = resolve(MODEL), Execution(dtype="fp32", kv_dtype="fp32")
     recipe = Recipe(spec, find_device("cpu-16gb"), Workload(asked.tokens - 1, 1), execution)
     folder = weights_folder(spec)
@@ -65,8 +66,8 @@ def main() -> None:
     )
     choices = {
         "dense": DMS.neutral(),
-        "dms": technique,
-        "window": same_bytes(technique, spec, asked.tokens),
+        "window": same_bytes(compared[asked.technique[0]], spec, asked.tokens),
+        **compared,
     }
     print("| text | what | live KV | of dense | perplexity | change (se) | n |")
     print("|---|---|---|---|---|---|---|")
