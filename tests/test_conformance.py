@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, fields, replace
 from itertools import product
 from pathlib import Path
@@ -30,7 +30,7 @@ from ullage.specs.footprint import Footprint
 from ullage.specs.plan import Recipe, TechniqueChoice
 from ullage.specs.workload import PHASES, Engine, Execution, Workload
 from ullage.techniques import Technique, choice_of, create, parse
-from ullage.techniques.dms.adapter import Adapter
+from ullage.techniques.dms.adapter import LEARNED, Adapter
 from ullage.techniques.dms.fingerprint import fingerprint
 from ullage.techniques.quantization.linear import tensor_bytes
 from ullage.units import GIB
@@ -48,9 +48,13 @@ ADAPTER = Path(FOLDER.name) / "tiny.safetensors"
 
 
 def save_adapter(fingerprint: str) -> None:
-    """An adapter of the tiny llama's shape, as if its heads had to look back unlike far."""
-    loss = torch.rand(2, 2, 3, generator=torch.Generator().manual_seed(1)).sort(descending=True)
-    Adapter((2, 4, 8), loss.values.numpy(), 8, fingerprint, {}).save(ADAPTER)
+    """An adapter of the tiny llama's shape, as if its heads had to look back unlike far, and as if
+    two predictors were learned."""
+    random = torch.Generator().manual_seed(1)
+    loss = torch.rand(2, 2, 3, generator=random).sort(descending=True).values.numpy()
+    learned = {name: torch.randn(2, 2, 32, generator=random).numpy() for name in LEARNED}
+    shares = torch.tensor([[0.5, 1.5], [1.8, 0.2]]).numpy()
+    Adapter((2, 4, 8), loss, 8, fingerprint, {}, learned, shares).save(ADAPTER)
 
 
 save_adapter("")  # settings name a file that is there
@@ -88,7 +92,8 @@ def choices_of(default: Technique) -> Iterator[Technique]:
     ]
     for values in product(*choices):
         settings = dict(zip((field.name for field in fields(default)), values, strict=True))
-        yield create(TechniqueChoice(default.name, settings))
+        with suppress(TechniqueError):  # choices that exclude each other
+            yield create(TechniqueChoice(default.name, settings))
 
 
 NAMES = techniques.names()
