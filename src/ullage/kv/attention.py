@@ -59,18 +59,18 @@ def attention_forward(
 
     new_tokens = query.shape[2]
     real = None if attention_mask is None else attention_mask[:, -new_tokens:]
+    if real is not None and bool(real.all()):
+        real = None  # as when tokens are written
     rotary = layer.take_rotary()
     for index, row in enumerate(layer.rows_of_step(query.shape[0], new_tokens)):
-        tokens = slice(None) if real is None else real[index].nonzero()[:, 0]
-        new = NewTokens(
-            query[index][:, tokens],  # [Hq, n, D], padding left out
-            key[index][:, tokens],
-            value[index][:, tokens],
-            scale,
-            *(part[min(index, len(part) - 1), tokens] for part in rotary),
-        )
-        if len(new):
-            output[index, tokens] = row.attend(new, attend).transpose(0, 1)
+        turns = [part[min(index, len(part) - 1)] for part in rotary]
+        new = NewTokens(query[index], key[index], value[index], scale, *turns)
+        if real is None:
+            output[index] = row.attend(new, attend).transpose(0, 1)
+            continue
+        tokens = real[index].nonzero()[:, 0]
+        if len(tokens):
+            output[index, tokens] = row.attend(new.at(tokens), attend).transpose(0, 1)
     return output, None
 
 
