@@ -98,7 +98,8 @@ def fed(
     row: SparseRow, new: NewTokens, sizes: list[int], attention: Attend = attend
 ) -> torch.Tensor:
     """The outputs of all tokens, fed in chunks of `sizes`, the last again and again."""
-    parts, at = [], 0
+    parts: list[torch.Tensor] = []
+    at = 0
     while at < len(new):
         size = sizes[min(len(parts), len(sizes) - 1)]
         parts.append(row.attend(new.part(at, at + size), attention))

@@ -2,8 +2,9 @@
 
 The newest `window` entries of a head, which may be another number than its neighbour's, lie in a
 ring. What leaves the ring, exactly `window` tokens after it was written, goes to the head's
-survivors, which lie behind the ring, or is gone: a head reads one stretch. Who survives is decided for some tokens at a time, at places that hang on the
-position alone, so that the same entries are kept however a prompt is cut into chunks.
+survivors, which lie behind the ring, or is gone: a token reads one stretch a head. Who survives is
+decided for some tokens at a time, at places that hang on the position alone, so that the same
+entries are kept however a prompt is cut into chunks.
 """
 
 from collections.abc import Sequence
@@ -20,9 +21,8 @@ from ullage.kv.pool import Blocks
 from ullage.kv.rows import Attend, NewTokens, Ring, Row, Slots
 from ullage.specs.survivors import SPAN_TOKENS, Survival
 
-
 Flags = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
-Integers = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+Places = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 
 class Scorer(Protocol):
@@ -38,8 +38,8 @@ class Scorer(Protocol):
 
 
 class Survivors:
-    """The entries that a head keeps beyond its window, in the order of their positions, in the slots
-    from `first` on."""
+    """The entries that a head keeps beyond its window, in the order of their positions, from slot
+    `first` on."""
 
     def __init__(self, slots: Slots, first: int, length: int = 0) -> None:
         self.slots, self.first, self.length = slots, first, length
@@ -57,8 +57,7 @@ class Survivors:
 
 
 class SparseHead:
-    """The entries of one KV head: a ring of the newest, and behind it its survivors. None survives
-    before the ring is full."""
+    """The entries of one KV head: a ring of the newest, and, once it is full, survivors behind."""
 
     def __init__(self, pool: Blocks, survival: Survival) -> None:
         self.survival = survival
@@ -72,7 +71,7 @@ class SparseHead:
 
     @property
     def held(self) -> int:
-        """Entries that are held, in the first slots."""
+        """Entries in all, which lie in the first slots."""
         return self.ring.used + self.survivors.length
 
     def reserve(self, tokens: int) -> None:
@@ -87,10 +86,10 @@ class SparseHead:
 
     def copy(self) -> Self:
         """The same entries in blocks of their own; raises what `Slots.copy` does."""
-        twin = copy(self)
+        twin, ring = copy(self), self.ring
         twin.slots = self.slots.copy(self.held)
-        twin.ring = Ring(twin.slots, self.ring.window, self.ring.length)
-        twin.survivors = Survivors(twin.slots, self.survivors.first, self.survivors.length)
+        twin.ring = Ring(twin.slots, ring.window, ring.length)
+        twin.survivors = Survivors(twin.slots, ring.window, self.survivors.length)
         twin._pieces = []
         return twin
 
@@ -108,9 +107,9 @@ class SparseHead:
         """How many entries stay from position `start` up to `end`, between which all is decided."""
         return self.survival.entries(end) - self.survival.entries(start)
 
-    def decide(self, start: int, end: int, worthiest: Integers) -> None:
-        """The entries at `worthiest`, counted from position `start`, stay of those before `end`;
-        they follow those that were decided last."""
+    def decide(self, start: int, end: int, worthiest: Places) -> None:
+        """Of the entries from position `start` up to `end`, which follow those that were decided
+        last, stay those at `worthiest`, counted from `start`."""
         first = self.ring.first
         stays = np.zeros(end - start, dtype=np.bool_)
         stays[worthiest] = True
@@ -121,7 +120,7 @@ class SparseHead:
         """Store one entry in the slot of the one that leaves, and return what the query heads
         `heads` of its token attend to."""
         ring, held = self.ring, self.held
-        leaving = ring.length - ring.window  # position
+        leaving = ring.length - ring.window
         if leaving >= 0 and self._stays[leaving - self._since]:
             self.survivors.append(ring.between(leaving, leaving + 1)[0])
         ring.write(own)
@@ -234,9 +233,12 @@ class SparseRow(Row):
     def _attend_one(self, new: NewTokens, attention: Attend) -> torch.Tensor:
         own = self._by_head(new)
         self._decide(new, own)
-        seeing = self._seeing(new)
-        taken = [head.take(*rest) for head, *rest in zip(self.heads, own, seeing, strict=True)]
-        return attention(new.query, [piece for pieces in taken for piece in pieces])
+        pieces = [
+            piece
+            for head, entries, heads in zip(self.heads, own, self._seeing(new), strict=True)
+            for piece in head.take(entries, heads)
+        ]
+        return attention(new.query, pieces)
 
     def _attend_span(self, new: NewTokens, attention: Attend) -> torch.Tensor:
         own = self._by_head(new)
@@ -293,10 +295,11 @@ class SparseRow(Row):
     def _by_head(self, new: NewTokens) -> list[Entries]:
         """The entries that are new to each head."""
         own = new.stored(self.heads[0].slots.pool.dtype)
-        split = (tensor.split(1) for tensor in own.tensors)
-        return [Entries(*tensors) for tensors in zip(*split, strict=True)]
+        apart = (tensor.chunk(len(self.heads)) for tensor in own.tensors)
+        return [Entries(*tensors) for tensors in zip(*apart, strict=True)]
 
     def _seeing(self, new: NewTokens) -> list[slice]:
         """The query heads that each KV head serves."""
-        group = new.query.shape[0] // len(self.heads)
-        return [slice(at, at + group) for at in range(0, new.query.shape[0], group)]
+        heads = new.query.shape[0]
+        group = heads // len(self.heads)
+        return [slice(at, at + group) for at in range(0, heads, group)]

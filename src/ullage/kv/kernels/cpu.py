@@ -11,9 +11,7 @@ from operator import attrgetter
 import torch
 
 from ullage.kv.kernels import Joined, Piece, reference
-from ullage.specs.tiles import LEAST_TILE_TOKENS, TILE_TOKENS
-
-_flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+from ullage.specs.tiles import TILE_TOKENS
 
 
 def attend(
@@ -24,10 +22,13 @@ def attend(
         return reference.attend(query, pieces, scale, softcap)
     tiles = [tile for piece in pieces for tile in _tiles(query, piece)]
     apart = [(heads, list(own)) for heads, own in groupby(tiles, attrgetter("heads"))]
-    if not _side_by_side([heads for heads, _ in apart], query.shape[0]):
-        return _joined(query, tiles, scale)
-    seeing = [(query[heads], [replace(tile, heads=None) for tile in own]) for heads, own in apart]
-    return torch.cat([_joined(mine, own, scale) for mine, own in seeing])
+    if _side_by_side([heads for heads, _ in apart], query.shape[0]):
+        return torch.cat([_joined(query[heads], own, scale) for heads, own in apart])
+    joined = Joined(query)
+    for tile in tiles:
+        seeing = query if tile.heads is None else query[tile.heads]
+        joined.add(tile.heads, *_flash(seeing, tile, scale))
+    return joined.output
 
 
 def _side_by_side(spans: list[slice | None], heads: int) -> bool:
@@ -41,60 +42,31 @@ def _side_by_side(spans: list[slice | None], heads: int) -> bool:
 
 
 def _joined(query: torch.Tensor, tiles: list[Piece], scale: float) -> torch.Tensor:
+    """Attention of `query`, all of whose heads see all of `tiles`."""
     joined = Joined(query)
     for tile in tiles:
-        seeing = query if tile.heads is None else query[tile.heads]
-        joined.add(tile.heads, *_flash(seeing, tile, scale))
+        joined.add(None, *_flash(query, tile, scale))
     return joined.output
 
 
 def _flash(query: torch.Tensor, tile: Piece, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [Hq, N, D] in fp32 and log-sum-exp [Hq, N] over one tile, read in the query's
     format."""
-    keys, values = tile.keys_in(query.dtype), tile.values_in(query.dtype)
-    if query.shape[1] == 1 and tile.mask is None:
+    bias = None if tile.mask is None else _bias(tile.mask, query.dtype)
+    packed = query
+    if query.shape[1] == 1 and bias is None:
         # a group's heads as queries of one head: their K and V are read once, in bf16 seven times
         # as fast
-        packed = query.reshape(keys.shape[0], -1, query.shape[2])  # [Hkv, G, D]
-        output, lse = _flash_parts(packed, keys, values, scale)
-    else:
-        bias = None if tile.mask is None else _bias(tile.mask, query.dtype)
-        output, lse = _flash_attention(
-            query[None], keys[None], values[None],
-            is_causal=tile.causal, attn_mask=bias, scale=scale,
-        )  # fmt: skip
-    return output.float().view(query.shape), lse.reshape(query.shape[:2])
-
-
-def _flash_parts(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp, [Hkv, G, D] and [Hkv, G], over all of K and V, [Hkv, T, D]. The
-    kernel gives a head to one thread: where there are fewer heads than threads, equal parts of the
-    entries pass for heads. What is over is in two parts, and hidden in the earlier."""
-    heads, tokens, head_dim = keys.shape
-    parts = min(torch.get_num_threads() // heads, tokens // LEAST_TILE_TOKENS)
-    if parts < 2:
-        output, lse = _flash_attention(query[None], keys[None], values[None], scale=scale)
-        return output[0], lse[0]
-    step, over = divmod(tokens, parts)
-    bias = None
-    if over:
-        bias = query.new_zeros(1, parts, 1, step + over)
-        bias[:, :-1, :, step:] = torch.finfo(query.dtype).min / 2
-
-    def cut(states: torch.Tensor) -> torch.Tensor:
-        """[Hkv, parts, step + over, D]"""
-        to_head, to_token, _ = states.stride()
-        strides = (to_head, step * to_token, to_token, 1)
-        return states.as_strided((heads, parts, step + over, head_dim), strides)
-
-    output, lse = _flash_attention(
-        query[:, None].expand(-1, parts, -1, -1), cut(keys), cut(values),
-        attn_mask=bias, scale=scale,
-    )  # fmt: skip
-    shares = lse.softmax(1)[..., None]  # [Hkv, parts, G, 1]
-    return (output.float() * shares).sum(1), lse.logsumexp(1)
+        packed = query.reshape(tile.keys.shape[0], -1, query.shape[2])  # [Hkv, G, D]
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        packed[None],
+        tile.keys_in(query.dtype)[None],
+        tile.values_in(query.dtype)[None],
+        is_causal=tile.causal and query.shape[1] > 1,
+        attn_mask=bias,
+        scale=scale,
+    )
+    return output[0].float().view(query.shape), lse[0].reshape(query.shape[:2])
 
 
 def _bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
