@@ -112,7 +112,7 @@ def heap_row(survivals: list[Survival], worth: torch.Tensor) -> SparseRow:
 
 
 @pytest.mark.parametrize("survivals", SURVIVALS, ids=str)
-@pytest.mark.parametrize("sizes", [[1], [LONG], [64], [100, 1], [13]], ids=str)
+@pytest.mark.parametrize("sizes", [[1], [LONG], [64], [100, 1], [13], [1, 150, 1]], ids=str)
 def test_it_attends_to_the_window_and_the_survivors(
     survivals: list[Survival], sizes: list[int]
 ) -> None:
@@ -201,7 +201,7 @@ def test_what_was_reserved_is_what_is_needed(
     pool.check_integrity(all_free=True)
 
 
-@pytest.mark.parametrize("sizes", [[200, 1], [1]], ids=str)
+@pytest.mark.parametrize("sizes", [[200, 1], [1], [1, 150, 1]], ids=str)
 @pytest.mark.parametrize("survivals", [ALIKE[1], UNLIKE[1]], ids=str)
 def test_a_token_reads_one_stretch_a_head(survivals: list[Survival], sizes: list[int]) -> None:
     """Window and survivors lie side by side, and nothing else is among them."""

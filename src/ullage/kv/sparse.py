@@ -119,12 +119,12 @@ class SparseHead:
     def take(self, own: Entries, heads: slice) -> list[Piece]:
         """Store one entry in the slot of the one that leaves, and return what the query heads
         `heads` of its token attend to."""
-        ring, held = self.ring, self.held
+        ring = self.ring
         leaving = ring.length - ring.window
         if leaving >= 0 and self._stays[leaving - self._since]:
             self.survivors.append(ring.between(leaving, leaving + 1)[0])
         ring.write(own)
-        if self.held != held or not self._pieces:
+        if sum(map(len, self._pieces)) != self.held:
             pieces = self.slots.read(0, self.held)
             self._pieces = [replace(piece, heads=heads) for piece in pieces]
         return self._pieces
