@@ -245,7 +245,8 @@ def test_planned_kv_entries_are_the_live_bytes(
         pool = KVPool(sequence_blocks(spec, 64), spec.head_dim, TORCH_DTYPES[kv_dtype])
         with closing(PagedCache(spec, pool, technique.rows(spec)).open(tokens)):
             state_bytes = planned_bytes - pool.taken_bytes
-            assert 0 <= state_bytes < 0.4 * planned_bytes
+            # what scores entries takes a few KB, however few there are
+            assert 0 <= state_bytes < 0.2 * planned_bytes + 2048
             assert pool.taken_bytes == techniques.sequence_blocks(made, tokens) * pool.block_bytes
 
 

@@ -12,7 +12,7 @@ from ullage.errors import BudgetExceeded
 from ullage.kv.entries import stored
 from ullage.kv.kernels import Piece, reference
 from ullage.kv.pool import HeapBlocks, KVPool
-from ullage.kv.rows import NewTokens
+from ullage.kv.rows import Attend, NewTokens
 from ullage.kv.sparse import SparseRow
 from ullage.specs.survivors import SPAN_TOKENS, Survival
 
@@ -94,12 +94,15 @@ def attend(query: torch.Tensor, pieces: list[Piece]) -> torch.Tensor:
     return reference.attend(query, pieces, 0.7)
 
 
-def fed(row: SparseRow, new: NewTokens, sizes: list[int]) -> torch.Tensor:
+def fed(
+    row: SparseRow, new: NewTokens, sizes: list[int], attention: Attend = attend
+) -> torch.Tensor:
     """The outputs of all tokens, fed in chunks of `sizes`, the last again and again."""
-    parts, at = [], 0
+    parts: list[torch.Tensor] = []
+    at = 0
     while at < len(new):
         size = sizes[min(len(parts), len(sizes) - 1)]
-        parts.append(row.attend(new.part(at, at + size), attend))
+        parts.append(row.attend(new.part(at, at + size), attention))
         at += size
     return torch.cat(parts, dim=1)
 
@@ -109,7 +112,7 @@ def heap_row(survivals: list[Survival], worth: torch.Tensor) -> SparseRow:
 
 
 @pytest.mark.parametrize("survivals", SURVIVALS, ids=str)
-@pytest.mark.parametrize("sizes", [[1], [LONG], [64], [100, 1], [13]], ids=str)
+@pytest.mark.parametrize("sizes", [[1], [LONG], [64], [100, 1], [13], [1, 150, 1]], ids=str)
 def test_it_attends_to_the_window_and_the_survivors(
     survivals: list[Survival], sizes: list[int]
 ) -> None:
@@ -198,6 +201,23 @@ def test_what_was_reserved_is_what_is_needed(
     pool.check_integrity(all_free=True)
 
 
+@pytest.mark.parametrize("sizes", [[200, 1], [1], [1, 150, 1]], ids=str)
+@pytest.mark.parametrize("survivals", [ALIKE[1], UNLIKE[1]], ids=str)
+def test_a_token_reads_one_stretch_a_head(survivals: list[Survival], sizes: list[int]) -> None:
+    """Window and survivors lie side by side, and nothing else is among them."""
+    pool = KVPool(sum(survival.blocks(LONG) for survival in survivals), DIM, torch.float32)
+    row, new = SparseRow(pool, survivals, Table(worth_of(LONG))), tokens_of(LONG)
+    row.reserve(LONG)
+
+    def watched(query: torch.Tensor, pieces: list[Piece]) -> torch.Tensor:
+        if query.shape[1] == 1:
+            assert [piece.heads for piece in pieces] == [slice(0, GROUP), slice(GROUP, 2 * GROUP)]
+            assert [len(piece) for piece in pieces] == [head.held for head in row.heads]
+        return attend(query, pieces)
+
+    fed(row, new, sizes, watched)
+
+
 def test_a_pool_that_is_too_small_refuses_at_the_door() -> None:
     survivals = [Survival(0.5, 16, 16, 4)] * HEADS
     pool = KVPool(HEADS * survivals[0].blocks(200) - 1, DIM, torch.float32)
@@ -208,11 +228,12 @@ def test_a_pool_that_is_too_small_refuses_at_the_door() -> None:
 
 def test_blocks_come_back_as_they_are_given() -> None:
     """Without a reservation, as under plain `generate`."""
-    source = HeapBlocks(DIM, torch.float32, "cpu")
-    row = SparseRow(source, [Survival(0.5, 16, 16, 4)] * HEADS, Table(worth_of(LONG)))
-    fed(row, tokens_of(LONG), [50])
-    held = sum(head.survivors.slots.capacity for head in row.heads)
-    assert source.taken_bytes == (held + HEADS * 16) * 2 * DIM * 4
+    source, survival = HeapBlocks(DIM, torch.float32, "cpu"), Survival(0.5, 16, 16, 4)
+    row = SparseRow(source, [survival] * HEADS, Table(worth_of(LONG)))
+    fed(row, tokens_of(LONG), [50, 50, 1])
+    held = sum(head.slots.capacity for head in row.heads)
+    assert source.taken_bytes == held * 2 * DIM * 4
+    assert HEADS * survival.slots(LONG) <= held <= HEADS * (survival.slots(LONG) * 5 // 4 + 16)
     row.release()
     assert source.taken_bytes == 0
 

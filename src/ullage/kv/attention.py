@@ -59,18 +59,18 @@ def attention_forward(
 
     new_tokens = query.shape[2]
     real = None if attention_mask is None else attention_mask[:, -new_tokens:]
+    if real is not None and bool(real.all()):
+        real = None  # as when tokens are written
     beside = layer.take_beside()
     for index, row in enumerate(layer.rows_of_step(query.shape[0], new_tokens)):
-        tokens = slice(None) if real is None else real[index].nonzero()[:, 0]
-        new = NewTokens(
-            query[index][:, tokens],  # [Hq, n, D], padding left out
-            key[index][:, tokens],
-            value[index][:, tokens],
-            scale,
-            *(None if part is None else part[min(index, len(part) - 1), tokens] for part in beside),
-        )
-        if len(new):
-            output[index, tokens] = row.attend(new, attend).transpose(0, 1)
+        told = (None if part is None else part[min(index, len(part) - 1)] for part in beside)
+        new = NewTokens(query[index], key[index], value[index], scale, *told)
+        if real is None:
+            output[index] = row.attend(new, attend).transpose(0, 1)
+            continue
+        tokens = real[index].nonzero()[:, 0]
+        if len(tokens):
+            output[index, tokens] = row.attend(new.at(tokens), attend).transpose(0, 1)
     return output, None
 
 

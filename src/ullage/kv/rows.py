@@ -44,13 +44,16 @@ class NewTokens:
 
     def part(self, start: int, stop: int) -> "NewTokens":
         """The tokens from `start` up to `stop`, as views."""
-        span = slice(start, stop)
+        return self.at(slice(start, stop))
+
+    def at(self, tokens: slice | torch.Tensor) -> "NewTokens":
+        """Some of the tokens: views of a slice, copies of those at indices."""
         return NewTokens(
-            self.query[:, span],
-            self.keys[:, span],
-            self.values[:, span],
+            self.query[:, tokens],
+            self.keys[:, tokens],
+            self.values[:, tokens],
             self.scale,
-            *(None if part is None else part[span] for part in (self.cos, self.sin, self.hidden)),
+            *(None if part is None else part[tokens] for part in (self.cos, self.sin, self.hidden)),
         )
 
 
@@ -128,8 +131,10 @@ class Slots:
             at = slot + written - first
             count = min(segment.slots - at, len(entries) - written)
             if count > 0:
-                for mine, new in zip(segment.entries.tensors, entries.tensors, strict=True):
-                    mine[:, at : at + count] = new[:, written : written + count]
+                whole = count == len(entries)
+                part = entries if whole else entries.part(slice(written, written + count))
+                for mine, new in zip(segment.entries.tensors, part.tensors, strict=True):
+                    mine[:, at : at + count] = new
                 written += count
             first += segment.slots
 
@@ -246,12 +251,14 @@ class Ring:
         new = len(entries)
         self.slots.grow(min(self.length + new, self.window), self.window)
         self.length += new
-        kept = min(new, self.window)
-        slot = (self.length - kept) % self.window
-        first = min(kept, self.window - slot)
-        self.slots.write(slot, entries.part(slice(new - kept, new - kept + first)))
-        if first < kept:
-            self.slots.write(0, entries.part(slice(new - kept + first, new)))
+        kept = entries if new <= self.window else entries.part(slice(new - self.window, new))
+        slot = (self.length - len(kept)) % self.window
+        first = self.window - slot
+        if len(kept) <= first:
+            self.slots.write(slot, kept)
+            return
+        self.slots.write(slot, kept.part(slice(first)))
+        self.slots.write(0, kept.part(slice(first, None)))
 
     def read(self) -> list[Piece]:
         """All entries, in the order in which they lie."""

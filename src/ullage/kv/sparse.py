@@ -2,15 +2,17 @@
 
 The newest `window` entries of a head, which may be another number than its neighbour's, lie in a
 ring. What leaves the ring, exactly `window` tokens after it was written, goes to the head's
-survivors or is gone. Who survives is decided for some tokens at a time, at places that hang on the
-position alone, so that the same entries are kept however a prompt is cut into chunks.
+survivors, which lie behind the ring, or is gone: a token reads one stretch a head. Who survives is
+decided for some tokens at a time, at places that hang on the position alone, so that the same
+entries are kept however a prompt is cut into chunks.
 """
 
 from collections.abc import Sequence
-from copy import copy, deepcopy
+from copy import copy
 from dataclasses import replace
 from typing import Protocol, Self
 
+import numpy as np
 import torch
 
 from ullage.kv.entries import Entries, side_by_side
@@ -19,9 +21,13 @@ from ullage.kv.pool import Blocks
 from ullage.kv.rows import Attend, NewTokens, Ring, Row, Slots
 from ullage.specs.survivors import SPAN_TOKENS, Survival
 
+Flags = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
+Places = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+
 
 class Scorer(Protocol):
-    """Says how much each entry of one sequence in one layer is worth."""
+    """Says how much each entry of one sequence in one layer is worth. Its state is replaced, never
+    changed in place: a shallow copy goes its own way."""
 
     def see(self, new: NewTokens) -> None:
         """The tokens that come next; never across a place of decision."""
@@ -32,88 +38,96 @@ class Scorer(Protocol):
 
 
 class Survivors:
-    """The entries that a head keeps beyond its window, in the order of their positions."""
+    """The entries that a head keeps beyond its window, in the order of their positions, from slot
+    `first` on."""
 
-    def __init__(self, slots: Slots, length: int = 0) -> None:
-        self.slots, self.length = slots, length
-
-    def copy(self) -> "Survivors":
-        """The same entries in blocks of their own."""
-        return Survivors(self.slots.copy(self.length), self.length)
+    def __init__(self, slots: Slots, first: int, length: int = 0) -> None:
+        self.slots, self.first, self.length = slots, first, length
 
     def append(self, entries: Entries) -> None:
         """Store more."""
         length = self.length + len(entries)
-        self.slots.grow(length)
-        self.slots.write(self.length, entries)
+        self.slots.grow(self.first + length, self.first + length + length // 4)
+        self.slots.write(self.first + self.length, entries)
         self.length = length
-
-    def release(self) -> None:
-        """Give all blocks back; none is left."""
-        self.slots.release()
-        self.length = 0
 
     def read(self) -> list[Piece]:
         """All entries, where they lie."""
-        return self.slots.read(0, self.length)
+        return self.slots.read(self.first, self.first + self.length)
 
 
 class SparseHead:
-    """The entries of one KV head: a ring of the newest, and its survivors."""
+    """The entries of one KV head: a ring of the newest, and, once it is full, survivors behind."""
 
     def __init__(self, pool: Blocks, survival: Survival) -> None:
         self.survival = survival
-        self.ring = Ring(Slots(pool, 1), survival.window)
-        self.survivors = Survivors(Slots(pool, 1))
+        self.slots = Slots(pool, 1)
+        self.ring = Ring(self.slots, survival.window)
+        self.survivors = Survivors(self.slots, survival.window)
         # Who stays of what is decided and not yet beyond the window, from position `_since` on. On
         # the host: who leaves is known long before it does.
-        self._stays, self._since = torch.ones(0, dtype=torch.bool), 0
+        self._stays, self._since = np.ones(0, dtype=np.bool_), 0
+        self._pieces: list[Piece] = []  # all entries, as they were last read
+
+    @property
+    def held(self) -> int:
+        """Entries in all, which lie in the first slots."""
+        return self.ring.used + self.survivors.length
 
     def reserve(self, tokens: int) -> None:
         """Room for a sequence of `tokens`; raises what `Slots.reserve` does."""
-        self.ring.reserve(tokens)
-        self.survivors.slots.reserve(self.survival.survivors(tokens))
+        self.slots.reserve(self.survival.slots(tokens))
+
+    def grow(self, tokens: int) -> None:
+        """Room for a sequence of `tokens` that nobody sized in advance, in one stretch if it can
+        be; raises what `Slots.grow` does."""
+        slots = self.survival.slots(tokens)
+        self.slots.grow(slots, slots + self.survival.survivors(tokens) // 4)
 
     def copy(self) -> Self:
         """The same entries in blocks of their own; raises what `Slots.copy` does."""
-        twin = copy(self)
-        twin.ring = self.ring.copy()
-        try:
-            twin.survivors = self.survivors.copy()
-        except BaseException:
-            twin.ring.release()
-            raise
+        twin, ring = copy(self), self.ring
+        twin.slots = self.slots.copy(self.held)
+        twin.ring = Ring(twin.slots, ring.window, ring.length)
+        twin.survivors = Survivors(twin.slots, ring.window, self.survivors.length)
+        twin._pieces = []
         return twin
 
     def release(self) -> None:
         """Give all blocks back; the head is empty."""
         self.ring.release()
-        self.survivors.release()
-        self._stays, self._since = self._stays[:0], 0
+        self.survivors.length = 0
+        self._stays, self._since, self._pieces = self._stays[:0], 0, []
 
     def newest(self, tokens: int) -> list[Piece]:
         """The newest entries, oldest first; `tokens` is at most the window."""
         return self.ring.between(self.ring.length - tokens, self.ring.length)
 
-    def decide(self, end: int, scores: torch.Tensor) -> None:
-        """Who stays of the entries before position `end`, by their worth, [R]; they follow those
-        that were decided last."""
-        start, first = end - len(scores), self.ring.first
-        scores[: max(0, self.survival.sinks - start)] = float("inf")
-        count = self.survival.entries(end) - self.survival.entries(start)
-        stays = torch.zeros(len(scores), dtype=torch.bool)
-        stays[scores.topk(count).indices.cpu()] = True
-        self._stays = torch.cat([self._stays[first - self._since :], stays])
+    def staying(self, start: int, end: int) -> int:
+        """How many entries stay from position `start` up to `end`, between which all is decided."""
+        return self.survival.entries(end) - self.survival.entries(start)
+
+    def decide(self, start: int, end: int, worthiest: Places) -> None:
+        """Of the entries from position `start` up to `end`, which follow those that were decided
+        last, stay those at `worthiest`, counted from `start`."""
+        first = self.ring.first
+        stays = np.zeros(end - start, dtype=np.bool_)
+        stays[worthiest] = True
+        self._stays = np.concatenate([self._stays[first - self._since :], stays])
         self._since = first
 
-    def take(self, own: Entries) -> list[Piece]:
-        """Store one entry in the slot of the one that leaves, and return what its query attends
-        to."""
+    def take(self, own: Entries, heads: slice) -> list[Piece]:
+        """Store one entry in the slot of the one that leaves, and return what the query heads
+        `heads` of its token attend to."""
         ring = self.ring
-        if ring.used == ring.window and self._stays[ring.first - self._since]:
-            self.survivors.append(ring.between(ring.first, ring.first + 1)[0])
+        leaving = ring.length - ring.window
+        if leaving >= 0 and self._stays[leaving - self._since]:
+            self.survivors.append(ring.between(leaving, leaving + 1)[0])
         ring.write(own)
-        return [*ring.read(), *self.survivors.read()]
+        if sum(map(len, self._pieces)) != self.held:
+            pieces = self.slots.read(0, self.held)
+            self._pieces = [replace(piece, heads=heads) for piece in pieces]
+        return self._pieces
 
     def pieces(self, own: Entries) -> list[Piece]:
         """What the queries of new entries attend to before those are stored: survivors and window
@@ -146,15 +160,14 @@ class SparseHead:
     def _settle(self, at: int, leaving: Entries) -> int:
         """The entries from position `at` on leave the window; the position behind them."""
         stop = at + len(leaving)
-        place = self._staying(at, stop).nonzero()[:, 0].to(leaving.keys.device)
+        place = torch.from_numpy(self._staying(at, stop).nonzero()[0]).to(leaving.keys.device)
         if len(place):
             self.survivors.append(leaving.each(lambda tensor: tensor[:, place]))
         return stop
 
-    def _staying(self, start: int, stop: int) -> torch.Tensor:
-        """Bool [stop - start]: who stays from one position up to another; what is undecided
-        does."""
-        stays = torch.ones(stop - start, dtype=torch.bool)
+    def _staying(self, start: int, stop: int) -> Flags:
+        """[stop - start]: who stays from one position up to another; what is undecided does."""
+        stays = np.ones(stop - start, dtype=np.bool_)
         known = self._stays[start - self._since : stop - self._since]
         stays[: len(known)] = known
         return stays
@@ -166,7 +179,8 @@ class SparseHead:
         query = torch.arange(length, length + queries, device=device)[:, None]
         entry = torch.arange(start, stop, device=device)[None, :]
         recent = entry > query - self.ring.window
-        return (recent | self._staying(start, stop).to(device)) & (entry <= query)
+        staying = torch.from_numpy(self._staying(start, stop)).to(device)
+        return (recent | staying) & (entry <= query)
 
 
 class SparseRow(Row):
@@ -199,7 +213,7 @@ class SparseRow(Row):
         except BaseException:
             twin.release()
             raise
-        twin.scorer = deepcopy(self.scorer)
+        twin.scorer = copy(self.scorer)
         return twin
 
     def release(self) -> None:
@@ -210,6 +224,8 @@ class SparseRow(Row):
         """A span at a time, so that masks do not grow with the prompt."""
         if len(new) == 1:
             return self._attend_one(new, attention)
+        for head in self.heads:
+            head.grow(self.length + len(new))
         starts = range(0, len(new), SPAN_TOKENS)
         parts = [self._attend_span(new.part(at, at + SPAN_TOKENS), attention) for at in starts]
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
@@ -217,14 +233,22 @@ class SparseRow(Row):
     def _attend_one(self, new: NewTokens, attention: Attend) -> torch.Tensor:
         own = self._by_head(new)
         self._decide(new, own)
-        pieces = [head.take(entries) for head, entries in zip(self.heads, own, strict=True)]
-        return attention(new.query, self._for_queries(new, pieces))
+        pieces = [
+            piece
+            for head, entries, heads in zip(self.heads, own, self._seeing(new), strict=True)
+            for piece in head.take(entries, heads)
+        ]
+        return attention(new.query, pieces)
 
     def _attend_span(self, new: NewTokens, attention: Attend) -> torch.Tensor:
         own = self._by_head(new)
         self._decide(new, own)
-        pieces = [head.pieces(entries) for head, entries in zip(self.heads, own, strict=True)]
-        output = attention(new.query, self._for_queries(new, pieces))
+        pieces = [
+            replace(piece, heads=heads)
+            for head, entries, heads in zip(self.heads, own, self._seeing(new), strict=True)
+            for piece in head.pieces(entries)
+        ]
+        output = attention(new.query, pieces)
         for head, entries in zip(self.heads, own, strict=True):
             head.store(entries)
         return output
@@ -233,18 +257,28 @@ class SparseRow(Row):
         """At each place of decision that `new` reaches, whoever is undecided before it."""
         waiting, every = self.length % self.every, self.every
         ends = range(every, waiting + len(new) + 1, every)
-        seen = 0
-        if ends:
-            keys, values = self._undecided(waiting, own, new.keys.dtype)
-            for end in ends:
-                self.scorer.see(new.part(seen, end - waiting))
-                seen = end - waiting
-                span = slice(end - every, end)
-                scores = self.scorer.scores(keys[:, span], values[:, span])
-                for head, worth in zip(self.heads, scores, strict=True):
-                    head.decide(self.length - waiting + end, worth)
+        if not ends:
+            self.scorer.see(new)
+            return
+        keys, values = self._undecided(waiting, own, new.keys.dtype)
+        decided, seen = self.length - waiting, 0
+        for end in ends:
+            self.scorer.see(new.part(seen, end - waiting))
+            seen = end - waiting
+            span = slice(end - every, end)
+            self._choose(decided + end, self.scorer.scores(keys[:, span], values[:, span]))
         if seen < len(new):
             self.scorer.see(new.part(seen, len(new)))
+
+    def _choose(self, end: int, scores: torch.Tensor) -> None:
+        """Each head's worthiest of the entries before position `end`, by their worth, [Hkv, R]."""
+        start = end - scores.shape[1]
+        for head, worth in zip(self.heads, scores, strict=True):
+            worth[: max(0, head.survival.sinks - start)] = float("inf")
+        counts = [head.staying(start, end) for head in self.heads]
+        worthiest = scores.topk(max(counts)).indices.cpu().numpy()  # the device is awaited once
+        for head, places, count in zip(self.heads, worthiest, counts, strict=True):
+            head.decide(start, end, places[:count])
 
     def _undecided(
         self, waiting: int, own: list[Entries], dtype: torch.dtype
@@ -260,14 +294,12 @@ class SparseRow(Row):
 
     def _by_head(self, new: NewTokens) -> list[Entries]:
         """The entries that are new to each head."""
-        own = new.stored(self.heads[0].ring.slots.pool.dtype)
-        return [own.part(slice(None), slice(at, at + 1)) for at in range(len(self.heads))]
+        own = new.stored(self.heads[0].slots.pool.dtype)
+        apart = (tensor.chunk(len(self.heads)) for tensor in own.tensors)
+        return [Entries(*tensors) for tensors in zip(*apart, strict=True)]
 
-    def _for_queries(self, new: NewTokens, pieces: list[list[Piece]]) -> list[Piece]:
-        """The pieces of each KV head, for the query heads that it serves."""
-        group = new.query.shape[0] // len(self.heads)
-        return [
-            replace(piece, heads=slice(index * group, (index + 1) * group))
-            for index, of_head in enumerate(pieces)
-            for piece in of_head
-        ]
+    def _seeing(self, new: NewTokens) -> list[slice]:
+        """The query heads that each KV head serves."""
+        heads = new.query.shape[0]
+        group = heads // len(self.heads)
+        return [slice(at, at + group) for at in range(0, heads, group)]

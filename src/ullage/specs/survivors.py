@@ -28,7 +28,10 @@ class Survival:
         left = max(0, tokens - self.window)
         return min(self.entries(-(-left // self.every) * self.every), left)
 
+    def slots(self, tokens: int) -> int:
+        """Entries held of a sequence of `tokens`, at most: the window's and the survivors'."""
+        return min(tokens, self.window) + self.survivors(tokens)
+
     def blocks(self, tokens: int) -> int:
-        """Blocks that hold a sequence of `tokens` at most: the window's, then the survivors'."""
-        window = -(-min(tokens, self.window) // BLOCK_TOKENS)
-        return window + -(-self.survivors(tokens) // BLOCK_TOKENS)
+        """Blocks that hold them, one behind the other."""
+        return -(-self.slots(tokens) // BLOCK_TOKENS)

@@ -4,6 +4,10 @@ The operator is the one that scaled_dot_product_attention takes on CPU; called d
 the log-sum-exp too, and it takes grouped query heads without copies of K and V.
 """
 
+from dataclasses import replace
+from itertools import groupby
+from operator import attrgetter
+
 import torch
 
 from ullage.kv.kernels import Joined, Piece, reference
@@ -16,11 +20,32 @@ def attend(
     """See `ullage.kv.kernels.Kernel`."""
     if softcap is not None:  # the flash kernel has no cap
         return reference.attend(query, pieces, scale, softcap)
+    tiles = [tile for piece in pieces for tile in _tiles(query, piece)]
+    apart = [(heads, list(own)) for heads, own in groupby(tiles, attrgetter("heads"))]
+    if _side_by_side([heads for heads, _ in apart], query.shape[0]):
+        return torch.cat([_joined(query[heads], own, scale) for heads, own in apart])
     joined = Joined(query)
-    for piece in pieces:
-        seeing = query if piece.heads is None else query[piece.heads]
-        for tile in _tiles(query, piece):
-            joined.add(piece.heads, *_flash(seeing, tile, scale))
+    for tile in tiles:
+        seeing = query if tile.heads is None else query[tile.heads]
+        joined.add(tile.heads, *_flash(seeing, tile, scale))
+    return joined.output
+
+
+def _side_by_side(spans: list[slice | None], heads: int) -> bool:
+    """Whether `spans` are all of `heads` query heads, each once and in order."""
+    end = 0
+    for span in spans:
+        if span is None or span.start != end:
+            return False
+        end = span.stop
+    return end == heads
+
+
+def _joined(query: torch.Tensor, tiles: list[Piece], scale: float) -> torch.Tensor:
+    """Attention of `query`, all of whose heads see all of `tiles`."""
+    joined = Joined(query)
+    for tile in tiles:
+        joined.add(None, *_flash(query, tile, scale))
     return joined.output
 
 
@@ -57,4 +82,4 @@ def _tiles(query: torch.Tensor, piece: Piece) -> list[Piece]:
         return [piece]
     starts = range(0, len(piece), TILE_TOKENS)
     parts = [piece.part(slice(start, start + TILE_TOKENS)) for start in starts]
-    return [Piece.of(part) for part in parts]
+    return [replace(Piece.of(part), heads=piece.heads) for part in parts]

@@ -11,7 +11,9 @@ heads: each head keeps as many entries as any other.
 import torch
 
 from ullage.kv.rows import NewTokens
-from ullage.techniques.dms.settings import FUTURE_TOKENS
+from ullage.techniques.dms.settings import FUTURE_TOKENS, WAITING_TOKENS
+
+_Turned = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 class ExpectedAttention:
@@ -22,23 +24,36 @@ class ExpectedAttention:
         self._count = 0
         self._sum: torch.Tensor | None = None
         self._squares: torch.Tensor | None = None
+        # Queries, cos and sin of tokens that came one by one: many at once cost as much as one.
+        self._waiting: tuple[_Turned, ...] = ()
         self._angles: torch.Tensor | None = None  # [rot / 2], a token's turn
         self._cos: torch.Tensor | None = None  # [1, rot], of the newest token
         self._sin: torch.Tensor | None = None
 
     def see(self, new: NewTokens) -> None:
         self._scale = new.scale
-        query = new.query.float()  # [Hq, N, D]
-        if new.cos is not None and new.sin is not None:
-            cos, sin = _normed(new.cos.float(), new.sin.float())
+        self._waiting = (*self._waiting, (new.query, new.cos, new.sin))
+        if len(new) > 1 or len(self._waiting) == WAITING_TOKENS:
+            self._sum_up()
+
+    def _sum_up(self) -> None:
+        """Take the queries that wait into the sums."""
+        if not self._waiting:
+            return
+        queries, coses, sines = zip(*self._waiting, strict=True)
+        self._waiting = ()
+        query = torch.cat(queries, dim=1).float()  # [Hq, N, D]
+        if coses[0] is not None:
+            cos, sin = _normed(torch.cat(coses).float(), torch.cat(sines).float())
             query = rotated(query, cos, -sin)
             self._turn(cos, sin)
         sums, squares = query.sum(1), query.square().sum(1)
         self._sum = sums if self._sum is None else self._sum + sums
-        self._squares = squares if self._squares is None else self._squares.add_(squares)
+        self._squares = squares if self._squares is None else self._squares + squares
         self._count += query.shape[1]
 
     def scores(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        self._sum_up()
         if self._sum is None or self._squares is None:
             raise RuntimeError("scores are asked for before any token was seen")
         heads, tokens, _ = keys.shape

@@ -12,15 +12,16 @@ class Learned:
 
     def __init__(self, weights: torch.Tensor) -> None:
         self._weights = weights
-        self._worth: list[torch.Tensor] = []  # [Hkv, N] each, of what is undecided
+        self._worth: tuple[torch.Tensor, ...] = ()  # [Hkv, N] each, of what is undecided
 
     def see(self, new: NewTokens) -> None:
         if new.hidden is None:
             raise RuntimeError("a learned predictor is told of no hidden states")
         hidden = new.hidden.to(self._weights.dtype)
-        self._worth.append((hidden @ self._weights.T.to(hidden.device)).T)
+        worth = (hidden @ self._weights.T.to(hidden.device)).T
+        self._worth = (*self._worth, worth)
 
     def scores(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         worth = torch.cat(self._worth, dim=1)[:, -keys.shape[1] :]
-        self._worth = []
+        self._worth = ()
         return worth

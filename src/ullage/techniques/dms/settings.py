@@ -33,6 +33,7 @@ Predictor = Literal["expected-attention", "window", "linear", "dms"]
 SINKS = 4  # first tokens, which attention falls back on: StreamingLLM (arXiv 2309.17453)
 DECIDED_TOKENS = 64  # at once
 FUTURE_TOKENS = 512  # positions ahead that expected attention averages the rotation over
+WAITING_TOKENS = 8  # whose queries expected attention takes into its sums at once
 FLAG_BYTES = 1  # a token of the window or of what is read beside it, and a head: whether it stays
 
 
@@ -148,7 +149,7 @@ class DMS(Technique):
         """What a sequence keeps beside its blocks: flags of the entries in its windows and of a
         span on its way there, and the scorer's sums over the queries and their squares in fp32,
         [Hq, D] each a layer, with where the newest token stands and how far one turns, [D], [D]
-        and [D / 2]."""
+        and [D / 2], and the newest queries, [Hq, D] each a layer."""
         tokens = work.held_tokens
         if not tokens:
             return 0
@@ -159,8 +160,11 @@ class DMS(Technique):
         if self.predictor == "window":
             return flags_bytes
         if self.predictor in LEARNED:
-            return flags_bytes + full_layers(model) * model.num_kv_heads * DECIDED_TOKENS * 4
-        return flags_bytes + full_layers(model) * (2 * model.num_heads + 3) * model.head_dim * 4
+            undecided = full_layers(model) * model.num_kv_heads * min(tokens, DECIDED_TOKENS)
+            return flags_bytes + undecided * 4
+        waiting = min(tokens, WAITING_TOKENS) * DTYPE_BYTES[work.execution.dtype]
+        numbers_bytes = (2 * model.num_heads + 3) * 4 + model.num_heads * waiting
+        return flags_bytes + full_layers(model) * model.head_dim * numbers_bytes
 
     @property
     def _predictor_bytes(self) -> int:
