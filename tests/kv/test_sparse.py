@@ -35,7 +35,8 @@ class Table:
     """A scorer that knows every entry's worth, [HEADS, T], beforehand."""
 
     def __init__(self, worth: torch.Tensor) -> None:
-        self.worth, self.seen = worth, 0
+        self.worth, self.seen, self.asked = worth, 0, 0
+        self.lags: set[int] = set()  # how many tokens had come behind those that were asked about
 
     def see(self, new: NewTokens) -> None:
         self.seen += len(new)
@@ -43,7 +44,9 @@ class Table:
     def scores(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         assert keys.is_floating_point()
         torch.testing.assert_close(keys[:, :, 0], values[:, :, 0], atol=0.05, rtol=0)
-        return self.worth[:, self.seen - keys.shape[1] : self.seen].clone()
+        start, self.asked = self.asked, self.asked + keys.shape[1]
+        self.lags.add(self.seen - self.asked)
+        return self.worth[:, start : self.asked].clone()
 
 
 def tokens_of(count: int, seed: int = 1) -> NewTokens:
@@ -120,6 +123,18 @@ def test_it_attends_to_the_window_and_the_survivors(
     expected = by_hand(new, worth, survivals)
     output = fed(heap_row(survivals, worth), new, sizes)
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lag", [1, 7, 24])
+@pytest.mark.parametrize("sizes", [[1], [LONG], [40, 1, 13]], ids=str)
+def test_a_decision_waits_for_the_lag(lag: int, sizes: list[int]) -> None:
+    """And who stays is the same: nobody leaves the window before."""
+    survivals, new, worth = [Survival(0.25, 32, 8, 4)] * HEADS, tokens_of(LONG), worth_of(LONG)
+    scorer = Table(worth)
+    row = SparseRow(HeapBlocks(DIM, torch.float32, "cpu"), survivals, scorer, lag)
+    output = fed(row, new, sizes)
+    torch.testing.assert_close(output, by_hand(new, worth, survivals), atol=1e-5, rtol=1e-5)
+    assert scorer.lags == {lag}
 
 
 @given(chunk_sizes)

@@ -33,8 +33,8 @@ class Scorer(Protocol):
         """The tokens that come next; never across a place of decision."""
 
     def scores(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Worth, [Hkv, R] in fp32, of the R newest entries seen, keys and values [Hkv, R, D]: the
-        larger the sooner kept by its head."""
+        """Worth, [Hkv, R] in fp32, of the R entries that follow those asked about last, keys and
+        values [Hkv, R, D]: the larger the sooner kept by its head."""
 
 
 class Survivors:
@@ -185,11 +185,13 @@ class SparseHead:
 
 class SparseRow(Row):
     """One sequence in one layer: a head each for its `survivals`, in which the scores of `scorer`
-    choose."""
+    choose once `lag` tokens have come behind those that are decided on."""
 
-    def __init__(self, pool: Blocks, survivals: Sequence[Survival], scorer: Scorer) -> None:
+    def __init__(
+        self, pool: Blocks, survivals: Sequence[Survival], scorer: Scorer, lag: int = 0
+    ) -> None:
         self.heads = [SparseHead(pool, survival) for survival in survivals]
-        self.every = survivals[0].every
+        self.every, self.lag = survivals[0].every, lag
         self.scorer = scorer
 
     @property
@@ -255,16 +257,18 @@ class SparseRow(Row):
 
     def _decide(self, new: NewTokens, own: list[Entries]) -> None:
         """At each place of decision that `new` reaches, whoever is undecided before it."""
-        waiting, every = self.length % self.every, self.every
-        ends = range(every, waiting + len(new) + 1, every)
+        every, lag = self.every, self.lag
+        decided = max(0, self.length - lag) // every * every
+        waiting = self.length - decided
+        ends = range(every, waiting + len(new) - lag + 1, every)
         if not ends:
             self.scorer.see(new)
             return
         keys, values = self._undecided(waiting, own, new.keys.dtype)
-        decided, seen = self.length - waiting, 0
+        seen = 0
         for end in ends:
-            self.scorer.see(new.part(seen, end - waiting))
-            seen = end - waiting
+            self.scorer.see(new.part(seen, end + lag - waiting))
+            seen = end + lag - waiting
             span = slice(end - every, end)
             self._choose(decided + end, self.scorer.scores(keys[:, span], values[:, span]))
         if seen < len(new):

@@ -87,6 +87,24 @@ def test_every_family_forgets_and_goes_on(tiny_model: TinyModel, family: str) ->
         assert 0 < sum(heads) <= 0.25 * (left + 64) * len(heads)
 
 
+def test_a_lag_changes_who_survives(tiny_model: TinyModel) -> None:
+    model, spec = tiny_model("llama")
+    found = []
+    for technique in (DMS(0.25, 48), DMS(0.25, 48, lag=40)):
+        cache = cache_of(model, spec, technique)
+        with technique.attach(model):
+            found.append(logits(model, cache, TEXT[:1], 50))
+            one_by_one = logits(model, cache_of(model, spec, technique), TEXT[:1], 1)
+        torch.testing.assert_close(one_by_one, found[-1], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(*found)
+
+
+@pytest.mark.parametrize("lag", [-1, 48, 1.0, True])
+def test_a_lag_that_the_window_does_not_hold_is_our_error(lag: Any) -> None:
+    with pytest.raises(TechniqueError, match="lag is a count of tokens below the window's 48"):
+        DMS(0.25, 48, lag=lag)
+
+
 def test_the_baseline_keeps_the_first_few_and_the_window(tiny_model: TinyModel) -> None:
     model, spec = tiny_model("llama")
     technique = DMS(0.5, 16, "window")

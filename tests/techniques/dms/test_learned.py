@@ -34,9 +34,9 @@ def test_an_entry_is_worth_the_product_with_its_hidden_state() -> None:
     scorer.see(new_tokens(hidden[:3]))
     scorer.see(new_tokens(hidden[3:]))
     keys = torch.zeros(2, 5, 4)
-    torch.testing.assert_close(scorer.scores(keys, keys), weights @ hidden[-5:].T)
-    scorer.see(new_tokens(hidden[:2]))
-    torch.testing.assert_close(scorer.scores(keys[:, :2], keys), weights @ hidden[:2].T)
+    torch.testing.assert_close(scorer.scores(keys, keys), weights @ hidden[:5].T)
+    scorer.see(new_tokens(hidden[:1]))
+    torch.testing.assert_close(scorer.scores(keys, keys), weights @ hidden[[5, 6, 7, 8, 0]].T)
 
 
 @pytest.fixture

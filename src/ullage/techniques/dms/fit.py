@@ -33,11 +33,11 @@ class Fit:
 
     def weights(self) -> torch.Tensor:
         """[L, Hkv, E]; their product with a hidden state ranks its entry."""
-        ridge = RIDGE * self.squares.diagonal(dim1=1, dim2=2).mean(-1)  # [L]
-        even = torch.eye(self.squares.shape[1])
-        ridged = self.squares + ridge.clamp(min=1e-6)[:, None, None] * even
-        solved: torch.Tensor = torch.linalg.solve(ridged, self.products)  # [L, E, Hkv]
-        return solved.transpose(1, 2)
+        squares, products = self.squares.double(), self.products.double()
+        ridge = RIDGE * squares.diagonal(dim1=1, dim2=2).mean(-1)  # [L]
+        even = torch.eye(squares.shape[1], dtype=torch.float64)
+        factor = torch.linalg.cholesky(squares + ridge.clamp(min=1e-6)[:, None, None] * even)
+        return torch.cholesky_solve(products, factor).float().transpose(1, 2)
 
 
 def _centred(numbers: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,6 @@ class Learned:
         self._worth = (*self._worth, worth)
 
     def scores(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        worth = torch.cat(self._worth, dim=1)[:, -keys.shape[1] :]
-        self._worth = ()
-        return worth
+        worth = torch.cat(self._worth, dim=1)
+        self._worth = (worth[:, keys.shape[1] :],)
+        return worth[:, : keys.shape[1]]

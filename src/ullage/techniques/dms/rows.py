@@ -31,6 +31,6 @@ def row_maker(
         make_scorer = partial(Learned, torch.from_numpy(weights))
 
     def make_row(pool: Blocks, num_kv_heads: int) -> SparseRow:
-        return SparseRow(pool, survivals, make_scorer())
+        return SparseRow(pool, survivals, make_scorer(), dms.lag)
 
     return make_row

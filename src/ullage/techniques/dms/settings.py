@@ -43,7 +43,7 @@ class DMS(Technique):
     `predictor` says: by the attention that they can expect, without training; or, whatever `kept`
     is below 1, none but the first few, the baseline. With an `adapter`, a file or a shipped one's
     name, each head looks back as far as was found that it has to, all of them `window` tokens on
-    average."""
+    average. Decisions wait for `lag` tokens more."""
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2506.05345"
     acts_on: ClassVar[Literal["kv"]] = "kv"
@@ -53,12 +53,17 @@ class DMS(Technique):
     window: int = 512
     predictor: Predictor = "expected-attention"
     adapter: str = ""
+    lag: int = 0
 
     def __post_init__(self) -> None:
         if type(self.kept) not in (int, float) or not 0 < self.kept <= 1:
             raise TechniqueError(f"dms: kept is above 0 and at most 1, not {self.kept!r}.")
         if type(self.window) is not int or self.window < 1:
             raise TechniqueError(f"dms: window is a positive count of tokens, not {self.window!r}.")
+        if type(self.lag) is not int or not 0 <= self.lag < self.window:
+            raise TechniqueError(
+                f"dms: lag is a count of tokens below the window's {self.window}, not {self.lag!r}."
+            )
         if self.predictor not in get_args(Predictor):
             known = ", ".join(get_args(Predictor))
             raise TechniqueError(f"dms: predictor is one of {known}, not {self.predictor!r}.")
@@ -94,7 +99,7 @@ class DMS(Technique):
             return dict.fromkeys(layers, (self._alike,) * model.num_kv_heads)
         adapter = load_adapter(self.adapter)
         windows = look_back(adapter, self.window, model.max_context_tokens)
-        every = min(DECIDED_TOKENS, *(window for layer in windows for window in layer))
+        every = self._every(min(window for layer in windows for window in layer))
         shares = adapter.shares if self.predictor == "dms" else None
         made = [
             tuple(
@@ -105,6 +110,19 @@ class DMS(Technique):
         ]
         return dict(zip(layers, made, strict=True))
 
+    def _every(self, window: int) -> int:
+        """Tokens that are decided on at once where the least window is `window`: none may leave it
+        undecided.
+
+        Raises:
+            TechniqueError: that is not above the lag.
+        """
+        if window <= self.lag:
+            raise TechniqueError(
+                f"dms: a lag of {self.lag} tokens is not below the least window, {window}."
+            )
+        return min(DECIDED_TOKENS, window - self.lag)
+
     def _survival(self, window: int, every: int, share: float = 1.0) -> Survival:
         kept = 0.0 if self.predictor == "window" else min(1.0, self.kept * share)
         return Survival(kept, window, every, SINKS)
@@ -112,7 +130,7 @@ class DMS(Technique):
     @property
     def _alike(self) -> Survival:
         """Of each head where there is no adapter."""
-        return self._survival(self.window, min(DECIDED_TOKENS, self.window))
+        return self._survival(self.window, self._every(self.window))
 
     def unsupported(self, model: ModelSpec) -> str | None:
         if self.kept == 1:
@@ -160,7 +178,9 @@ class DMS(Technique):
         if self.predictor == "window":
             return flags_bytes
         if self.predictor in LEARNED:
-            undecided = full_layers(model) * model.num_kv_heads * min(tokens, DECIDED_TOKENS)
+            undecided = (
+                full_layers(model) * model.num_kv_heads * min(tokens, self.lag + DECIDED_TOKENS)
+            )
             return flags_bytes + undecided * 4
         waiting = min(tokens, WAITING_TOKENS) * DTYPE_BYTES[work.execution.dtype]
         numbers_bytes = (2 * model.num_heads + 3) * 4 + model.num_heads * waiting
@@ -176,7 +196,7 @@ class DMS(Technique):
         and what the scorer makes of the entries that it decides on."""
         new = min(SPAN_TOKENS, work.new_tokens) if work.phase == "prefill" else 1
         heads, number_bytes = model.num_kv_heads, DTYPE_BYTES[work.execution.dtype]
-        span = DECIDED_TOKENS + new
+        span = self.lag + DECIDED_TOKENS + new
         laid_out = 3 * span * 2 * heads * model.head_dim * number_bytes
         masks = new * new * (2 * heads + number_bytes) if new > 1 else 0
         if self.predictor == "window":
