@@ -55,10 +55,15 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=1)
     parser.add_argument("--technique", action="append", required=True)
     asked = parser.parse_args()
-    named = {words: techniques.parse(f"dms:{words}") for words in asked.technique}
-    compared = {words: made for words, made in named.items() if isinstance(made, DMS)}
     spec, execution = resolve(MODEL), Execution(dtype="fp32", kv_dtype="fp32")
-    recipe = Recipe(spec, find_device("cpu-16gb"), Workload(asked.tokens - 1, 1), execution)
+    work = Workload(asked.tokens - 1, 1)
+    recipe = Recipe(spec, find_device("cpu-16gb"), work, execution)
+    named = {words: techniques.parse(f"dms:{words}") for words in asked.technique}
+    compared = {
+        words: made.settled(spec, work, execution)
+        for words, made in named.items()
+        if isinstance(made, DMS)
+    }
     folder = weights_folder(spec)
     tokenizer = load_tokenizer(folder)
     texts = prepare(

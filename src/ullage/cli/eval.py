@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ullage import techniques
 from ullage.cli.machine import device_to_run
 from ullage.cli.options import (
     DeviceOption,
@@ -25,6 +26,7 @@ from ullage.cli.written import refuse_undrawable
 from ullage.errors import InputError
 from ullage.measure.quality.suite import READERS, Asked, Found
 from ullage.planner import build_plan
+from ullage.planner.search import as_typed
 from ullage.runtime import out_of_memory
 from ullage.runtime.checkpoint import refuse_planned_only, weights_folder
 from ullage.specs.evaluation import Evaluation, Suite
@@ -95,11 +97,12 @@ def eval(
     inputs = READERS[suite](data)
     place = device_to_run(device)
     work = Workload(asked.tokens - 1, 1)
-    dense = replace(options, technique=()).recipe(spec, place, work)
-    compressed = options.recipe(spec, place, work)
-    build_plan(compressed)  # refuses what does not support the model
+    dense, compressed = (
+        build_plan(one.recipe(spec, place, work)).recipe  # or refuses it
+        for one in (replace(options, technique=()), options)
+    )
     found = _run(suite, inputs, dense, compressed, asked)
-    done = _evaluation(suite, dense, typed, asked, found)
+    done = _evaluation(suite, dense, _as_run(typed, compressed), asked, found)
     if plot is not None:
         from ullage.measure.quality.picture import draw_evaluation
 
@@ -145,6 +148,15 @@ def _progress() -> Iterator[Progress]:
     console = Console(stderr=True, highlight=False)
     with Progress(*columns, console=console, transient=True) as progress:
         yield progress
+
+
+def _as_run(typed: tuple[str, ...], settled: Recipe) -> tuple[str, ...]:
+    """Each technique as typed, or, where the lengths settled what was typed, as it ran."""
+    ran = {choice.name: choice for choice in settled.techniques}
+    asked = [(text, techniques.choice_of(techniques.parse(text))) for text in typed]
+    return tuple(
+        text if choice == ran[choice.name] else as_typed(ran[choice.name]) for text, choice in asked
+    )
 
 
 def _evaluation(

@@ -201,15 +201,15 @@ class _Session:
 
     def _reason(self, plan: Plan) -> str:
         """Why this recipe and not the one that was asked for."""
-        asked = self.options.recipe(self.spec, self.device, plan.recipe.workload)
         if self.given is not None:
             return "as the plan says"
-        if asked == plan.recipe:
+        recipe = self.options.recipe(self.spec, self.device, plan.recipe.workload)
+        asked = build_plan(recipe, plan.budget_bytes, self.calibration)
+        if asked.recipe == plan.recipe:
             return "nothing had to shrink"
-        needed_bytes = build_plan(asked, plan.budget_bytes, self.calibration).peak_bytes
         return (
-            f"{describe(asked)} would need {format_bytes(needed_bytes)}, and of what fits this "
-            "loses least"
+            f"{describe(asked.recipe)} would need {format_bytes(asked.peak_bytes)}, and of what "
+            "fits this loses least"
         )
 
     def load(self, plan: Plan) -> "Engine":

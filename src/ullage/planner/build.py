@@ -20,12 +20,11 @@ def build_plan(
     """The plan of `recipe` inside `budget_bytes` (default: what the engine takes of the device).
 
     Raises:
-        TechniqueError: a technique that does not support the model.
+        TechniqueError: a technique that does not support the model, or cannot be settled.
         InputError: something that the engine does not have.
     """
+    recipe = settle(recipe)
     engine = ENGINES[recipe.execution.engine]
-    recipe = engine.settle(recipe)
-    refuse_unsupported(recipe)
     budget_bytes = budget_bytes or engine.limit_bytes(recipe)
     recipe = engine.within(recipe, budget_bytes)
     phases = phase_footprints(recipe, calibration)
@@ -41,12 +40,20 @@ def build_plan(
     )
 
 
-def refuse_unsupported(recipe: Recipe) -> None:
-    """
+def settle(recipe: Recipe) -> Recipe:
+    """`recipe` with what its engine and its techniques make of what was asked for.
+
     Raises:
-        TechniqueError: a technique that the engine does not have, or that does not support the
-            model.
+        TechniqueError: a technique that the engine does not have, that does not support the model,
+            or that cannot be settled.
+        InputError: something that the engine does not have.
     """
+    recipe = ENGINES[recipe.execution.engine].settle(recipe)
+    _refuse_unsupported(recipe)
+    return techniques.settled(recipe)
+
+
+def _refuse_unsupported(recipe: Recipe) -> None:
     engine = recipe.execution.engine
     for choice in recipe.techniques:
         technique = techniques.create(choice)

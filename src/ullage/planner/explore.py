@@ -3,10 +3,12 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf
+from sys import maxsize
 from typing import Literal
 
-from ullage.errors import DoesNotFit, InputError
-from ullage.planner.build import build_plan
+from ullage import techniques
+from ullage.errors import DoesNotFit, InputError, TechniqueError
+from ullage.planner.build import build_plan, settle
 from ullage.planner.engines import ENGINES
 from ullage.planner.latency import estimate
 from ullage.planner.levers import Cost, Lever, Setting, combinations, levers_of
@@ -146,6 +148,7 @@ def explore(
     Raises:
         TechniqueError, InputError: `recipe` itself is none that can be planned.
     """
+    settle(recipe)  # or refuses it
     levers = levers_of(recipe, freedom, devices)
     every = _candidates(combinations(recipe, levers), budget_bytes, calibration)
     fitting = [_reaching(found, goal, calibration) for found in every if found.fits]
@@ -182,6 +185,7 @@ def cheapest_change(
     Raises:
         DoesNotFit: no combination fits; carries the smallest budget that would.
     """
+    settle(recipe)  # or refuses it
     levers = levers_of(recipe, freedom, devices)
     for moves in (_one_moved(recipe, levers), combinations(recipe, levers)):
         found = _candidates(moves, budget_bytes, calibration)
@@ -220,20 +224,23 @@ def _candidate(
     budget_bytes: int | None,
     calibration: Calibration | None,
 ) -> Candidate | None:
-    """What `settings` made `recipe`, None where the engine does not take it."""
+    """What `settings` made `recipe`, None where the engine or a technique does not take it. It
+    keeps what its techniques were asked for, which other lengths settle otherwise."""
     engine = ENGINES[recipe.execution.engine]
     try:
         recipe = engine.settle(recipe)
+        chosen = techniques.settled(recipe).techniques
     except InputError:
         return None
     budget_bytes = budget_bytes or engine.limit_bytes(recipe)
     recipe = engine.within(recipe, budget_bytes)
-    phases = phase_footprints(recipe, _measured(calibration, recipe))
+    settled = replace(recipe, techniques=chosen)
+    phases = phase_footprints(settled, _measured(calibration, recipe))
     return Candidate(
         recipe=recipe,
         budget_bytes=budget_bytes,
         peak_bytes=max(part.total_bytes for part in phases.values()),
-        latency=estimate(recipe, phases),
+        latency=estimate(settled, phases),
         changes=tuple(setting.typed for setting in settings if setting.typed),
         change_costs=tuple(setting.cost for setting in settings if setting.typed),
         costs=tuple(setting.cost for setting in settings if not setting.cost.free),
@@ -255,6 +262,10 @@ def _reaching(found: Candidate, goal: Goal, calibration: Calibration | None) -> 
     reach = longest_context if goal == "context" else most_sequences
 
     def peak(recipe: Recipe) -> int:
+        try:
+            recipe = techniques.settled(recipe)
+        except TechniqueError:  # too long for what a technique may take
+            return maxsize
         return serving_bytes(recipe, _measured(calibration, recipe))
 
     return replace(found, reach=reach(found.recipe, found.peak_bytes, found.budget_bytes, peak))

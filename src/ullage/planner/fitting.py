@@ -4,8 +4,7 @@ from dataclasses import dataclass, replace
 
 from ullage import techniques
 from ullage.errors import DoesNotFit, TechniqueError
-from ullage.planner.build import refuse_unsupported
-from ullage.planner.engines import ENGINES
+from ullage.planner.build import settle
 from ullage.planner.levers import Lever, combinations, levers_of
 from ullage.planner.memory import peak_bytes
 from ullage.planner.search import Freedom, as_memory_option
@@ -41,8 +40,7 @@ def fit_run(
         DoesNotFit: none fits; carries the smallest budget that would.
     """
     _refuse_planned_only(recipe)
-    recipe = ENGINES[recipe.execution.engine].settle(recipe)
-    refuse_unsupported(recipe)  # before a larger budget is asked for
+    recipe = settle(recipe)  # or refuses it, before a larger budget is asked for
     smallest_bytes = None
     for variant, _ in combinations(recipe, _levers(recipe, freedom)):
         variant_bytes = peak_bytes(variant, calibration)

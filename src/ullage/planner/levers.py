@@ -231,7 +231,7 @@ def _kv_cost(model: ModelSpec, kv_dtype: str, dtype: str) -> Cost:
 
 
 def _asked_sparsity(recipe: Recipe) -> Setting:
-    for choice in recipe.techniques:
+    for choice in techniques.settled(recipe).techniques:
         if choice.name in ("dms", "camelot"):
             return _asked(_sparsity_cost(recipe.model, choice), runs=_runs(choice))
     return _asked()

@@ -66,8 +66,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One suite on one model. `techniques` are as typed, `tokens` is the longest sequence, and
-    `beyond_tokens` says how many tokens a scored one has before it at least."""
+    """One suite on one model. `techniques` are as typed, or as what was typed was settled; `tokens`
+    is the longest sequence, and `beyond_tokens` says how many tokens a scored one has before it at
+    least."""
 
     suite: Suite
     model: str

@@ -4,7 +4,7 @@ folder whose ``settings.py`` defines one `Technique`."""
 import importlib
 import pkgutil
 import re
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from difflib import get_close_matches
 from functools import cache
 from typing import Any
@@ -15,7 +15,7 @@ from ullage.specs.blocks import sequence_blocks as blocks_of_all
 from ullage.specs.plan import Recipe, TechniqueChoice
 from ullage.techniques.base import Technique
 
-__all__ = ["Technique", "choice_of", "create", "names", "parse", "sequence_blocks"]
+__all__ = ["Technique", "choice_of", "create", "names", "parse", "sequence_blocks", "settled"]
 
 
 def names() -> list[str]:
@@ -40,6 +40,22 @@ def create(choice: TechniqueChoice) -> Technique:
 def choice_of(technique: Technique) -> TechniqueChoice:
     """The technique as data, for a plan."""
     return TechniqueChoice(technique.name, asdict(technique))
+
+
+def settled(recipe: Recipe) -> Recipe:
+    """`recipe` with its techniques settled for its model, workload and execution.
+
+    Raises:
+        TechniqueError: a technique that cannot be.
+    """
+    chosen = tuple(_settled(choice, recipe) for choice in recipe.techniques)
+    return recipe if chosen == recipe.techniques else replace(recipe, techniques=chosen)
+
+
+def _settled(choice: TechniqueChoice, recipe: Recipe) -> TechniqueChoice:
+    technique = create(choice)
+    made = technique.settled(recipe.model, recipe.workload, recipe.execution)
+    return choice if made == technique else choice_of(made)
 
 
 def sequence_blocks(recipe: Recipe, tokens: int) -> int:

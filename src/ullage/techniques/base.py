@@ -11,7 +11,7 @@ from ullage.specs.blocks import BLOCK_TOKENS, dense_layer_bytes, full_layers
 from ullage.specs.device import Device
 from ullage.specs.footprint import Footprint
 from ullage.specs.model import ModelSpec
-from ullage.specs.workload import Engine, Step
+from ullage.specs.workload import Engine, Execution, Step, Workload
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -44,6 +44,16 @@ class Technique(ABC):
     def unsupported(self, model: ModelSpec) -> str | None:
         """Why this technique cannot act on `model`, in a sentence for its user; None when it
         can."""
+
+    def settled(self, model: ModelSpec, work: Workload, execution: Execution) -> Self:
+        """Itself with numbers of its own where it was given what depends on the model, the lengths
+        or the formats, as a share of bytes does; what it is asked from here on, it is asked
+        settled.
+
+        Raises:
+            TechniqueError: there are no such numbers.
+        """
+        return self
 
     @abstractmethod
     def footprint(self, before: Footprint, model: ModelSpec, work: Step) -> Footprint:

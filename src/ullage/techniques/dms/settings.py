@@ -5,6 +5,7 @@ tokens more are written, then its slot is free. Of T tokens a head keeps window 
 on average.
 """
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,15 +13,16 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 
-from ullage.errors import TechniqueError
+from ullage.errors import SizeError, TechniqueError
 from ullage.specs.blocks import block_bytes, full_layer_numbers, full_layers
 from ullage.specs.dtypes import DTYPE_BYTES
 from ullage.specs.footprint import Footprint
 from ullage.specs.model import ModelSpec
 from ullage.specs.survivors import SPAN_TOKENS, Survival
-from ullage.specs.workload import Engine, Step
+from ullage.specs.workload import Engine, Execution, Step, Workload
 from ullage.techniques.base import Technique, with_full_layers
 from ullage.techniques.dms.adapter import LEARNED, load_adapter, look_back
+from ullage.units import KIB, parse_bytes
 
 if TYPE_CHECKING:
     import numpy
@@ -35,6 +37,7 @@ DECIDED_TOKENS = 64  # at once
 FUTURE_TOKENS = 512  # positions ahead that expected attention averages the rotation over
 WAITING_TOKENS = 8  # whose queries expected attention takes into its sums at once
 FLAG_BYTES = 1  # a token of the window or of what is read beside it, and a head: whether it stays
+KEPT_STEPS = 10_000  # of `kept`, to find one for a budget; a step of 128K tokens is under a block
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,12 @@ class DMS(Technique):
     `predictor` says: by the attention that they can expect, without training; or, whatever `kept`
     is below 1, none but the first few, the baseline. With an `adapter`, a file or a shipped one's
     name, each head looks back as far as was found that it has to, all of them `window` tokens on
-    average. Decisions wait for `lag` tokens more."""
+    average. Decisions wait for `lag` tokens more.
+
+    A `budget` is what the KV entries of one sequence may take, as in "64MiB", in all layers that
+    DMS acts on, windows and slack of blocks included. It stands in the place of `kept`, which
+    `settled` finds for it.
+    """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2506.05345"
     acts_on: ClassVar[Literal["kv"]] = "kv"
@@ -54,6 +62,7 @@ class DMS(Technique):
     predictor: Predictor = "expected-attention"
     adapter: str = ""
     lag: int = 0
+    budget: str = ""
 
     def __post_init__(self) -> None:
         if type(self.kept) not in (int, float) or not 0 < self.kept <= 1:
@@ -76,6 +85,22 @@ class DMS(Technique):
                 f"dms: predictor={self.predictor} needs an adapter that has learned it: see "
                 "`ullage train dms --help`."
             )
+        if type(self.budget) is not str:
+            raise TechniqueError(f"dms: budget is a size as in 64MiB, not {self.budget!r}.")
+        if self.budget:
+            self._check_budget()
+
+    def _check_budget(self) -> None:
+        if self.kept != DMS.kept:
+            raise TechniqueError("dms: kept follows from a budget: give one of the two.")
+        if self.predictor == "window":
+            raise TechniqueError(
+                "dms: predictor=window holds its window whatever the budget: set the window."
+            )
+        try:
+            parse_bytes(self.budget)
+        except SizeError as error:
+            raise TechniqueError(f"dms: budget {error}") from None
 
     @property
     def _learned(self) -> "numpy.ndarray | None":
@@ -87,6 +112,42 @@ class DMS(Technique):
     @classmethod
     def neutral(cls) -> Self:
         return cls(kept=1.0)
+
+    def settled(self, model: ModelSpec, work: Workload, execution: Execution) -> Self:
+        """With the largest `kept` whose entries are inside the budget at the full length of a
+        sequence.
+
+        Raises:
+            TechniqueError: the budget is below the windows and the first tokens; or the model is
+                one that `unsupported` names.
+        """
+        if not self.budget:
+            return self
+        self._refuse(self.unsupported(model))
+        tokens, one_bytes = work.context_tokens, block_bytes(model, execution.kv_dtype)
+
+        def held_bytes(step: int) -> int:
+            return self._keeping(step).held_blocks(model, tokens) * one_bytes
+
+        budget_bytes = parse_bytes(self.budget)
+        # all entries take the fewer blocks than nearly all: windows and survivors have some each
+        if held_bytes(KEPT_STEPS) <= budget_bytes:
+            return self._keeping(KEPT_STEPS)
+        step = bisect_right(range(1, KEPT_STEPS), budget_bytes, key=held_bytes)
+        if step:
+            return self._keeping(step)
+        least_bytes = min(held_bytes(1), held_bytes(KEPT_STEPS))
+        raise TechniqueError(
+            f"dms: a budget of {self.budget} is below the window and the first tokens: the "
+            f"smallest that works for {tokens:,} tokens is {-(-least_bytes // KIB)}KiB."
+        )
+
+    def _keeping(self, step: int) -> Self:
+        return replace(self, kept=step / KEPT_STEPS, budget="")
+
+    def _refuse(self, reason: str | None) -> None:
+        if reason is not None:
+            raise TechniqueError(f"{self.name} cannot act on this model: {reason}")
 
     def survivals(self, model: ModelSpec) -> dict[int, tuple[Survival, ...]]:
         """Who survives in a layer that keeps every token, by its number: one for each KV head.
@@ -124,6 +185,11 @@ class DMS(Technique):
         return min(DECIDED_TOKENS, window - self.lag)
 
     def _survival(self, window: int, every: int, share: float = 1.0) -> Survival:
+        if self.budget:
+            raise TechniqueError(
+                f"dms: what a budget of {self.budget} keeps depends on the length: settle it, as "
+                "technique.settled(spec, workload, execution)."
+            )
         kept = 0.0 if self.predictor == "window" else min(1.0, self.kept * share)
         return Survival(kept, window, every, SINKS)
 
@@ -213,11 +279,9 @@ class DMS(Technique):
         from ullage.techniques.dms.attach import sparse
 
         spec = spec_from_config(model.config.get_text_config().to_dict())
-        reason = self.unsupported(spec)
-        if reason is None and not spec.runs and self.kept < 1:
-            reason = f"ullage plans {spec.family} models and does not run them yet."
-        if reason is not None:
-            raise TechniqueError(f"{self.name} cannot act on this model: {reason}")
+        self._refuse(self.unsupported(spec))
+        if not spec.runs and self.kept < 1:
+            self._refuse(f"ullage plans {spec.family} models and does not run them yet.")
         rows = self.rows(spec)
         if not rows:
             yield
