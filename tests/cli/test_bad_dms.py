@@ -53,7 +53,7 @@ def refused(request: pytest.FixtureRequest, typed: Typed, tmp_path: Path) -> Ref
         ("kept=nan", "kept is above 0"),
         ("kept=inf", "kept is above 0"),
         ("kept=True", "kept is a number"),
-        ("predictor=dms", "predictor is one of"),
+        ("predictor=oracle", "predictor is one of"),
         ("budget=12parsecs", "budget '12parsecs' has no unit that is known"),
         ("budget=80%", "here an absolute size is needed"),
         ("budget=16", "budget '16' has no unit"),
