@@ -1,4 +1,5 @@
-"""Compiles Triton's kernel for a GPU that need not be there: ``python compile_triton.py CASE``.
+"""Compiles Triton's kernel for a GPU that need not be there: ``python compile_triton.py CASE
+CAPABILITY``, which is 80 for an A100 and 90 for an H100.
 
 In a process of its own: where Triton interprets, it cannot compile. Prints what it found, as JSON.
 """
@@ -19,9 +20,13 @@ ATTEND = {
     "D": 128, "WIDTH": 128, "ROWS": 16, "TOKENS": 64, "STORED": BF16, "PRODUCT": BF16,
     "ALIGNED": True, "HIDING": False, "CAPPED": False,
 }  # fmt: skip
+CHUNK = ATTEND | {"ROWS": 64, "HIDING": True, "CAPPED": True}
+INT8 = {"STORED": FORMATS[torch.int8]}
 CASES = {
     "decode": (attend_split, ATTEND),
-    "chunk": (attend_split, ATTEND | {"ROWS": 64, "HIDING": True, "CAPPED": True}),
+    "chunk": (attend_split, CHUNK),
+    "decode int8": (attend_split, ATTEND | INT8),
+    "chunk int8": (attend_split, CHUNK | INT8),
     "join": (join_splits, {"D": 128, "WIDTH": 128}),
 }
 POINTERS = {
@@ -35,12 +40,13 @@ source = ASTSource(
     {n: "constexpr" if n in constants else TYPES.get(n, "i32") for n in program.arg_names},
     {(program.arg_names.index(name),): value for name, value in constants.items()},
 )
-compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"num_stages": 2})
+target = GPUTarget("cuda", int(sys.argv[2]), 32)
+compiled = triton.compile(source, target=target, options={"num_stages": 2})
 ptx = compiled.asm["ptx"]
 found = {
     "machine_code_bytes": len(compiled.asm["cubin"]),
     "shared_bytes": compiled.metadata.shared,
-    "matrix_products": len(re.findall(r"mma\.sync\S*bf16", ptx)),
+    "matrix_products": len(re.findall(r"mma(?:_async)?\.sync\S*bf16", ptx)),
     "copies_of_16_bytes": len(re.findall(r"cp\.async\.cg.*0x10,", ptx)),
 }
 print(json.dumps(found))

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ullage.kv.entries import stored
 from ullage.kv.kernels import Kernel, Piece, reference
 from ullage.kv.kernels.triton_work import Work, work_of
 from ullage.specs.tiles import LEAST_SPLIT_TOKENS, SPLIT_PROGRAMS, rows_of_splits, split_rows
@@ -26,7 +28,7 @@ def some(generator: torch.Generator, *shape: int) -> torch.Tensor:
 @st.composite
 def attentions(draw: st.DrawFn) -> tuple[torch.Tensor, list[Piece]]:
     """A query and pieces as rows hand them over: of all heads, of one, masked, causal, views of
-    something wider, in two formats, some empty."""
+    something wider, in several formats, some empty."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     kv_heads, group = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 7, 17]))
     queries = draw(st.sampled_from([1, 1, 2, 9, 33]))
@@ -35,12 +37,13 @@ def attentions(draw: st.DrawFn) -> tuple[torch.Tensor, list[Piece]]:
     for _ in range(draw(st.integers(0, 4))):
         tokens = draw(st.sampled_from([0, 1, 16, 130, 300]))
         own = draw(st.none() | st.integers(0, kv_heads - 1))
-        stored = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+        dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.int8]))
         shape = (tokens + 3, kv_heads if own is None else 1, dims)
-        keys, values = (some(generator, *shape).to(stored).transpose(0, 1) for _ in range(2))
+        numbers = (some(generator, *shape).transpose(0, 1) for _ in range(2))
+        entries = stored(*numbers, dtype).part(slice(3, None))
         mask = some(generator, queries, tokens) > 0 if draw(st.booleans()) else None
         heads = None if own is None else slice(own * group, (own + 1) * group)
-        pieces.append(Piece(keys[:, 3:], values[:, 3:], mask=mask, heads=heads))
+        pieces.append(replace(Piece.of(entries, mask=mask), heads=heads))
     new = (some(generator, kv_heads, queries, dims) for _ in range(2))
     pieces.insert(draw(st.integers(0, len(pieces))), Piece(*new, causal=True))
     query = some(generator, queries, kv_heads * group, dims).transpose(0, 1)
@@ -60,7 +63,7 @@ def test_it_is_the_reference(
 
 
 def segments_of(work: Work) -> list[list[int]]:
-    return work.numbers[: work.splits_at].reshape(-1, 10).tolist()
+    return work.numbers[: work.splits_at].reshape(-1, 12).tolist()
 
 
 def splits_of(work: Work) -> list[list[int]]:
@@ -72,7 +75,7 @@ def read_by(work: Work, split: int) -> list[tuple[int, int]]:
     _, number, first, last = splits_of(work)[split]
     read = []
     for segment in range(first, last):
-        _, tokens, before, keys, _, _, step, *_ = segments_of(work)[segment]
+        _, tokens, before, keys, _, _, _, _, step, *_ = segments_of(work)[segment]
         start = max(number * work.split_size - before, 0)
         stop = min((number + 1) * work.split_size - before, tokens)
         read += [(keys + token * step * 4, segment) for token in range(start, stop)]
@@ -137,18 +140,22 @@ def test_entries_off_a_boundary_of_16_bytes_are_not_read_as_if_on_one() -> None:
     assert work_of(query, [Piece(keys, keys)]).aligned
     assert not work_of(query, [Piece(keys[..., 1:], keys[..., 1:])]).aligned
     assert not work_of(query, [Piece(keys[..., :6].contiguous(), keys)]).aligned
+    narrow, wide = (stored(part, part, torch.int8) for part in (keys, torch.empty(1, 40, 16)))
+    assert not work_of(query, [Piece.of(narrow)]).aligned
+    assert work_of(query, [Piece.of(wide)]).aligned
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("case", ["decode", "chunk", "join"])
-def test_it_compiles_for_a_gpu(case: str, tmp_path: Path) -> None:
-    """To machine code of an A100, with its matrix instructions, and entries copied 16 bytes at a
-    time into the 100 KiB that the smallest GPU of its kind has for a program."""
+@pytest.mark.parametrize("case", ["decode", "chunk", "decode int8", "chunk int8", "join"])
+@pytest.mark.parametrize("capability", ["80", "90"])
+def test_it_compiles_for_a_gpu(case: str, capability: str, tmp_path: Path) -> None:
+    """To machine code of an A100 and an H100, with their matrix instructions, and entries copied 16
+    bytes at a time into the 100 KiB that the smallest GPU of their kinds has for a program."""
     pytest.importorskip("triton")
     environment = dict(os.environ) | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     script = str(Path(__file__).with_name("compile_triton.py"))
     done = subprocess.run(
-        [sys.executable, script, case],
+        [sys.executable, script, case, capability],
         env=environment,
         capture_output=True,
         text=True,

@@ -3,7 +3,7 @@
 A program takes a tile of a KV head's queries over one split of what that head keeps; a second
 kernel joins the splits by their log-sum-exps. Which there are goes to the device as numbers, in one
 asynchronous copy a call: nothing is compiled anew as lengths grow, and the host never waits.
-Entries are converted to the query's format in registers.
+Entries are converted to the query's format in registers, int8 without its scales.
 
 Scratch: D + 1 numbers in fp32 for each query of each split, whose number specs/tiles.py bounds
 however long the past is, and the list of the work.
@@ -91,8 +91,8 @@ def _packed(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _readable(piece: Piece) -> Piece:
-    tensors = (piece.keys, piece.values, piece.mask)
-    if all(tensor is None or tensor.stride(-1) == 1 for tensor in tensors):
+    mask = piece.mask
+    if all(tensor is None or tensor.stride(-1) == 1 for tensor in (*piece.tensors, mask)):
         return piece
-    mask = None if piece.mask is None else _packed(piece.mask)
-    return replace(piece, keys=_packed(piece.keys), values=_packed(piece.values), mask=mask)
+    mask = None if mask is None else _packed(mask)
+    return replace(Piece.of(piece.each(_packed), piece.causal, mask), heads=piece.heads)

@@ -7,10 +7,16 @@ import torch
 import triton
 import triton.language as tl
 
-FORMATS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+FORMATS = {
+    torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
+    torch.int8: tl.int8,
+}  # fmt: skip
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _AT_ONCE = tl.constexpr(16)  # splits joined
+# Of weights multiplied by the scales of V: they are then no larger than V, which fp16 can hold, and
+# no smaller than half of it.
+_LIFT = tl.constexpr(64.0)
 
 
 @triton.jit(do_not_specialize=["splits_at", "first_split", "split_size", "rows", "group"])
@@ -22,7 +28,12 @@ def attend_split(
     ALIGNED: tl.constexpr, HIDING: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """A tile of a lane's rows over one split: output [S, G N, D] and log-sum-exp [S, G N]. Zeros
-    and a number near fp32's lowest for a row that sees nothing."""
+    and a number near fp32's lowest for a row that sees nothing.
+
+    Scales are applied to scores and weights: of these there are fewer than numbers in K and V, and
+    no format of the arithmetic rounds a number of int8."""
+    scaled: tl.constexpr = STORED.primitive_bitwidth == 8
+    line: tl.constexpr = 128 // STORED.primitive_bitwidth  # numbers in 16 bytes
     split = first_split + tl.program_id(0)
     lane = tl.load(work + splits_at + 4 * split)
     begin = tl.load(work + splits_at + 4 * split + 1) * split_size
@@ -43,21 +54,23 @@ def attend_split(
     total = tl.zeros([ROWS], tl.float32)
     output = tl.zeros([ROWS, WIDTH], tl.float32)
     for number in range(first_segment, last_segment):
-        segment = work + 10 * number
+        segment = work + 12 * number
         tokens = tl.load(segment + 1)
         before = tl.load(segment + 2)
         keys = tl.load(segment + 3).to(tl.pointer_type(STORED))
         values = tl.load(segment + 4).to(tl.pointer_type(STORED))
-        mask_at = tl.load(segment + 5)
-        keys_step = tl.load(segment + 6)
-        values_step = tl.load(segment + 7)
-        mask_step = tl.load(segment + 8)
-        causal = tl.load(segment + 9)
+        key_scales = tl.load(segment + 5).to(tl.pointer_type(tl.bfloat16))
+        value_scales = tl.load(segment + 6).to(tl.pointer_type(tl.bfloat16))
+        mask_at = tl.load(segment + 7)
+        keys_step = tl.load(segment + 8)
+        values_step = tl.load(segment + 9)
+        mask_step = tl.load(segment + 10)
+        causal = tl.load(segment + 11)
         if ALIGNED:  # lets a thread load 16 bytes at once
             keys = tl.multiple_of(keys, 16)
             values = tl.multiple_of(values, 16)
-            keys_step = tl.multiple_of(keys_step, 8)
-            values_step = tl.multiple_of(values_step, 8)
+            keys_step = tl.multiple_of(keys_step, line)
+            values_step = tl.multiple_of(values_step, line)
         if HIDING:
             tokens = tl.where(causal != 0, tl.minimum(tokens, newest + 1), tokens)
             last_seen = tl.where(causal != 0, token, tokens)
@@ -72,6 +85,9 @@ def attend_split(
             k_at = t[:, None] * keys_step.to(tl.int32) + d[None, :]
             k = tl.load(keys + tile * keys_step + k_at, mask=here, other=0.0).to(PRODUCT)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            if scaled:
+                key_scale = tl.load(key_scales + tile + t, mask=is_t, other=0.0)
+                scores = scores * key_scale.to(tl.float32)[None, :]
             if CAPPED:
                 scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)  # tanh
             seen = is_t[None, :]
@@ -86,11 +102,16 @@ def attend_split(
             v_at = t[:, None] * values_step.to(tl.int32) + d[None, :]
             v = tl.load(values + tile * values_step + v_at, mask=here, other=0.0).to(PRODUCT)
             output = output * shrunk[:, None]
-            output += tl.dot(weights.to(PRODUCT), v, input_precision="ieee")
             total = total * shrunk + tl.sum(weights, 1)
+            if scaled:
+                value_scale = tl.load(value_scales + tile + t, mask=is_t, other=0.0)
+                weights = weights * (value_scale.to(tl.float32) * _LIFT)[None, :]
+            output += tl.dot(weights.to(PRODUCT), v, input_precision="ieee")
             highest = higher
 
     total = tl.maximum(total, _TINY)
+    if scaled:
+        output = output / _LIFT
     place = split.to(tl.int64) * rows + row
     tl.store(partial_lse + place, highest + tl.log(total), mask=is_row)
     out = partial + place[:, None] * D + d[None, :]

@@ -4,10 +4,11 @@ The query heads of one KV head are a lane; at N new tokens it has G N rows. A la
 format, one behind the other, are cut into splits of equally many tokens, so that a head with a
 short past leaves no processor idle. The numbers, int64, one array after the other:
 
-    segments  ten each: a KV head's part of a piece. Its lane, counted on from format to format; its
-              tokens; the tokens before it in the lane; the addresses of its first key, value and
-              flag of the mask (0: no mask); the steps from a token to the next in K and in V, and
-              from a query to the next in the mask, in numbers; whether it is causal
+    segments  twelve each: a KV head's part of a piece. Its lane, counted on from format to format;
+              its tokens; the tokens before it in the lane; the addresses of its first key, value,
+              scale of a key and of a value (0: no scales) and flag of the mask (0: no mask); the
+              steps from a token to the next in K and in V, and from a query to the next in the
+              mask, in numbers; whether it is causal
     splits    four each: lane, number within the lane, its first segment, the one after its last
     order     the splits' numbers, lane by lane
     bounds    where each lane's splits begin in `order`, and where the last one's end
@@ -24,8 +25,9 @@ from ullage.specs.tiles import split_tokens
 
 Integers = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 _LANE, _TOKENS, _BEFORE = 0, 1, 2  # columns of a segment
-_ADDRESSES, _STEPS = slice(3, 5), slice(6, 8)
-_HEADS, _HEAD_STEPS = 10, slice(11, 13)  # and of a piece, before it is told apart by heads
+_ADDRESSES, _STEPS = slice(3, 7), slice(8, 10)
+_COLUMNS = 12
+_HEADS, _HEAD_STEPS, _ITEM = 12, slice(13, 17), 17  # and of a piece, not yet told apart by heads
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,9 @@ def work_of(query: torch.Tensor, pieces: list[Piece]) -> Work:
     group = (seeing.stop - seeing.start) // pieces[0].keys.shape[0]
     lanes = heads // group
     formats = list(dict.fromkeys(piece.keys.dtype for piece in pieces))
-    segments = _segments(pieces, {dtype: at * lanes for at, dtype in enumerate(formats)}, group)
+    first_lanes = {dtype: at * lanes for at, dtype in enumerate(formats)}
+    lines = np.array([_line(piece, first_lanes[piece.keys.dtype], group) for piece in pieces])
+    segments = _segments(lines)
     size = split_tokens(group * tokens, int(segments[:, _TOKENS].sum()))
     splits = _splits(segments, size)
     firsts = np.searchsorted(splits[:, 0], lanes * np.arange(len(formats) + 1)).tolist()
@@ -66,21 +70,27 @@ def work_of(query: torch.Tensor, pieces: list[Piece]) -> Work:
     bounds = np.searchsorted(splits[order, 0], np.arange(lanes + 1))
     parts = [segments.ravel(), splits.ravel(), order, bounds]
     launches = [(dtype, *span) for dtype, span in zip(formats, pairwise(firsts), strict=True)]
-    aligned = not (segments[:, _ADDRESSES] % 16).any() and not (segments[:, _STEPS] % 8).any()
     splits_at, order_at, bounds_at = np.cumsum([len(part) for part in parts[:-1]]).tolist()
     numbers = np.concatenate(parts)
-    return Work(numbers, splits_at, order_at, bounds_at, launches, group, lanes, size, aligned)
+    ats = (splits_at, order_at, bounds_at)
+    return Work(numbers, *ats, launches, group, lanes, size, _aligned(lines))
 
 
-def _segments(pieces: list[Piece], first_lanes: dict[torch.dtype, int], group: int) -> Integers:
-    """[S, 10], sorted by lane."""
-    lines = np.array([_line(piece, first_lanes[piece.keys.dtype], group) for piece in pieces])
+def _aligned(lines: Integers) -> bool:
+    """Whether every token's K and V of all pieces begin at a multiple of 16 bytes."""
+    places = (lines[:, _ADDRESSES][:, :2], lines[:, _HEAD_STEPS][:, :2])
+    steps = lines[:, _STEPS] * lines[:, [_ITEM]]
+    return not any((part % 16).any() for part in (*places, steps))
+
+
+def _segments(lines: Integers) -> Integers:
+    """[S, 12], sorted by lane."""
     heads = lines[:, _HEADS]
     segments = np.repeat(lines, heads, axis=0)
     head = np.arange(len(segments)) - np.repeat(np.cumsum(heads) - heads, heads)  # of its piece
     segments[:, _LANE] += head
     segments[:, _ADDRESSES] += head[:, None] * segments[:, _HEAD_STEPS]
-    segments = segments[np.argsort(segments[:, _LANE], kind="stable"), :_HEADS]
+    segments = segments[np.argsort(segments[:, _LANE], kind="stable"), :_COLUMNS]
     lanes, tokens = segments[:, _LANE], segments[:, _TOKENS]
     before = np.cumsum(tokens) - tokens
     segments[:, _BEFORE] = before - before[np.searchsorted(lanes, lanes)]
@@ -88,9 +98,11 @@ def _segments(pieces: list[Piece], first_lanes: dict[torch.dtype, int], group: i
 
 
 def _line(piece: Piece, first_lane: int, group: int) -> tuple[int, ...]:
-    """The segment of the first KV head of `piece`; how many there are, and the bytes from one's K
-    and V to the next's. As plain numbers, since the host has little time for each."""
+    """The segment of the first KV head of `piece`; how many there are, the bytes from what each
+    address says to the next head's, and those of a number. As plain numbers, since the host has
+    little time for each."""
     keys, values, mask = piece.keys, piece.values, piece.mask
+    key_scales, value_scales = piece.key_scales, piece.value_scales
     heads, tokens, _ = keys.shape
     keys_head, keys_step, _ = keys.stride()
     values_head, values_step, _ = values.stride()
@@ -100,6 +112,8 @@ def _line(piece: Piece, first_lane: int, group: int) -> tuple[int, ...]:
         0,
         keys.data_ptr(),
         values.data_ptr(),
+        0 if key_scales is None else key_scales.data_ptr(),
+        0 if value_scales is None else value_scales.data_ptr(),
         0 if mask is None else mask.data_ptr(),
         keys_step,
         values_step,
@@ -108,6 +122,9 @@ def _line(piece: Piece, first_lane: int, group: int) -> tuple[int, ...]:
         heads,
         keys_head * keys.itemsize,
         values_head * values.itemsize,
+        0 if key_scales is None else key_scales.stride(0) * key_scales.itemsize,
+        0 if value_scales is None else value_scales.stride(0) * value_scales.itemsize,
+        keys.itemsize,
     )
 
 

@@ -48,10 +48,10 @@ class _Attention:
 
     @property
     def kernel(self) -> _Kernel:
-        """As kv/attention.py chooses; and Triton's leaves int8 to the reference."""
+        """As kv/attention.py chooses."""
         kind = self.recipe.device.kind
         if kind in ("cuda", "rocm"):
-            return "tiled" if self.stored == "int8" else "split"
+            return "split"
         return "flash" if kind == "cpu" and self.model.softcap is None else "tiled"
 
     @property
@@ -146,5 +146,5 @@ class _Attention:
         heads, head_dim = self.model.num_kv_heads, self.model.head_dim
         rows = self.rows // heads
         split_rows = rows_of_splits(rows, heads * self.entries, heads)
-        work = (2 * 10 * heads + 5 * (split_rows // rows) + heads + 1) * 8
+        work = (2 * 12 * heads + 5 * (split_rows // rows) + heads + 1) * 8
         return split_rows * (head_dim + 1) * 4 + self.rows * head_dim * self.number_bytes + work
