@@ -30,7 +30,7 @@ from ullage.specs.footprint import Footprint
 from ullage.specs.plan import Recipe, TechniqueChoice
 from ullage.specs.workload import PHASES, Engine, Execution, Workload
 from ullage.techniques import Technique, choice_of, create, parse
-from ullage.techniques.dms.adapter import LEARNED, Adapter
+from ullage.techniques.dms.adapter import DECIDED_TOKENS, LEARNED, Adapter
 from ullage.techniques.dms.fingerprint import fingerprint
 from ullage.techniques.quantization.linear import tensor_bytes
 from ullage.units import GIB
@@ -53,8 +53,8 @@ def save_adapter(fingerprint: str) -> None:
     random = torch.Generator().manual_seed(1)
     loss = torch.rand(2, 2, 3, generator=random).sort(descending=True).values.numpy()
     learned = {name: torch.randn(2, 2, 32, generator=random).numpy() for name in LEARNED}
-    shares = torch.tensor([[0.5, 1.5], [1.8, 0.2]]).numpy()
-    Adapter((2, 4, 8), loss, 8, fingerprint, {}, learned, shares).save(ADAPTER)
+    captured = torch.linspace(0.5, 1, DECIDED_TOKENS).expand(2, 2, -1).numpy()
+    Adapter((2, 4, 8), loss, captured, 8, fingerprint, {}, learned).save(ADAPTER)
 
 
 save_adapter("")  # settings name a file that is there

@@ -34,7 +34,8 @@ from ullage.specs.model import ModelSpec
 from ullage.specs.plan import Plan
 from ullage.specs.sources import resolve
 from ullage.specs.workload import Workload
-from ullage.techniques.dms.adapter import Adapter, load_adapter, look_back
+from ullage.techniques.dms.adapter import Adapter, load_adapter
+from ullage.techniques.dms.sharing import shared_out
 from ullage.units import parse_tokens
 
 if TYPE_CHECKING:
@@ -263,12 +264,16 @@ def _pieces(
 
 
 def _show(adapter: Adapter, context: int) -> None:
-    """How the heads share a window out, for some averages."""
-    table = Table("window", "heads see least", "half of them at most", "most", box=None)
+    """What the heads would hold of a text as long as the model reads, for some savings."""
+    table = Table("entries", "windows: least", "half at most", "most", "survive", box=None)
     for share in (2, 4, 8):
-        average = context // share
-        if average >= adapter.windows[0]:
-            heads = sorted(size for layer in look_back(adapter, average, context) for size in layer)
-            sizes = (heads[0], heads[len(heads) // 2], heads[-1])
-            table.add_row(f"{average:,}", *(f"{size:,}" for size in sizes))
+        with suppress(TechniqueError):  # below the least window
+            shared = [
+                one for layer in shared_out(adapter, context / share, context) for one in layer
+            ]
+            windows = sorted(one.window for one in shared)
+            sizes = (windows[0], windows[len(windows) // 2], windows[-1])
+            kept = [one.kept for one in shared if one.window < context]
+            survive = sum(kept) / max(1, len(kept))
+            table.add_row(f"1 in {share}", *(f"{size:,}" for size in sizes), f"{survive:.1%}")
     Console(highlight=False).print(table)

@@ -1,71 +1,28 @@
 """Adapters: files whole or refused, and windows shared out with the least loss."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
-from hypothesis import given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from ullage import ModelSpec, TechniqueChoice, resolve
 from ullage.errors import TechniqueError
 from ullage.techniques import create, parse
-from ullage.techniques.dms.adapter import Adapter, load_adapter, look_back
+from ullage.techniques.dms.adapter import DECIDED_TOKENS, Adapter, load_adapter
 from ullage.techniques.dms.settings import DMS
 
 WINDOWS = (2, 4, 8)
-CONTEXT = 16
-curves = st.lists(st.integers(0, 50), min_size=3, max_size=3).map(
-    lambda drops: [sum(drops[at:]) for at in range(3)]
-)
+EVEN = numpy.arange(1, DECIDED_TOKENS + 1, dtype=numpy.float32) / DECIDED_TOKENS
 
 
 def adapter_of(loss: list[list[list[float]]]) -> Adapter:
-    return Adapter(WINDOWS, numpy.array(loss, numpy.float32), 16, "print", {"texts": 1})
-
-
-def lost(adapter: Adapter, windows: Sequence[Sequence[int]]) -> float:
-    sizes = [*WINDOWS, CONTEXT]
-    flat = adapter.loss.reshape(-1, 3)
-    chosen = [sizes.index(size) for layer in windows for size in layer]
-    return sum(float(curve[at]) if at < 3 else 0.0 for curve, at in zip(flat, chosen, strict=True))
-
-
-@given(st.lists(curves, min_size=3, max_size=3), st.integers(2, CONTEXT))
-@hypothesis_settings(max_examples=200)
-def test_windows_lose_least(loss: list[list[float]], average: int) -> None:
-    """Against every choice that is smaller by the largest step: the last may not have fitted."""
-    adapter = adapter_of([loss])
-    windows = look_back(adapter, average, CONTEXT)
-    assert sum(windows[0]) <= average * 3
-    for choice in product([*WINDOWS, CONTEXT], repeat=3):
-        if sum(choice) <= average * 3 - (CONTEXT - WINDOWS[0]):
-            assert lost(adapter, windows) <= lost(adapter, [list(choice)]) + 1e-6
-
-
-def test_windows_by_hand() -> None:
-    """The second head gains most a token by far; then the fourth would, but only the third's step
-    still fits; the first gains nothing but by seeing all."""
-    adapter = adapter_of([[[1, 1, 1], [90, 60, 20]], [[5, 4, 4], [8, 6, 0]]])
-    assert look_back(adapter, 2, CONTEXT) == ((2, 2), (2, 2))
-    assert look_back(adapter, 4, CONTEXT) == ((2, 8), (4, 2))
-    assert look_back(adapter, CONTEXT, CONTEXT) == ((16, 16), (16, 8))
-
-
-def test_a_context_below_some_windows_needs_none_of_them() -> None:
-    adapter = adapter_of([[[9, 5, 5]]])
-    assert look_back(adapter, 6, 6) == ((6,),)
-
-
-def test_a_window_below_the_least_is_our_error() -> None:
-    with pytest.raises(TechniqueError, match="1 tokens on average is below"):
-        look_back(adapter_of([[[1, 1, 1]]]), 1, CONTEXT)
+    numbers = numpy.array(loss, numpy.float32)
+    captured = numpy.broadcast_to(EVEN, (*numbers.shape[:2], DECIDED_TOKENS))
+    return Adapter(WINDOWS, numbers, captured, 16, "print", {"texts": 1})
 
 
 def test_a_file_holds_it_all(tmp_path: Path) -> None:
@@ -74,6 +31,7 @@ def test_a_file_holds_it_all(tmp_path: Path) -> None:
     adapter.save(path)
     read = load_adapter(str(path))
     assert numpy.array_equal(read.loss, adapter.loss)
+    assert numpy.array_equal(read.captured, adapter.captured)
     assert (read.windows, read.head_dim, read.fingerprint, read.record) == (
         WINDOWS, 16, "print", {"texts": 1},
     )  # fmt: skip
@@ -117,10 +75,50 @@ def test_numbers_that_no_measurement_gives_are_our_error(tmp_path: Path, numbers
         load_adapter(str(path))
 
 
+def test_what_was_learned_is_read_as_it_was_but_for_rounding(tmp_path: Path) -> None:
+    path = tmp_path / "mine.safetensors"
+    weights = numpy.random.default_rng(0).normal(size=(1, 1, 50)).astype(numpy.float32)
+    weights[0, 0, 7] = 20.0
+    replace(adapter_of([[[3, 2, 1]]]), predictors={"dms": weights, "linear": 0 * weights}).save(
+        path
+    )
+    read = load_adapter(str(path)).predictors
+    assert numpy.abs(read["dms"] - weights).max() <= 10 / 127
+    assert not read["linear"].any()
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [{"captured": EVEN[None, None, 1:]}, {"captured": 2 * EVEN[None, None]},
+     {"dms": numpy.ones((1, 2, 4), numpy.int8)}, {"dms": numpy.ones((1, 1, 4), numpy.float32)},
+     {"dms.scales": numpy.full((1, 1), numpy.nan, numpy.float32)}],
+    ids=str,
+)  # fmt: skip
+def test_what_nothing_learns_is_our_error(tmp_path: Path, damaged: dict[str, Any]) -> None:
+    path = tmp_path / "mine.safetensors"
+    tensors: dict[str, Any] = {
+        "windows": numpy.array(WINDOWS, numpy.int32),
+        "loss": numpy.ones((1, 1, 3), numpy.float32),
+        "captured": EVEN[None, None],
+        "dms": numpy.ones((1, 1, 4), numpy.int8),
+        "dms.scales": numpy.ones((1, 1), numpy.float32),
+    }
+    metadata = {"format": "ullage-dms-2", "head_dim": "4", "fingerprint": "x", "record": "{}"}
+    path.write_bytes(save(tensors, metadata))
+    assert set(load_adapter(str(path)).predictors) == {"dms"}
+    path.write_bytes(save(tensors | damaged, metadata))
+    with pytest.raises(TechniqueError, match="damaged"):
+        load_adapter(str(path))
+
+
 @pytest.mark.parametrize("windows", [[[2, 4, 8]], 2, [], [2.0, 4.0, 8.0], [4, 2, 8], [0, 2, 4]])
 def test_windows_that_are_none_are_our_error(tmp_path: Path, windows: Any) -> None:
     path = tmp_path / "mine.safetensors"
-    tensors = {"windows": numpy.array(windows), "loss": numpy.ones((1, 1, 3), numpy.float32)}
+    tensors = {
+        "windows": numpy.array(windows),
+        "loss": numpy.ones((1, 1, 3), numpy.float32),
+        "captured": EVEN[None, None],
+    }
     metadata = {"format": "ullage-dms-2", "head_dim": "4", "fingerprint": "x", "record": "{}"}
     path.write_bytes(save(tensors, metadata))
     with pytest.raises(TechniqueError, match="damaged"):
@@ -140,7 +138,7 @@ def test_what_is_far_below_the_average_is_decided_in_time(
     spec, path = tiny_spec("llama"), tmp_path / "mine.safetensors"
     loss = numpy.zeros((2, 2, 3), numpy.float32)
     loss[1, 1] = 9.0, 8.0, 7.0
-    Adapter((4, 8, 96), loss, spec.head_dim, "print", {}).save(path)
+    Adapter((4, 8, 96), loss, EVEN + numpy.zeros((2, 2, 1)), spec.head_dim, "print", {}).save(path)
     survivals = DMS(0.5, 80, adapter=str(path)).survivals(spec)
     windows = [survival.window for layer in survivals.values() for survival in layer]
     assert windows == [4, 4, 4, 256]

@@ -2,8 +2,8 @@
 
 import torch
 
+from ullage.techniques.dms.adapter import DECIDED_TOKENS
 from ullage.techniques.dms.fit import Fit
-from ullage.techniques.dms.settings import DECIDED_TOKENS
 
 
 def test_what_is_missed_is_read_off_hidden_states_again() -> None:

@@ -93,10 +93,15 @@ def test_who_survives_is_who_was_predicted_to(tiny_model: TinyModel, adapter: Pa
     hook.remove()
     worth = torch.from_numpy(made.predictors["linear"][0]) @ hidden[0].T  # [Hkv, T]
     worth[:, :4] = float("inf")
-    left = 150 - 64
-    for row, head in zip(worth, cache.paged[0].rows[0].heads, strict=True):  # type: ignore[attr-defined]
-        best = torch.cat([row[:64].topk(16).indices, 64 + row[64:128].topk(16).indices])
-        assert head.survivors.length == int((best < left).sum())
+    survivals = technique.survivals(spec)[0]
+    heads = cache.paged[0].rows[0].heads  # type: ignore[attr-defined]
+    for row, head, survival in zip(worth, heads, survivals, strict=True):
+        count = [survival.entries(end) for end in (0, 64, 128)]
+        best = torch.cat([
+            64 * span + row[64 * span : 64 * span + 64].topk(count[span + 1] - count[span]).indices
+            for span in range(2)
+        ])  # fmt: skip
+        assert head.survivors.length == int((best < 150 - survival.window).sum())
 
 
 def test_one_that_was_not_learned_is_our_error(tiny_model: TinyModel, adapter: Path) -> None:

@@ -97,9 +97,6 @@ def test_what_was_broken_off_goes_on_as_if_it_had_not_been(
     parts, _ = trained(model, adapter, TEXTS, course, tmp_path / "two", again.append)
     assert again == points
     assert (whole.predictors["dms"] == parts.predictors["dms"]).all()
-    assert whole.shares is not None
-    assert (whole.shares == parts.shares).all()
-    assert whole.shares.mean() == pytest.approx(1)
 
 
 def test_a_training_of_other_settings_or_a_damaged_one_is_not_gone_on_with(
@@ -115,11 +112,13 @@ def test_a_training_of_other_settings_or_a_damaged_one_is_not_gone_on_with(
         trained(model, adapter, TEXTS[:1], course, file, lambda _: None)
 
 
-def test_half_of_what_is_held_is_in_windows(begun: tuple[Any, Adapter, Course]) -> None:
+def test_windows_and_survivors_are_as_many_as_was_asked_for(
+    begun: tuple[Any, Adapter, Course],
+) -> None:
     _, adapter, course = begun
-    made = course_to(1.1, 160, 10, course.layers, adapter)
+    made = course_to(1.5, 160, 10, course.layers, adapter)
     windows = [window for layer in made.windows for window in layer]
-    assert sum(windows) <= 160 / 1.1 / 2 * len(windows)
-    assert made.evicted == pytest.approx(1 - 1 / 2.2)
+    assert sum(windows) <= 160 / 1.5 * len(windows)
+    assert 0.5 <= made.evicted <= 1
     assert made.asked(9) == made.evicted
     assert made.asked(0) < made.evicted / 4

@@ -21,6 +21,7 @@ FORMAT = "ullage-dms-2"
 SHIPPED = files(__package__) / "adapters"
 LIMIT_BYTES = 2 << 20
 LEARNED = ("linear", "dms")
+DECIDED_TOKENS = 64  # at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,18 +31,19 @@ class Adapter:
 
     `windows`: [J], in tokens, rising. `loss`: [L, Hkv, J], the KL divergence to full attention, in
     nats a token, where that head alone does; L counts the layers that keep every token.
+    `captured`: [L, Hkv, DECIDED_TOKENS], rising to 1, the part of it that the linear predictor's
+    first 1, 2, ... of as many entries make up.
     `fingerprint`: of the model's norms. `record`: how it was measured. `predictors`: [L, Hkv, E] by
     name; the product with the hidden state that an entry is computed from ranks it among others.
-    `shares`: [L, Hkv], 1 on average: how much more a head keeps than others under "dms".
     """
 
     windows: tuple[int, ...]
     loss: numpy.ndarray
+    captured: numpy.ndarray
     head_dim: int
     fingerprint: str
     record: dict[str, Any]
     predictors: dict[str, numpy.ndarray] = field(default_factory=dict)
-    shares: numpy.ndarray | None = None
 
     def unsuited(self, model: ModelSpec) -> str | None:
         """Why it is not for `model`, as far as shapes say; None when they agree."""
@@ -71,60 +73,11 @@ class Adapter:
         tensors = {
             "windows": numpy.array(self.windows, dtype=numpy.int32),
             "loss": self.loss.astype(numpy.float32),
+            "captured": self.captured.astype(numpy.float32),
         }
         for name, weights in self.predictors.items():
             tensors[name], tensors[f"{name}.scales"] = _quantized(weights)
-        if self.shares is not None:
-            tensors["shares"] = self.shares.astype(numpy.float32)
         write_whole(path, save(tensors, metadata))
-
-
-@lru_cache(maxsize=256)
-def look_back(adapter: Adapter, average: int, context: int) -> tuple[tuple[int, ...], ...]:
-    """A window for each head, [L][Hkv], `average` tokens on average at most, with the least loss
-    altogether; `context` where a head sees everything.
-
-    Raises:
-        TechniqueError: `average` is below the least window.
-    """
-    sizes = [*(size for size in adapter.windows if size < context), context]
-    if average < sizes[0]:
-        raise TechniqueError(
-            f"dms: a window of {average} tokens on average is below the adapter's least, "
-            f"{sizes[0]}."
-        )
-    loss = adapter.loss.reshape(-1, adapter.loss.shape[-1])[:, : len(sizes) - 1]
-    chosen = [0] * len(loss)
-    left = (average - sizes[0]) * len(loss)
-    closed: set[int] = set()  # heads whose next step is too large
-    for _, head, step in sorted(_steps(loss, sizes), reverse=True):
-        cost = sizes[step] - sizes[chosen[head]]
-        if head not in closed and cost <= left:
-            left -= cost
-            chosen[head] = step
-        else:
-            closed.add(head)
-    heads = adapter.loss.shape[1]
-    windows = tuple(sizes[step] for step in chosen)
-    return tuple(windows[at : at + heads] for at in range(0, len(windows), heads))
-
-
-def _steps(loss: numpy.ndarray, sizes: list[int]) -> list[tuple[float, int, int]]:
-    """For each head the steps to larger windows that are worth it, each better for its tokens than
-    the next: what a token of it gains, the head, and the size's index."""
-    steps = []
-    for head, curve in enumerate(loss):
-        losses, at = [*map(float, curve), 0.0], 0
-        while at < len(sizes) - 1:
-            gain, best = max(
-                ((losses[at] - losses[to]) / (sizes[to] - sizes[at]), to)
-                for to in range(at + 1, len(sizes))
-            )
-            if gain <= 0:
-                break
-            steps.append((gain, head, best))
-            at = best
-    return steps
 
 
 def shipped_adapters() -> list[str]:
@@ -188,11 +141,13 @@ def _predictor(name: str, shape: tuple[int, ...], file: Any) -> numpy.ndarray:
     return numbers * scales.astype(numpy.float32)[..., None]  # type: ignore[no-any-return]
 
 
-def _shares(shape: tuple[int, ...], file: Any) -> numpy.ndarray:
-    shares = file.get_tensor("shares")
-    if shares.shape != shape or not (numpy.isfinite(shares).all() and (shares >= 0).all()):
-        raise ValueError("shares are no shares of its heads")
-    return shares  # type: ignore[no-any-return]
+def _captured(shape: tuple[int, ...], file: Any) -> numpy.ndarray:
+    captured = file.get_tensor("captured")
+    if captured.ndim != 3 or captured.shape[:2] != shape or captured.shape[2] != DECIDED_TOKENS:
+        raise ValueError("it does not say what survivors catch")
+    if not (numpy.isfinite(captured).all() and (captured >= 0).all() and (captured <= 1).all()):
+        raise ValueError("survivors catch more than there is, or less than nothing")
+    return captured  # type: ignore[no-any-return]
 
 
 def _parsed(metadata: dict[str, str], file: Any) -> Adapter:
@@ -210,9 +165,9 @@ def _parsed(metadata: dict[str, str], file: Any) -> Adapter:
     return Adapter(
         windows,
         loss,
+        _captured(loss.shape[:2], file),
         int(metadata["head_dim"]),
         metadata["fingerprint"],
         json.loads(metadata["record"]),
         {name: _predictor(name, loss.shape[:2], file) for name in LEARNED if name in held},
-        _shares(loss.shape[:2], file) if "shares" in held else None,
     )

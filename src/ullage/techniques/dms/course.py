@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ullage.errors import TechniqueError
-from ullage.techniques.dms.adapter import Adapter, look_back, write_whole
+from ullage.techniques.dms.adapter import Adapter, write_whole
+from ullage.techniques.dms.sharing import shared_out
 from ullage.techniques.dms.training import Course, Point, Trainer
 
 if TYPE_CHECKING:
@@ -19,14 +20,15 @@ if TYPE_CHECKING:
 
 
 def course_to(ratio: float, tokens: int, steps: int, layers: list[int], adapter: Adapter) -> Course:
-    """To hold a `ratio`-th of the entries of `tokens` tokens: half of them in windows, which are
-    shared out among the heads as `adapter` says, and half as survivors.
+    """To hold a `ratio`-th of the entries of `tokens` tokens, shared out as `adapter` says.
 
     Raises:
-        TechniqueError: the windows would be below the adapter's least.
+        TechniqueError: that is below the adapter's least window.
     """
-    windows = look_back(adapter, int(tokens / ratio / 2), tokens)
-    return Course(layers, windows, 1 - 1 / ratio / 2, steps)
+    shares = shared_out(adapter, tokens / ratio, tokens)
+    windows = tuple(tuple(share.window for share in layer) for layer in shares)
+    kept = [share.kept for layer in shares for share in layer if share.window < tokens]
+    return Course(layers, windows, 1 - sum(kept) / len(kept), steps)
 
 
 def trained(
@@ -53,9 +55,7 @@ def trained(
         watch(trainer.step(ids))
         write_whole(file, save(trainer.state(), {"course": asked}))
     learned = {"dms": trainer.weights.detach().cpu().numpy()}
-    shares = trainer.shares.cpu().numpy()
-    done = replace(adapter, predictors=adapter.predictors | learned, shares=shares / shares.mean())
-    return done, trainer.history
+    return replace(adapter, predictors=adapter.predictors | learned), trainer.history
 
 
 def _state(file: Path, asked: str) -> dict[str, torch.Tensor]:

@@ -87,12 +87,18 @@ def measure(
         with differentiable(model, losses.attention):
             _read_and_back(model, ids, random)
         losses.positions += len(_positions(len(ids)))
+        losses.fit.settle()
     if losses is None:
         raise TechniqueError("dms: there is no text to measure with.")
-    mean = losses.sums / losses.positions
-    predictors = {"linear": losses.fit.weights().numpy()}
-    own = fingerprint(model)
-    return Adapter(losses.windows, mean.numpy(), spec.head_dim, own, record, predictors)
+    return Adapter(
+        losses.windows,
+        (losses.sums / losses.positions).numpy(),
+        losses.fit.captured().numpy(),
+        spec.head_dim,
+        fingerprint(model),
+        record,
+        {"linear": losses.fit.weights().numpy()},
+    )
 
 
 def _read_and_back(model: "PreTrainedModel", ids: torch.Tensor, random: torch.Generator) -> None:

@@ -21,7 +21,8 @@ from ullage.specs.model import ModelSpec
 from ullage.specs.survivors import SPAN_TOKENS, Survival
 from ullage.specs.workload import Engine, Execution, Step, Workload
 from ullage.techniques.base import Technique, with_full_layers
-from ullage.techniques.dms.adapter import LEARNED, load_adapter, look_back
+from ullage.techniques.dms.adapter import DECIDED_TOKENS, LEARNED, load_adapter
+from ullage.techniques.dms.sharing import shared_out
 from ullage.units import KIB, parse_bytes
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 Predictor = Literal["expected-attention", "window", "linear", "dms"]
 
 SINKS = 4  # first tokens, which attention falls back on: StreamingLLM (arXiv 2309.17453)
-DECIDED_TOKENS = 64  # at once
 FUTURE_TOKENS = 512  # positions ahead that expected attention averages the rotation over
 WAITING_TOKENS = 8  # whose queries expected attention takes into its sums at once
 FLAG_BYTES = 1  # a token of the window or of what is read beside it, and a head: whether it stays
@@ -44,9 +44,11 @@ KEPT_STEPS = 10_000  # of `kept`, to find one for a budget; a step of 128K token
 class DMS(Technique):
     """`kept` is the share of tokens that stay once they leave the `window`, in tokens. Which,
     `predictor` says: by the attention that they can expect, without training; or, whatever `kept`
-    is below 1, none but the first few, the baseline. With an `adapter`, a file or a shipped one's
-    name, each head looks back as far as was found that it has to, all of them `window` tokens on
-    average. Decisions wait for `lag` tokens more.
+    is below 1, none but the first few, the baseline. Decisions wait for `lag` tokens more.
+
+    With an `adapter`, a file or a shipped one's name, `kept` and `window` say how many entries a
+    head holds on average where a sequence is as long as the model reads, and the adapter how many
+    of them each head holds, in a window and as survivors.
 
     A `budget` is what the KV entries of one sequence may take, as in "64MiB", in all layers that
     DMS acts on, windows and slack of blocks included. It stands in the place of `kept`, which
@@ -134,6 +136,8 @@ class DMS(Technique):
         if held_bytes(KEPT_STEPS) <= budget_bytes:
             return self._keeping(KEPT_STEPS)
         step = bisect_right(range(1, KEPT_STEPS), budget_bytes, key=held_bytes)
+        while step and held_bytes(step) > budget_bytes:  # heads that share are not wholly in order
+            step -= 1
         if step:
             return self._keeping(step)
         least_bytes = min(held_bytes(1), held_bytes(KEPT_STEPS))
@@ -159,17 +163,29 @@ class DMS(Technique):
         if not self.adapter:
             return dict.fromkeys(layers, (self._alike,) * model.num_kv_heads)
         adapter = load_adapter(self.adapter)
-        windows = look_back(adapter, self.window, model.max_context_tokens)
-        every = self._every(min(window for layer in windows for window in layer))
-        shares = adapter.shares if self.predictor == "dms" else None
+        shares = shared_out(adapter, *self._held(model), self.predictor != "window")
+        every = self._every(min(share.window for layer in shares for share in layer))
         made = [
-            tuple(
-                self._survival(window, every, 1.0 if shares is None else float(shares[at, head]))
-                for head, window in enumerate(layer)
-            )
-            for at, layer in enumerate(windows)
+            tuple(Survival(kept, window, every, SINKS) for window, kept in layer)
+            for layer in shares
         ]
         return dict(zip(layers, made, strict=True))
+
+    def _held(self, model: ModelSpec) -> tuple[float, int]:
+        """Entries a head on average, of a sequence as long as the model reads, and that length."""
+        context = model.max_context_tokens
+        window = min(self.window, context)
+        return window + self._share * (context - window), context
+
+    @property
+    def _share(self) -> float:
+        """What survives of what leaves the windows."""
+        if self.budget:
+            raise TechniqueError(
+                f"dms: what a budget of {self.budget} keeps depends on the length: settle it, as "
+                "technique.settled(spec, workload, execution)."
+            )
+        return 0.0 if self.predictor == "window" else self.kept
 
     def _every(self, window: int) -> int:
         """Tokens that are decided on at once where the least window is `window`: none may leave it
@@ -184,19 +200,10 @@ class DMS(Technique):
             )
         return min(DECIDED_TOKENS, window - self.lag)
 
-    def _survival(self, window: int, every: int, share: float = 1.0) -> Survival:
-        if self.budget:
-            raise TechniqueError(
-                f"dms: what a budget of {self.budget} keeps depends on the length: settle it, as "
-                "technique.settled(spec, workload, execution)."
-            )
-        kept = 0.0 if self.predictor == "window" else min(1.0, self.kept * share)
-        return Survival(kept, window, every, SINKS)
-
     @property
     def _alike(self) -> Survival:
         """Of each head where there is no adapter."""
-        return self._survival(self.window, self._every(self.window))
+        return Survival(self._share, self.window, self._every(self.window), SINKS)
 
     def unsupported(self, model: ModelSpec) -> str | None:
         if self.kept == 1:

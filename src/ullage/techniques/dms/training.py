@@ -30,7 +30,6 @@ TEMPERATURE = 0.3
 BIAS = -5.0  # below what the mean entry is worth: at first all stays
 CLIMB = 12.0  # that the bias can rise by in all steps together
 RATE = 0.03  # of a step: of the mean size of a head's weights
-RECENT = 0.1  # weight of the newest step in the running mean of what stays
 RISE = 0.8  # of the steps, until all that is asked for has to go
 
 
@@ -70,14 +69,13 @@ class Trainer:
             [{"params": [self.weights], "lr": rate}, {"params": [self.bias], "lr": bias_rate}]
         )
         self.history: list[Point] = []
-        self.shares = torch.ones_like(self.bias.data)  # [L, Hkv], of what stays; a running mean
         self._windows = torch.tensor(course.windows, device=device)
         self._noise: torch.Tensor | None = None  # [L, Hkv, T]; None: all is kept
         self._gone: dict[int, torch.Tensor] = {}  # the mean of a, [Hkv], by layer
 
     def state(self) -> dict[str, torch.Tensor]:
         """All that going on takes."""
-        state = {"weights": self.weights.data, "bias": self.bias.data, "shares": self.shares}
+        state = {"weights": self.weights.data, "bias": self.bias.data}
         for name, parameter in (("weights", self.weights), ("bias", self.bias)):
             for key, value in self._adam.state[parameter].items():
                 state[f"{name}.{key}"] = value
@@ -91,7 +89,6 @@ class Trainer:
             self._adam.state[parameter] = {
                 key: state[f"{name}.{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")
             }
-        self.shares = state["shares"].clone()
         self.history = [Point(*pair) for pair in state["history"].tolist()]
 
     def step(self, ids: torch.Tensor) -> Point:
@@ -111,7 +108,6 @@ class Trainer:
             finally:
                 self._noise = None
         self._adam.step()
-        self.shares.lerp_(1 - gone.detach(), 1.0 if not number else RECENT)
         self.history.append(Point(divergence, 1 - float(gone.detach().mean())))
         return self.history[-1]
 
