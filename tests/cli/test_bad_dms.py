@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy
 import pytest
 
-from ullage.techniques.dms.adapter import Adapter
+from ullage.techniques.dms.adapter import DECIDED_TOKENS, Adapter
 
 Typed = Callable[..., subprocess.CompletedProcess[str]]
 Refused = Callable[..., None]
@@ -17,7 +17,8 @@ SIZED = ["--device", "cpu-16gb"]
 def save_adapter(path: Path, layers: int = 2) -> Path:
     """Of the tiny llama's shape, of nobody's weights."""
     loss = numpy.ones((layers, 2, 3), numpy.float32)
-    Adapter((4, 8, 16), loss, 8, "of nobody", {}).save(path)
+    captured = numpy.ones((layers, 2, DECIDED_TOKENS), numpy.float32)
+    Adapter((4, 8, 16), loss, captured, 8, "of nobody", {}).save(path)
     return path
 
 
@@ -98,8 +99,8 @@ def test_a_window_below_the_adapters_least(
     refused: Refused, model_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     adapter = save_adapter(tmp_path / "mine.safetensors")
-    says = "a window of 3 tokens on average is below"
-    refused(str(model_folder("llama")), f"dms:window=3,adapter={adapter}", says)
+    says = "3 entries a head on average are below"
+    refused(str(model_folder("llama")), f"dms:kept=0.001,window=3,adapter={adapter}", says)
 
 
 @pytest.mark.parametrize("left", [0, 40, -3])

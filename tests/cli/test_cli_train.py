@@ -85,7 +85,7 @@ def test_a_training_that_was_broken_off_measures_nothing_again(train: Typed, dat
 def test_a_table_says_how_the_heads_share(train: Typed) -> None:
     done = train("--tokens", "200")
     assert done.returncode == 0, done.stderr
-    assert "heads see least" in done.stdout
+    assert "windows: least" in done.stdout
     assert "use it by" in done.stderr
 
 

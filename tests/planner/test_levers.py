@@ -33,7 +33,7 @@ def typed(asked: Recipe, name: str, freedom: Freedom = ALL_FREE, *others: Device
 @pytest.mark.parametrize(
     ("engine", "formats"),
     [
-        ("ullage", []),
+        ("ullage", ["int8"]),
         ("vllm", ["fp8"]),  # int8 is as wide
         ("sglang", ["fp8"]),
         ("llama.cpp", ["q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]),  # iq4_nl is as wide as q4_0

@@ -41,14 +41,14 @@ def test_up_to_7b_narrow_weights_come_first(model: str) -> None:
 
 
 def test_but_the_length_decides_not_the_size() -> None:
-    """Against the practice: 3B at 128K tokens is KV entries, and sparse ones are what is enough."""
+    """Against the practice: 3B at 128K tokens is KV entries, and narrower or fewer are enough."""
     size = ("llama-3.2-3b", "rtx-4080", 131_072, 1)
     bare = planned(*size)
     assert not bare.fits
     assert bare.phases["decode"].kv_bytes > 2 * bare.phases["decode"].weights_bytes
     assert not planned(*size, NF4).fits
     assert planned(*size, DMS).fits
-    assert change(*size).changes == ("--technique dms:kept=0.5",)
+    assert change(*size).changes == ("--kv-cache-dtype int8",)
 
 
 @pytest.mark.parametrize("techniques", [(NF4, DMS), (NF4, CAMELOT)])
@@ -69,7 +69,7 @@ def test_13b_on_24_gb_takes_4_bits_and_sparse_kv_for_eight() -> None:
     both = planned(*size, NF4, DMS)
     assert both.peak_bytes == pytest.approx(13.6 * GIB, rel=0.02)
     assert both.cliff.max_num_seqs == 21
-    assert change(*size).changes == ("--weights nf4", "--technique dms:kept=0.5")
+    assert change(*size).changes == ("--weights nf4", "--kv-cache-dtype int8")
 
 
 def test_32b_on_24_gb_takes_4_bits_and_sparse_kv_for_32k() -> None:

@@ -246,7 +246,9 @@ def test_a_search_without_latency_or_a_fit_is_drawn_too(typed: Typed, tmp_path: 
 
 def test_a_change_is_said_with_its_cost() -> None:
     single = cheapest_change(asked(100_000), None, Freedom())
-    assert change_line(single).startswith("Cheapest single change that fits: --weights int8: ")
+    assert change_line(single).startswith(
+        "Cheapest single change that fits: --kv-cache-dtype int8: "
+    )
     assert str(single.change_costs[0]) in change_line(single)
     assert not change_line(single).endswith("Planned only.")
     several = cheapest_change(asked(100_000), 8 * GIB, Freedom())

@@ -21,8 +21,8 @@ from ullage.specs.blocks import full_layer_numbers
 from ullage.specs.families import spec_from_config
 from ullage.techniques.dms.adapter import Adapter
 from ullage.techniques.dms.fingerprint import fingerprint
-from ullage.techniques.dms.fit import Fit
 from ullage.techniques.dms.gradients import HEAD_TOKENS, LayerInput, differentiable, last_hidden
+from ullage.techniques.dms.ridge import Fit
 from ullage.techniques.dms.settings import SINKS
 
 if TYPE_CHECKING:

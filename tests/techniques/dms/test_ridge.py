@@ -3,7 +3,7 @@
 import torch
 
 from ullage.techniques.dms.adapter import DECIDED_TOKENS
-from ullage.techniques.dms.fit import Fit
+from ullage.techniques.dms.ridge import Fit
 
 
 def test_what_is_missed_is_read_off_hidden_states_again() -> None:
