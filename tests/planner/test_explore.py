@@ -303,7 +303,7 @@ def test_the_sum_of_costs_needs_each_of_them() -> None:
 
 
 SEARCH = """
-import sys, time
+import sys
 from ullage import Recipe, Workload, default_execution, find_device, resolve
 from ullage.planner.explore import explore
 from ullage.planner.search import Freedom
@@ -311,16 +311,12 @@ from ullage.specs.device import catalog
 
 card = find_device("rtx-4090")
 recipe = Recipe(resolve("llama-3.1-8b"), card, Workload(8000, 192), default_execution(card))
-start_s = time.process_time()
 explored = explore(recipe, None, "context", Freedom(), list(catalog().values()))
 assert len(explored.every) > 4500
 assert "torch" not in sys.modules
-print((time.process_time() - start_s) * 5000 / len(explored.every))
 """
 
 
-def test_five_thousand_combinations_take_no_two_seconds() -> None:
-    """Of the processor, not of the clock: the machine may be busy. The best of three."""
-    command = [sys.executable, "-c", SEARCH]
-    runs = (subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(3))
-    assert any(float(run.stdout) < 2 for run in runs)
+def test_five_thousand_combinations_are_searched_without_torch() -> None:
+    """How long that takes, benchmarks/search_speed.py says."""
+    subprocess.run([sys.executable, "-c", SEARCH], check=True)
