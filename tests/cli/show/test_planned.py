@@ -56,6 +56,17 @@ def test_every_phase_is_a_row_of_its_parts() -> None:
         assert row.endswith(f"{part.total_bytes / plan.budget_bytes:.0%}")
 
 
+def test_entries_that_transformers_has_not_are_the_arithmetics_in_its_one_pass() -> None:
+    plain = plan_of().recipe
+    narrow = replace(plain, execution=replace(plain.execution, kv_dtype="int8"))
+    one_pass = [
+        [line for line in shown(build_plan(recipe)).splitlines() if "prefill peaks at" in line]
+        for recipe in (plain, narrow)
+    ]
+    assert len(one_pass[0]) == 2
+    assert one_pass[0] == one_pass[1]
+
+
 def test_the_bar_is_as_long_as_the_share_and_goes_where_there_is_no_room() -> None:
     plan = plan_of(budget_bytes=1 << 60)
     half = plan_of(budget_bytes=2 * plan.peak_bytes)

@@ -177,9 +177,13 @@ def _count(number: int, noun: str) -> str:
 
 def _attention_lines(plan: Plan, calibration: Calibration | None) -> list[str]:
     """What the score matrix would do to the same request, read in one pass as transformers does.
-    Servers have formats that it does not."""
-    if plan.recipe.execution.engine not in ("ullage", "transformers"):
+    Servers have formats that it does not; KV entries in one of ours that it has not are then in the
+    arithmetic's."""
+    asked = plan.recipe.execution
+    if asked.engine not in ("ullage", "transformers"):
         return []
+    known = asked.kv_dtype in ENGINES["transformers"].kv_dtypes
+    kv_dtype = asked.kv_dtype if known else asked.dtype
     lines: list[str] = []
     if calibration is not None and calibration.engine != "transformers":
         calibration = None  # what transformers takes was not measured
@@ -190,7 +194,7 @@ def _attention_lines(plan: Plan, calibration: Calibration | None) -> list[str]:
     )
     for attention in ("eager", "sdpa"):
         execution = replace(
-            plan.recipe.execution, engine="transformers", attention=attention, prefill_chunk=0
+            asked, engine="transformers", kv_dtype=kv_dtype, attention=attention, prefill_chunk=0
         )
         recipe = replace(plan.recipe, execution=execution, techniques=chosen)
         other = build_plan(recipe, plan.budget_bytes, calibration)
