@@ -82,6 +82,24 @@ def test_padding_takes_no_blocks(tiny_model: TinyModel) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_padding_in_a_step_of_one_token_is_not_stored(family: str, tiny_model: TinyModel) -> None:
+    """Token by token, while one row's padding still goes on, and at first for all rows."""
+    model, spec = tiny_model(family)
+    mask = torch.ones(3, 20, dtype=torch.long)
+    mask[0, :2], mask[1, :5], mask[2, :19] = 0, 0, 0
+    ids = PROMPT.repeat(3, 1) * mask
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache, last = paged_cache(spec, sequences=3), torch.empty(0)
+    for at in range(20):
+        told = {"attention_mask": mask[:, : at + 1], "position_ids": positions[:, at : at + 1]}
+        last = paged(model)(ids[:, at : at + 1], **told, **cache_argument(model, cache)).logits
+    assert [row.length for row in cache.paged[0].rows] == [18, 15, 1]
+    for row, first in enumerate((2, 5, 19)):
+        alone = model(ids[row : row + 1, first:], **cache_argument(model, paged_cache(spec)))
+        torch.testing.assert_close(last[row, -1], alone.logits[0, -1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_chunks_of_a_prompt_are_one_pass(family: str, tiny_model: TinyModel) -> None:
     model, spec = tiny_model(family)
     whole = paged(model)(PROMPT, **cache_argument(model, paged_cache(spec))).logits

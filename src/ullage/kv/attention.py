@@ -1,17 +1,20 @@
 """The attention function and the mask function that transformers calls under the name "ullage"."""
 
 from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
+from ullage.kv.entries import stored
 from ullage.kv.kernels import Kernel, Piece, cpu, reference
-from ullage.kv.rows import NewTokens
+from ullage.kv.rows import Attend, NewTokens, Row
 
 if TYPE_CHECKING:
-    from ullage.kv.cache import PagedLayer
+    from ullage.kv.cache import Beside, PagedLayer
 
 NAME = "ullage"
 
@@ -51,27 +54,89 @@ def attention_forward(
     if layer is None:
         raise RuntimeError("attention 'ullage' reads a PagedCache: pass one with cache_argument")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = query.new_zeros((query.shape[0], query.shape[2], query.shape[1], query.shape[3]))
     kernel = kernel_for(query.device)
 
     def attend(queries: torch.Tensor, pieces: list[Piece]) -> torch.Tensor:
         return kernel(queries, pieces, scale, softcap)
 
-    new_tokens = query.shape[2]
-    real = None if attention_mask is None else attention_mask[:, -new_tokens:]
-    if real is not None and bool(real.all()):
-        real = None  # as when tokens are written
-    beside = layer.take_beside()
-    for index, row in enumerate(layer.rows_of_step(query.shape[0], new_tokens)):
-        told = (None if part is None else part[min(index, len(part) - 1)] for part in beside)
-        new = NewTokens(query[index], key[index], value[index], scale, *told)
-        if real is None:
-            output[index] = row.attend(new, attend).transpose(0, 1)
-            continue
-        tokens = real[index].nonzero()[:, 0]
-        if len(tokens):
-            output[index, tokens] = row.attend(new.at(tokens), attend).transpose(0, 1)
+    batch, _, new_tokens, _ = query.shape
+    real = _real_tokens(attention_mask, new_tokens)
+    step = _Step(query, key, value, scale, layer.take_beside(), real)
+    rows = layer.rows_of_step(batch, new_tokens)
+    output = step.together(rows, attend) if new_tokens == 1 else step.one_by_one(rows, attend)
     return output, None
+
+
+@dataclass(frozen=True)
+class _Step:
+    """The new tokens of a batch in one layer. `real` has, for each row, the places of those that
+    are no padding; None where none is."""
+
+    query: torch.Tensor  # [B, Hq, N, D]
+    keys: torch.Tensor  # [B, Hkv, N, D]
+    values: torch.Tensor  # [B, Hkv, N, D]
+    scale: float
+    beside: "Beside"
+    real: list[torch.Tensor] | None
+
+    def new(self, index: int) -> NewTokens:
+        """Of one row."""
+        told = (None if part is None else part[min(index, len(part) - 1)] for part in self.beside)
+        own = self.query[index], self.keys[index], self.values[index]
+        new = NewTokens(*own, self.scale, *told)
+        return new if self.real is None else new.at(self.real[index])
+
+    @property
+    def reading(self) -> list[int]:
+        """The rows that have a new token."""
+        return [at for at in range(len(self.query)) if self.real is None or len(self.real[at])]
+
+    def together(self, rows: list[Row], attend: Attend) -> torch.Tensor:
+        """A token a row, in one call of the kernel, for which they are further heads of one query:
+        [B, 1, Hq, D]."""
+        batch, heads, _, head_dim = self.query.shape
+        reading = self.reading
+        if not reading:
+            return self._zeros()
+        whole = len(reading) == batch
+        query, keys, values = (
+            (part if whole else part[reading]).flatten(0, 1)
+            for part in (self.query, self.keys, self.values)
+        )
+        taken = [rows[index].take(self.new(index), at * heads) for at, index in enumerate(reading)]
+        places, pieces = zip(*taken, strict=True)
+        pool = rows[0].pool
+        pool.store(list(chain(*places)), stored(keys, values, pool.dtype))
+        read = attend(query, list(chain(*pieces))).view(-1, 1, heads, head_dim)
+        if whole:
+            return read
+        output = self._zeros()
+        output[reading] = read
+        return output
+
+    def one_by_one(self, rows: list[Row], attend: Attend) -> torch.Tensor:
+        """Each row by itself, so that what is laid out for it is there once: [B, N, Hq, D]."""
+        output = self._zeros()
+        for index in self.reading:
+            places = slice(None) if self.real is None else self.real[index]
+            output[index, places] = rows[index].attend(self.new(index), attend).transpose(0, 1)
+        return output
+
+    def _zeros(self) -> torch.Tensor:
+        batch, heads, tokens, head_dim = self.query.shape
+        return self.query.new_zeros((batch, tokens, heads, head_dim))
+
+
+def _real_tokens(mask: torch.Tensor | None, new_tokens: int) -> list[torch.Tensor] | None:
+    """`_Step.real` by a mask as `attention_forward` gets it. Looked up once a step, as the device
+    is awaited for it: the layers are given the same mask."""
+    if mask is None:
+        return None
+    if not hasattr(mask, "ullage_real"):
+        real = mask[:, -new_tokens:].cpu()
+        places = [row.nonzero()[:, 0].to(mask.device) for row in real]
+        mask.ullage_real = None if bool(real.all()) else places  # type: ignore[attr-defined]
+    return mask.ullage_real  # type: ignore[attr-defined, no-any-return]
 
 
 def kernel_for(device: torch.device) -> Kernel:

@@ -6,13 +6,16 @@ plain views and nothing is ever gathered.
 """
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from ullage.errors import BudgetExceeded
 from ullage.kv.entries import Entries, room_for
+from ullage.kv.host import sent
+from ullage.specs.blocks import BLOCK_TOKENS
 
 
 @dataclass(frozen=True, order=True)
@@ -21,6 +24,13 @@ class Run:
 
     start: int
     count: int
+
+
+class Place(NamedTuple):
+    """Of one entry: slot number `slot`, from 0, of the blocks of `run`, one behind the other."""
+
+    run: Run
+    slot: int
 
 
 class Blocks(Protocol):
@@ -46,6 +56,9 @@ class Blocks(Protocol):
 
     def entries(self, run: Run) -> Entries:
         """K and V of a run, [count, BLOCK_TOKENS, D] each, where they lie."""
+
+    def store(self, places: Sequence[Place], entries: Entries) -> None:
+        """Copy `entries`, K and V [places, 1, D] in the format of the blocks, to `places`."""
 
 
 class KVPool:
@@ -94,6 +107,13 @@ class KVPool:
     def entries(self, run: Run) -> Entries:
         """See `Blocks`."""
         return self.blocks.each(lambda tensor: tensor[run.start : run.start + run.count])
+
+    def store(self, places: Sequence[Place], entries: Entries) -> None:
+        """See `Blocks`; one copy of each of K and V, however many places there are."""
+        slots = [run.start * BLOCK_TOKENS + slot for run, slot in places]
+        at = sent(torch.tensor(slots), self.blocks.keys.device)
+        for mine, new in zip(self.blocks.tensors, entries.tensors, strict=True):
+            mine.flatten(0, 1).index_copy_(0, at, new.squeeze(1))
 
     def take(self, count: int, multiple: int = 1) -> list[Run]:
         """`count` blocks in as few runs as the free space allows, each a multiple of `multiple`.
@@ -208,3 +228,9 @@ class HeapBlocks:
     def entries(self, run: Run) -> Entries:
         """See `Blocks`."""
         return self._runs[run]
+
+    def store(self, places: Sequence[Place], entries: Entries) -> None:
+        """See `Blocks`."""
+        for index, (run, slot) in enumerate(places):
+            for mine, new in zip(self._runs[run].tensors, entries.tensors, strict=True):
+                mine.flatten(0, 1)[slot] = new[index, 0]

@@ -7,15 +7,15 @@ matter to attention; a sliding layer overwrites its oldest entry in place.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
 
 import torch
 
 from ullage.errors import BudgetExceeded
 from ullage.kv.entries import Entries, side_by_side, stored
 from ullage.kv.kernels import Piece
-from ullage.kv.pool import Blocks, Run
+from ullage.kv.pool import Blocks, Place, Run
 from ullage.specs.blocks import BLOCK_TOKENS
 
 Attend = Callable[[torch.Tensor, list[Piece]], torch.Tensor]  # query and output [Hq, N, D]
@@ -41,6 +41,10 @@ class NewTokens:
         """Their entries, rounded as a pool of `dtype` stores them: what their own queries are shown
         too, so that results do not hang on the chunk size."""
         return stored(self.keys, self.values, dtype)
+
+    def heads(self, first: int) -> slice:
+        """As many query heads as there are, from `first` on."""
+        return slice(first, first + self.query.shape[0])
 
     def part(self, start: int, stop: int) -> "NewTokens":
         """The tokens from `start` up to `stop`, as views."""
@@ -138,6 +142,18 @@ class Slots:
                 written += count
             first += segment.slots
 
+    def places(self, slot: int) -> list[Place]:
+        """Where the entries of one slot lie, one for each KV head."""
+        first = 0  # the segment's first slot
+        for segment in self.segments:
+            if slot < first + segment.slots:
+                return [
+                    Place(segment.run, at)
+                    for at in range(slot - first, segment.slots * self.num_kv_heads, segment.slots)
+                ]
+            first += segment.slots
+        raise IndexError(f"slot {slot} of {first}")
+
     def read(self, start: int, stop: int) -> list[Piece]:
         """The slots from `start` up to `stop`, as views."""
         pieces, first = [], 0  # the segment's first slot
@@ -149,8 +165,18 @@ class Slots:
         return pieces
 
 
+class Taken(NamedTuple):
+    """Room for one token: where the entry of each KV head is to go, and what the query attends to
+    once it is there, until the next token."""
+
+    places: list[Place]
+    pieces: list[Piece]
+
+
 class Row(ABC):
-    """One sequence in one layer."""
+    """One sequence in one layer, its blocks from `pool`."""
+
+    pool: Blocks
 
     @property
     @abstractmethod
@@ -166,8 +192,21 @@ class Row(ABC):
         """
 
     @abstractmethod
+    def take(self, new: NewTokens, first_head: int = 0) -> Taken:
+        """Make room for the entries of one token. Its query's heads are those from `first_head` on
+        of all that are asked about at once."""
+
+    @abstractmethod
+    def attend_chunk(self, new: NewTokens, attention: Attend) -> torch.Tensor:
+        """Store the entries of several tokens and let their queries attend: [Hq, N, D]."""
+
     def attend(self, new: NewTokens, attention: Attend) -> torch.Tensor:
-        """Store the entries of `new` and let its queries attend: [Hq, N, D]."""
+        """Either, by how many `new` are."""
+        if len(new) > 1:
+            return self.attend_chunk(new, attention)
+        taken = self.take(new)
+        self.pool.store(taken.places, new.stored(self.pool.dtype))
+        return attention(new.query, taken.pieces)
 
     @abstractmethod
     def copy(self) -> Self:
@@ -186,7 +225,7 @@ class FullRow(Row):
     """Full attention: all entries are kept; entry p lies in slot p."""
 
     def __init__(self, pool: Blocks, num_kv_heads: int) -> None:
-        self.slots, self._length = Slots(pool, num_kv_heads), 0
+        self.pool, self.slots, self._length = pool, Slots(pool, num_kv_heads), 0
 
     @property
     def length(self) -> int:
@@ -195,17 +234,22 @@ class FullRow(Row):
     def reserve(self, tokens: int) -> None:
         self.slots.reserve(tokens)
 
-    def attend(self, new: NewTokens, attention: Attend) -> torch.Tensor:
-        past, tokens = self._length, len(new)
-        self.slots.grow(past + tokens)
-        self._length += tokens
-        dtype = self.slots.pool.dtype
-        if tokens == 1:
-            self.slots.write(past, new.stored(dtype))
-            return attention(new.query, self.slots.read(0, self._length))
-        own = new.stored(dtype)
+    def attend_chunk(self, new: NewTokens, attention: Attend) -> torch.Tensor:
+        past, own = self._grow(len(new)), new.stored(self.pool.dtype)
         self.slots.write(past, own)
         return attention(new.query, [*self.slots.read(0, past), Piece.of(own, causal=True)])
+
+    def take(self, new: NewTokens, first_head: int = 0) -> Taken:
+        slot = self._grow(1)
+        pieces = self.slots.read(0, self._length)
+        return Taken(self.slots.places(slot), seen_by(new.heads(first_head), pieces))
+
+    def _grow(self, tokens: int) -> int:
+        """Room for more: the first slot."""
+        past = self._length
+        self.slots.grow(past + tokens)
+        self._length += tokens
+        return past
 
     def copy(self) -> Self:
         twin = copy(self)
@@ -246,6 +290,12 @@ class Ring:
         self.slots.release()
         self.length = 0
 
+    def take(self) -> list[Place]:
+        """Room for one more, over the oldest: where it goes."""
+        self.slots.grow(min(self.length + 1, self.window), self.window)
+        self.length += 1
+        return self.slots.places((self.length - 1) % self.window)
+
     def write(self, entries: Entries) -> None:
         """Store new entries over the oldest."""
         new = len(entries)
@@ -278,7 +328,7 @@ class SlidingRow(Row):
     """A query sees the `window` newest entries up to its own."""
 
     def __init__(self, pool: Blocks, num_kv_heads: int, window: int) -> None:
-        self.ring = Ring(Slots(pool, num_kv_heads), window)
+        self.pool, self.ring = pool, Ring(Slots(pool, num_kv_heads), window)
 
     @property
     def length(self) -> int:
@@ -287,10 +337,11 @@ class SlidingRow(Row):
     def reserve(self, tokens: int) -> None:
         self.ring.reserve(tokens)
 
-    def attend(self, new: NewTokens, attention: Attend) -> torch.Tensor:
-        if len(new) == 1:
-            self.ring.write(new.stored(self.ring.slots.pool.dtype))
-            return attention(new.query, self.ring.read())
+    def take(self, new: NewTokens, first_head: int = 0) -> Taken:
+        places = self.ring.take()
+        return Taken(places, seen_by(new.heads(first_head), self.ring.read()))
+
+    def attend_chunk(self, new: NewTokens, attention: Attend) -> torch.Tensor:
         keys, values = self._laid_out(new)
         mask = _band(len(new), keys.shape[1], self.ring.window, keys.device)
         return attention(new.query, [Piece(keys, values, mask=mask)])
@@ -299,7 +350,7 @@ class SlidingRow(Row):
         """Store the entries of `new`: K and V, [Hkv, past + N, D] each, of the window before them
         and of them."""
         past = self.ring.between(self.ring.first, self.length)
-        own = new.stored(self.ring.slots.pool.dtype)
+        own = new.stored(self.pool.dtype)
         laid_out = side_by_side([*past, own], new.keys.dtype)
         self.ring.write(own)
         return laid_out
@@ -311,6 +362,11 @@ class SlidingRow(Row):
 
     def release(self) -> None:
         self.ring.release()
+
+
+def seen_by(heads: slice, pieces: list[Piece]) -> list[Piece]:
+    """`pieces` that the query heads `heads` see."""
+    return [replace(piece, heads=heads) for piece in pieces]
 
 
 def _band(queries: int, keys: int, window: int, device: torch.device) -> torch.Tensor:

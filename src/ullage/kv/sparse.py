@@ -10,6 +10,7 @@ entries are kept however a prompt is cut into chunks.
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
+from itertools import chain
 from typing import Protocol, Self
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from ullage.kv.entries import Entries, side_by_side
 from ullage.kv.kernels import Piece
 from ullage.kv.pool import Blocks
-from ullage.kv.rows import Attend, NewTokens, Ring, Row, Slots
+from ullage.kv.rows import Attend, NewTokens, Ring, Row, Slots, Taken, seen_by
 from ullage.specs.survivors import SPAN_TOKENS, Survival
 
 Flags = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
@@ -116,18 +117,17 @@ class SparseHead:
         self._stays = np.concatenate([self._stays[first - self._since :], stays])
         self._since = first
 
-    def take(self, own: Entries, heads: slice) -> list[Piece]:
-        """Store one entry in the slot of the one that leaves, and return what the query heads
-        `heads` of its token attend to."""
+    def take(self, heads: slice) -> Taken:
+        """Room for one entry in the slot of the one that leaves; `heads` are the query heads that
+        attend."""
         ring = self.ring
         leaving = ring.length - ring.window
         if leaving >= 0 and self._stays[leaving - self._since]:
             self.survivors.append(ring.between(leaving, leaving + 1)[0])
-        ring.write(own)
-        if sum(map(len, self._pieces)) != self.held:
-            pieces = self.slots.read(0, self.held)
-            self._pieces = [replace(piece, heads=heads) for piece in pieces]
-        return self._pieces
+        places = ring.take()
+        if sum(map(len, self._pieces)) != self.held or self._pieces[0].heads != heads:
+            self._pieces = seen_by(heads, self.slots.read(0, self.held))
+        return Taken(places, self._pieces)
 
     def pieces(self, own: Entries) -> list[Piece]:
         """What the queries of new entries attend to before those are stored: survivors and window
@@ -190,7 +190,7 @@ class SparseRow(Row):
     def __init__(
         self, pool: Blocks, survivals: Sequence[Survival], scorer: Scorer, lag: int = 0
     ) -> None:
-        self.heads = [SparseHead(pool, survival) for survival in survivals]
+        self.pool, self.heads = pool, [SparseHead(pool, survival) for survival in survivals]
         self.every, self.lag = survivals[0].every, lag
         self.scorer = scorer
 
@@ -222,40 +222,36 @@ class SparseRow(Row):
         for head in self.heads:
             head.release()
 
-    def attend(self, new: NewTokens, attention: Attend) -> torch.Tensor:
+    def attend_chunk(self, new: NewTokens, attention: Attend) -> torch.Tensor:
         """A span at a time, so that masks do not grow with the prompt."""
-        if len(new) == 1:
-            return self._attend_one(new, attention)
         for head in self.heads:
             head.grow(self.length + len(new))
         starts = range(0, len(new), SPAN_TOKENS)
         parts = [self._attend_span(new.part(at, at + SPAN_TOKENS), attention) for at in starts]
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
-    def _attend_one(self, new: NewTokens, attention: Attend) -> torch.Tensor:
-        own = self._by_head(new)
-        self._decide(new, own)
-        pieces = [
-            piece
-            for head, entries, heads in zip(self.heads, own, self._seeing(new), strict=True)
-            for piece in head.take(entries, heads)
-        ]
-        return attention(new.query, pieces)
+    def take(self, new: NewTokens, first_head: int = 0) -> Taken:
+        self._decide(new)
+        seeing = self._seeing(new.heads(first_head))
+        taken = [head.take(heads) for head, heads in zip(self.heads, seeing, strict=True)]
+        places, pieces = zip(*taken, strict=True)
+        return Taken(list(chain(*places)), list(chain(*pieces)))
 
     def _attend_span(self, new: NewTokens, attention: Attend) -> torch.Tensor:
         own = self._by_head(new)
-        self._decide(new, own)
+        self._decide(new)
+        seeing = self._seeing(new.heads(0))
         pieces = [
-            replace(piece, heads=heads)
-            for head, entries, heads in zip(self.heads, own, self._seeing(new), strict=True)
-            for piece in head.pieces(entries)
+            piece
+            for head, entries, heads in zip(self.heads, own, seeing, strict=True)
+            for piece in seen_by(heads, head.pieces(entries))
         ]
         output = attention(new.query, pieces)
         for head, entries in zip(self.heads, own, strict=True):
             head.store(entries)
         return output
 
-    def _decide(self, new: NewTokens, own: list[Entries]) -> None:
+    def _decide(self, new: NewTokens) -> None:
         """At each place of decision that `new` reaches, whoever is undecided before it."""
         every, lag = self.every, self.lag
         decided = max(0, self.length - lag) // every * every
@@ -264,7 +260,7 @@ class SparseRow(Row):
         if not ends:
             self.scorer.see(new)
             return
-        keys, values = self._undecided(waiting, own, new.keys.dtype)
+        keys, values = self._undecided(waiting, new)
         seen = 0
         for end in ends:
             self.scorer.see(new.part(seen, end + lag - waiting))
@@ -284,26 +280,23 @@ class SparseRow(Row):
         for head, places, count in zip(self.heads, worthiest, counts, strict=True):
             head.decide(start, end, places[:count])
 
-    def _undecided(
-        self, waiting: int, own: list[Entries], dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _undecided(self, waiting: int, new: NewTokens) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values, [Hkv, waiting + N, D] each, of the entries that wait for a decision and
         of the new ones."""
         laid_out = [
-            side_by_side([*head.newest(waiting), entries], dtype)
-            for head, entries in zip(self.heads, own, strict=True)
+            side_by_side([*head.newest(waiting), entries], new.keys.dtype)
+            for head, entries in zip(self.heads, self._by_head(new), strict=True)
         ]
         keys, values = zip(*laid_out, strict=True)
         return torch.cat(keys), torch.cat(values)
 
     def _by_head(self, new: NewTokens) -> list[Entries]:
         """The entries that are new to each head."""
-        own = new.stored(self.heads[0].slots.pool.dtype)
+        own = new.stored(self.pool.dtype)
         apart = (tensor.chunk(len(self.heads)) for tensor in own.tensors)
         return [Entries(*tensors) for tensors in zip(*apart, strict=True)]
 
-    def _seeing(self, new: NewTokens) -> list[slice]:
-        """The query heads that each KV head serves."""
-        heads = new.query.shape[0]
-        group = heads // len(self.heads)
-        return [slice(at, at + group) for at in range(0, heads, group)]
+    def _seeing(self, heads: slice) -> list[slice]:
+        """Which of the query heads `heads` each KV head serves."""
+        group = (heads.stop - heads.start) // len(self.heads)
+        return [slice(at, at + group) for at in range(heads.start, heads.stop, group)]

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 
+from ullage.kv.host import sent
 from ullage.kv.kernels import Piece, reference
 from ullage.kv.kernels.triton_code import FORMATS, attend_split, join_splits
 from ullage.kv.kernels.triton_work import Work, work_of
@@ -31,9 +32,7 @@ def attend(
     if not pieces:
         raise ValueError("attention over no entries at all")
     work = work_of(query, pieces)
-    numbers = torch.from_numpy(work.numbers)
-    if query.is_cuda:
-        numbers = numbers.pin_memory().to(query.device, non_blocking=True)
+    numbers = sent(torch.from_numpy(work.numbers), query.device)
     hiding = any(piece.causal or piece.mask is not None for piece in pieces)
     partial, lse = _attend_splits(query, work, numbers, hiding, scale, softcap)
     output = torch.empty_like(query, memory_format=torch.contiguous_format)

@@ -1,8 +1,8 @@
 """What ullage's own attention holds at its fullest: `kv/rows.py` lays entries out, `kv/kernels`
 read them.
 
-Letters as in the field: N new tokens of one sequence, T stored ones. Rows of a batch go one after
-the other; prompts are read one at a time.
+Letters as in the field: N new tokens of one sequence, T stored ones. Prompts are read one at a
+time; the sequences of a batch that write a token each go together.
 """
 
 from dataclasses import dataclass
@@ -60,9 +60,14 @@ class _Attention:
         return self.step.new_tokens if self.step.phase == "prefill" else 1
 
     @property
+    def together(self) -> int:
+        """Sequences in one call of the kernel."""
+        return 1 if self.step.phase == "prefill" else self.step.new_tokens
+
+    @property
     def rows(self) -> int:
         """Queries of all heads."""
-        return self.model.num_heads * self.queries
+        return self.model.num_heads * self.queries * self.together
 
     @property
     def laid_out(self) -> bool:
@@ -100,10 +105,11 @@ class _Attention:
     def _row_bytes(self, kernel_bytes: int) -> int:
         """What the row lays out for the kernel, and the kernel's own scratch."""
         execution = self.step.execution
-        new = self.queries * entry_bytes(self.model, self.cache.width, execution.kv_dtype)
+        tokens = self.queries * self.together
+        new = tokens * entry_bytes(self.model, self.cache.width, execution.kv_dtype)
         rounded = new if execution.kv_dtype != execution.dtype else 0
         if not self.laid_out:
-            return kernel_bytes + (rounded if self.queries > 1 else 0)
+            return kernel_bytes + rounded
         band = self.queries * self.entries
         span = self.entries * self.cache.width * self.number_bytes
         return span + max(band + max(kernel_bytes, band), rounded)
@@ -143,7 +149,7 @@ class _Attention:
     def _split(self) -> int:
         """Of kernels/triton.py: the splits' outputs and log-sum-exps in fp32, what is joined, and
         the list of the work."""
-        heads, head_dim = self.model.num_kv_heads, self.model.head_dim
+        heads, head_dim = self.model.num_kv_heads * self.together, self.model.head_dim
         rows = self.rows // heads
         split_rows = rows_of_splits(rows, heads * self.entries, heads)
         work = (2 * 12 * heads + 5 * (split_rows // rows) + heads + 1) * 8
