@@ -10,7 +10,7 @@ import torch
 from ullage.kv import kernels
 from ullage.kv.attention import kernel_for
 from ullage.kv.entries import stored
-from ullage.kv.kernels import Joined, Kernel, Piece, cpu, reference
+from ullage.kv.kernels import Joined, Kernel, Piece, cpu, reference, threads
 from ullage.specs.tiles import TILE_TOKENS, tile_scores
 
 KERNELS: dict[str, Kernel] = {"reference": reference.attend, "cpu": cpu.attend}
@@ -269,6 +269,29 @@ def test_two_sequences_at_once_are_each_alone(kernel: Kernel, softcap: float | N
     for mine, span in zip(parts, spans, strict=True):
         expected = by_hand(query[span], mine, softcap)
         torch.testing.assert_close(output[span].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_heads_on_several_threads_are_as_on_one(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Heads of different lengths, one of more than a tile, one in two pieces."""
+    tokens = [3000, 700, 1, 1500]
+    pieces = [
+        replace(piece(2 * at, count, 1, dtype), heads=slice(3 * at, 3 * at + 3))
+        for at, count in enumerate(tokens)
+    ]
+    pieces.insert(1, replace(piece(20, 40, 1, dtype), heads=pieces[0].heads))
+    query = entries(1, 12, 1, 8)
+    shared = []
+    monkeypatch.setattr(threads, "count", lambda calls: shared.append(calls) or 2)
+    together = cpu.attend(query, pieces, SCALE)
+    assert shared == [4]
+    monkeypatch.setattr(threads, "count", lambda calls: 1)
+    torch.testing.assert_close(together, cpu.attend(query, pieces, SCALE))
+    expected = reference.attend(query, pieces, SCALE)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(together, expected, atol=tolerance, rtol=tolerance)
 
 
 def test_each_device_has_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

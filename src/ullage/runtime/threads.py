@@ -7,12 +7,13 @@ take 0.6 to 1.1 s when waiting threads give way soon.
 """
 
 import os
+import sys
 
 _TURNS = 1000  # some microseconds: longer than the gaps inside a forward pass
 
 
 def give_way() -> None:
-    """Let waiting threads sleep soon, unless the environment says how they are to wait. Before
-    torch is imported, whose OpenMP reads it then."""
-    if "OMP_WAIT_POLICY" not in os.environ:
+    """Let waiting threads sleep soon, unless the environment says how they are to wait. For
+    nothing once torch is imported, whose OpenMP reads it then."""
+    if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(_TURNS))

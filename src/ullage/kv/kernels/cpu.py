@@ -10,8 +10,12 @@ from operator import attrgetter
 
 import torch
 
-from ullage.kv.kernels import Joined, Piece, reference
-from ullage.specs.tiles import TILE_TOKENS
+from ullage.kv.kernels import Joined, Piece, reference, threads
+from ullage.specs.tiles import LEAST_TILE_TOKENS, TILE_TOKENS
+
+_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+# Entries, each KV head's counted: for fewer, threads of ours cost more than they bring
+SHARED_TOKENS = 4096
 
 
 def attend(
@@ -20,15 +24,34 @@ def attend(
     """See `ullage.kv.kernels.Kernel`."""
     if softcap is not None:  # the flash kernel has no cap
         return reference.attend(query, pieces, scale, softcap)
-    tiles = [tile for piece in pieces for tile in _tiles(query, piece)]
-    apart = [(heads, list(own)) for heads, own in groupby(tiles, attrgetter("heads"))]
+    apart = [(heads, list(own)) for heads, own in groupby(pieces, attrgetter("heads"))]
     if _side_by_side([heads for heads, _ in apart], query.shape[0]):
-        return torch.cat([_joined(query[heads], own, scale) for heads, own in apart])
+        return torch.cat(_each(query, apart, scale))
     joined = Joined(query)
-    for tile in tiles:
-        seeing = query if tile.heads is None else query[tile.heads]
-        joined.add(tile.heads, *_flash(seeing, tile, scale))
+    for piece in pieces:
+        seeing = query if piece.heads is None else query[piece.heads]
+        for tile in _tiles(query, piece, TILE_TOKENS):
+            output, lse = _flash(seeing, tile, scale)
+            joined.add(piece.heads, output.float(), lse)
     return joined.output
+
+
+def _each(
+    query: torch.Tensor, apart: list[tuple[slice, list[Piece]]], scale: float
+) -> list[torch.Tensor]:
+    """Attention of some query heads after others, each over pieces of their own. A single token's
+    are too little to be shared out one by one."""
+    sizes = [sum(piece.keys.shape[0] * len(piece) for piece in own) for _, own in apart]
+    among = threads.count(len(apart)) if query.shape[1] == 1 and sum(sizes) >= SHARED_TOKENS else 1
+    tile_tokens = max(LEAST_TILE_TOKENS, TILE_TOKENS // among)  # so that all have a tile's scratch
+
+    def attended(index: int) -> torch.Tensor:
+        heads, own = apart[index]
+        return _attend_all(query[heads], own, scale, tile_tokens)
+
+    if among > 1:
+        return threads.side_by_side(attended, sizes, among)
+    return [attended(index) for index in range(len(apart))]
 
 
 def _side_by_side(spans: list[slice | None], heads: int) -> bool:
@@ -41,32 +64,37 @@ def _side_by_side(spans: list[slice | None], heads: int) -> bool:
     return end == heads
 
 
-def _joined(query: torch.Tensor, tiles: list[Piece], scale: float) -> torch.Tensor:
-    """Attention of `query`, all of whose heads see all of `tiles`."""
+def _attend_all(
+    query: torch.Tensor, pieces: list[Piece], scale: float, tile_tokens: int
+) -> torch.Tensor:
+    """Attention of `query`, all of whose heads see all of `pieces`."""
+    tiles = [tile for piece in pieces for tile in _tiles(query, piece, tile_tokens)]
+    if len(tiles) == 1:
+        return _flash(query, tiles[0], scale)[0]
     joined = Joined(query)
     for tile in tiles:
-        joined.add(None, *_flash(query, tile, scale))
+        output, lse = _flash(query, tile, scale)
+        joined.add(None, output.float(), lse)
     return joined.output
 
 
 def _flash(query: torch.Tensor, tile: Piece, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output [Hq, N, D] in fp32 and log-sum-exp [Hq, N] over one tile, read in the query's
-    format."""
+    """Output [Hq, N, D] and log-sum-exp [Hq, N] over one tile, read in the query's format."""
     bias = None if tile.mask is None else _bias(tile.mask, query.dtype)
-    packed = query
+    packed = query.unsqueeze(0)
     if query.shape[1] == 1 and bias is None:
         # a group's heads as queries of one head: their K and V are read once, in bf16 seven times
         # as fast
-        packed = query.reshape(tile.keys.shape[0], -1, query.shape[2])  # [Hkv, G, D]
-    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        packed[None],
-        tile.keys_in(query.dtype)[None],
-        tile.values_in(query.dtype)[None],
+        packed = query.view(1, tile.keys.shape[0], -1, query.shape[2])  # [1, Hkv, G, D]
+    output, lse = _ATTENTION(
+        packed,
+        tile.keys_in(query.dtype).unsqueeze(0),
+        tile.values_in(query.dtype).unsqueeze(0),
         is_causal=tile.causal and query.shape[1] > 1,
         attn_mask=bias,
         scale=scale,
     )
-    return output[0].float().view(query.shape), lse[0].reshape(query.shape[:2])
+    return output.view(query.shape), lse.reshape(query.shape[:2])
 
 
 def _bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -75,11 +103,10 @@ def _bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return mask.to(dtype).log_().clamp_(min=torch.finfo(dtype).min / 2)
 
 
-def _tiles(query: torch.Tensor, piece: Piece) -> list[Piece]:
-    """The piece as views: whole where it is in the query's format, else as much as may be converted
-    at once. What has a mask is no longer than a chunk and its window."""
+def _tiles(query: torch.Tensor, piece: Piece, most: int) -> list[Piece]:
+    """The piece as views: whole where it is in the query's format, else `most` entries, which are
+    converted at once. What has a mask is no longer than a chunk and its window."""
     if piece.keys.dtype == query.dtype or piece.causal or piece.mask is not None:
         return [piece]
-    starts = range(0, len(piece), TILE_TOKENS)
-    parts = [piece.part(slice(start, start + TILE_TOKENS)) for start in starts]
+    parts = [piece.part(slice(at, at + most)) for at in range(0, len(piece), most)]
     return [replace(Piece.of(part), heads=piece.heads) for part in parts]
