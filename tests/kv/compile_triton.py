@@ -22,11 +22,14 @@ ATTEND = {
 }  # fmt: skip
 CHUNK = ATTEND | {"ROWS": 64, "HIDING": True, "CAPPED": True}
 INT8 = {"STORED": FORMATS[torch.int8]}
+FP8 = {"STORED": FORMATS[torch.float8_e4m3fn]}
 CASES = {
     "decode": (attend_split, ATTEND),
     "chunk": (attend_split, CHUNK),
     "decode int8": (attend_split, ATTEND | INT8),
     "chunk int8": (attend_split, CHUNK | INT8),
+    "decode fp8": (attend_split, ATTEND | FP8),
+    "chunk fp8": (attend_split, CHUNK | FP8),
     "join": (join_splits, {"D": 128, "WIDTH": 128}),
 }
 POINTERS = {

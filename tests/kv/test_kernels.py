@@ -89,19 +89,24 @@ def test_one_token_over_its_past(
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
-@pytest.mark.parametrize("query_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("query_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("queries", [1, 7])
-def test_entries_in_int8(
-    kernel: Kernel, queries: int, query_dtype: torch.dtype, softcap: float | None
+@pytest.mark.parametrize("stored_dtype", [torch.int8, torch.float8_e4m3fn])
+def test_entries_with_scales(
+    kernel: Kernel,
+    stored_dtype: torch.dtype,
+    queries: int,
+    query_dtype: torch.dtype,
+    softcap: float | None,
 ) -> None:
     """Around tiles, under a mask, of some heads alone, and beside entries of another format."""
     query = entries(1, 4, queries, 8).to(query_dtype)
     mask = torch.arange(12)[None, :] % 3 < 2 + torch.arange(queries)[:, None] % 2
     pieces = [
-        piece(2, TILE_TOKENS + 1, dtype=torch.int8),
-        piece(4, 12, dtype=torch.int8, mask=mask),
+        piece(2, TILE_TOKENS + 1, dtype=stored_dtype),
+        piece(4, 12, dtype=stored_dtype, mask=mask),
         piece(6, 5, dtype=query_dtype),
-        piece(8, queries, dtype=torch.int8, causal=True),
+        piece(8, queries, dtype=stored_dtype, causal=True),
     ]
     check(kernel, query, pieces, softcap)
     halves = [
@@ -112,6 +117,17 @@ def test_entries_in_int8(
     torch.testing.assert_close(
         kernel(query, halves, SCALE, softcap), kernel(query, pieces, SCALE, softcap)
     )
+
+
+def test_every_number_of_fp8_is_read(kernel: Kernel) -> None:
+    """Subnormals, both zeros and both signs, by a token that sees one entry, whose V it copies."""
+    bits = torch.arange(256, dtype=torch.uint8)
+    bits = bits[bits & 0x7F != 0x7F]  # NaN, which entries do not hold
+    values = bits.view(torch.float8_e4m3fn).view(1, 1, -1)
+    scales = torch.full((1, 1), 2.0**-5, dtype=torch.bfloat16)
+    part = Piece(values, values, scales, scales)
+    output = kernel(torch.zeros(1, 1, len(bits)), [part], SCALE, None)
+    torch.testing.assert_close(output, values.float() / 32, atol=0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])

@@ -43,7 +43,7 @@ class Table:
 
     def scores(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         assert keys.is_floating_point()
-        torch.testing.assert_close(keys[:, :, 0], values[:, :, 0], atol=0.05, rtol=0)
+        torch.testing.assert_close(keys[:, :, 0], values[:, :, 0], atol=0.05, rtol=1 / 8)
         start, self.asked = self.asked, self.asked + keys.shape[1]
         self.lags.add(self.seen - self.asked)
         return self.worth[:, start : self.asked].clone()
@@ -154,14 +154,17 @@ def test_the_same_entries_stay_however_the_prompt_is_cut(sizes: list[int]) -> No
 
 @pytest.mark.parametrize("survivals", [ALIKE[1], ALIKE[10], UNLIKE[1]], ids=str)
 @pytest.mark.parametrize("sizes", [[1], [LONG], [40, 1, 13]], ids=str)
-def test_int8_entries_survive_to_the_bit(survivals: list[Survival], sizes: list[int]) -> None:
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_entries_with_scales_survive_to_the_bit(
+    survivals: list[Survival], sizes: list[int], dtype: torch.dtype
+) -> None:
     """On whichever way from the window: as the whole, rounded once."""
     new, worth = tokens_of(LONG), worth_of(LONG)
-    rounded = stored(new.keys, new.values, torch.int8)
+    rounded = stored(new.keys, new.values, dtype)
     real = replace(
         new, keys=rounded.keys_in(torch.float32), values=rounded.values_in(torch.float32)
     )
-    row = SparseRow(HeapBlocks(DIM, torch.int8, "cpu"), survivals, Table(worth))
+    row = SparseRow(HeapBlocks(DIM, dtype, "cpu"), survivals, Table(worth))
     output = fed(row, new, sizes)
     expected = by_hand(real, worth, survivals)
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)

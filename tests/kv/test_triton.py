@@ -19,6 +19,8 @@ from ullage.kv.kernels.triton_work import Work, work_of
 from ullage.specs.tiles import LEAST_SPLIT_TOKENS, SPLIT_PROGRAMS, rows_of_splits, split_rows
 
 HEAD_DIM = 8
+STORED = [torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn]
+CASES = [f"{step}{of}" for step in ("decode", "chunk") for of in ("", " int8", " fp8")]
 
 
 def some(generator: torch.Generator, *shape: int) -> torch.Tensor:
@@ -37,7 +39,7 @@ def attentions(draw: st.DrawFn) -> tuple[torch.Tensor, list[Piece]]:
     for _ in range(draw(st.integers(0, 4))):
         tokens = draw(st.sampled_from([0, 1, 16, 130, 300]))
         own = draw(st.none() | st.integers(0, kv_heads - 1))
-        dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.int8]))
+        dtype = draw(st.sampled_from(STORED))
         shape = (tokens + 3, kv_heads if own is None else 1, dims)
         numbers = (some(generator, *shape).transpose(0, 1) for _ in range(2))
         entries = stored(*numbers, dtype).part(slice(3, None))
@@ -146,7 +148,7 @@ def test_entries_off_a_boundary_of_16_bytes_are_not_read_as_if_on_one() -> None:
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("case", ["decode", "chunk", "decode int8", "chunk int8", "join"])
+@pytest.mark.parametrize("case", [*CASES, "join"])
 @pytest.mark.parametrize("capability", ["80", "90"])
 def test_it_compiles_for_a_gpu(case: str, capability: str, tmp_path: Path) -> None:
     """To machine code of an A100 and an H100, with their matrix instructions, and entries copied 16

@@ -1,8 +1,8 @@
 """Entries: what tokens leave in the cache, in the format in which a pool stores it.
 
-Of int8 numbers those of one token's K in one KV head, and likewise of its V, share a scale: the
-largest stands for 127. Rounding happens once, when entries are made; from then on they are copied
-as they are.
+Of int8 and fp8 (e4m3) numbers those of one token's K in one KV head, and likewise of its V, share a
+scale: the largest stands for 127 or 448, the most that the format has. Rounding happens once, when
+entries are made; from then on they are copied as they are.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,13 +14,13 @@ from ullage.specs.blocks import BLOCK_TOKENS
 
 # As wide as fp32 in range, so that no scale overflows; and exact in bf16 arithmetic.
 _SCALE = torch.bfloat16
-_MOST = 127
+_MOST = {torch.int8: 127, torch.float8_e4m3fn: 448}
 
 
 @dataclass(frozen=True)
 class Entries:
-    """K and V of T tokens, [Hkv, T, D] each; numbers in int8 have scales, [Hkv, T], that they are
-    to be multiplied by."""
+    """K and V of T tokens, [Hkv, T, D] each; numbers in int8 and fp8 have scales, [Hkv, T], that
+    they are to be multiplied by."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -45,6 +45,16 @@ class Entries:
         """Some of the tokens, of some of the KV heads, as views."""
         return self.each(lambda tensor: tensor[heads, tokens])
 
+    def at(self, tokens: torch.Tensor) -> "Entries":
+        """Copies of the tokens at indices, [R]; of fp8 its bytes, as CUDA looks up no fp8."""
+
+        def chosen(tensor: torch.Tensor) -> torch.Tensor:
+            is_fp8 = tensor.dtype == torch.float8_e4m3fn
+            bits = tensor.view(torch.uint8) if is_fp8 else tensor
+            return bits[:, tokens].view(tensor.dtype)
+
+        return self.each(chosen)
+
     def keys_in(self, dtype: torch.dtype) -> torch.Tensor:
         """K as real numbers, [Hkv, T, D]; not a copy where it is in `dtype` already."""
         return _widened(self.keys, self.key_scales, dtype)
@@ -58,7 +68,7 @@ def room_for(blocks: int, head_dim: int, dtype: torch.dtype, device: torch.devic
     """Memory for `blocks` blocks, [blocks, BLOCK_TOKENS, D]; what is in it is of no meaning."""
     shape = (blocks, BLOCK_TOKENS)
     numbers = [torch.empty(*shape, head_dim, dtype=dtype, device=device) for _ in range(2)]
-    if dtype != torch.int8:
+    if dtype not in _MOST:
         return Entries(*numbers)
     scales = [torch.empty(shape, dtype=_SCALE, device=device) for _ in range(2)]
     return Entries(*numbers, *scales)
@@ -66,9 +76,9 @@ def room_for(blocks: int, head_dim: int, dtype: torch.dtype, device: torch.devic
 
 def stored(keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> Entries:
     """Real numbers, [Hkv, T, D] each, rounded as a pool of `dtype` stores them."""
-    if dtype != torch.int8:
+    if dtype not in _MOST:
         return Entries(keys.to(dtype), values.to(dtype))
-    (keys, key_scales), (values, value_scales) = _quantized(keys), _quantized(values)
+    (keys, key_scales), (values, value_scales) = (_quantized(x, dtype) for x in (keys, values))
     return Entries(keys, values, key_scales, value_scales)
 
 
@@ -86,12 +96,15 @@ def side_by_side(parts: Sequence[Entries], dtype: torch.dtype) -> tuple[torch.Te
     return keys, values
 
 
-def _quantized(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """In int8, and the scales."""
+def _quantized(numbers: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """In `dtype`, and the scales."""
+    most = _MOST[dtype]
     largest = numbers.abs().amax(-1).float()
-    scales = (largest / _MOST).clamp_(min=torch.finfo(_SCALE).tiny).to(_SCALE)
-    steps = torch.div(numbers, scales[..., None].float()).round_().clamp_(-_MOST, _MOST)
-    return steps.to(torch.int8), scales
+    scales = (largest / most).clamp_(min=torch.finfo(_SCALE).tiny).to(_SCALE)
+    steps = torch.div(numbers, scales[..., None].float()).clamp_(-most, most)
+    if dtype == torch.int8:
+        steps.round_()  # where fp8 is rounded as it is made, int8 would be cut off
+    return steps.to(dtype), scales
 
 
 def _widened(

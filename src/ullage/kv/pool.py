@@ -1,6 +1,6 @@
 """KVPool: fixed-size blocks with one owner of their bytes.
 
-A block holds K and V of `BLOCK_TOKENS` tokens for one KV head, int8 with its scales. Blocks are
+A block holds K and V of `BLOCK_TOKENS` tokens for one KV head, int8 and fp8 with scales. Blocks are
 handed out as runs, as few and as long as the free space allows, so that attention reads them as
 plain views and nothing is ever gathered.
 """

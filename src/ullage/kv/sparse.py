@@ -162,7 +162,7 @@ class SparseHead:
         stop = at + len(leaving)
         place = torch.from_numpy(self._staying(at, stop).nonzero()[0]).to(leaving.keys.device)
         if len(place):
-            self.survivors.append(leaving.each(lambda tensor: tensor[:, place]))
+            self.survivors.append(leaving.at(place))
         return stop
 
     def _staying(self, start: int, stop: int) -> Flags:

@@ -3,7 +3,7 @@
 A program takes a tile of a KV head's queries over one split of what that head keeps; a second
 kernel joins the splits by their log-sum-exps. Which there are goes to the device as numbers, in one
 asynchronous copy a call: nothing is compiled anew as lengths grow, and the host never waits.
-Entries are converted to the query's format in registers, int8 without its scales.
+Entries are converted to the query's format in registers, int8 and fp8 without their scales.
 
 Scratch: D + 1 numbers in fp32 for each query of each split, whose number specs/tiles.py bounds
 however long the past is, and the list of the work.

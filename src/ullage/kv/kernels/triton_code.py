@@ -9,14 +9,16 @@ import triton.language as tl
 
 FORMATS = {
     torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
-    torch.int8: tl.int8,
+    torch.int8: tl.int8, torch.float8_e4m3fn: tl.float8e4nv,
 }  # fmt: skip
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _AT_ONCE = tl.constexpr(16)  # splits joined
 # Of weights multiplied by the scales of V: they are then no larger than V, which fp16 can hold, and
-# no smaller than half of it.
+# no smaller than half of it. fp8 needs none: the 256 that `_real` leaves out does as much.
 _LIFT = tl.constexpr(64.0)
+_FP8 = tl.constexpr(tl.float8e4nv)
+_FP8_UNIT = tl.constexpr(256.0)
 
 
 @triton.jit(do_not_specialize=["splits_at", "first_split", "split_size", "rows", "group"])
@@ -31,8 +33,12 @@ def attend_split(
     and a number near fp32's lowest for a row that sees nothing.
 
     Scales are applied to scores and weights: of these there are fewer than numbers in K and V, and
-    no format of the arithmetic rounds a number of int8."""
+    no format of the arithmetic rounds a number of int8 or fp8."""
     scaled: tl.constexpr = STORED.primitive_bitwidth == 8
+    is_fp8: tl.constexpr = STORED == _FP8
+    loaded: tl.constexpr = tl.int8 if is_fp8 else STORED
+    unit: tl.constexpr = _FP8_UNIT if is_fp8 else 1.0
+    lift: tl.constexpr = 1.0 if is_fp8 else _LIFT
     line: tl.constexpr = 128 // STORED.primitive_bitwidth  # numbers in 16 bytes
     split = first_split + tl.program_id(0)
     lane = tl.load(work + splits_at + 4 * split)
@@ -57,8 +63,8 @@ def attend_split(
         segment = work + 12 * number
         tokens = tl.load(segment + 1)
         before = tl.load(segment + 2)
-        keys = tl.load(segment + 3).to(tl.pointer_type(STORED))
-        values = tl.load(segment + 4).to(tl.pointer_type(STORED))
+        keys = tl.load(segment + 3).to(tl.pointer_type(loaded))
+        values = tl.load(segment + 4).to(tl.pointer_type(loaded))
         key_scales = tl.load(segment + 5).to(tl.pointer_type(tl.bfloat16))
         value_scales = tl.load(segment + 6).to(tl.pointer_type(tl.bfloat16))
         mask_at = tl.load(segment + 7)
@@ -83,11 +89,12 @@ def attend_split(
             is_t = tile + t < stop
             here = is_t[:, None] & is_d
             k_at = t[:, None] * keys_step.to(tl.int32) + d[None, :]
-            k = tl.load(keys + tile * keys_step + k_at, mask=here, other=0.0).to(PRODUCT)
+            k = tl.load(keys + tile * keys_step + k_at, mask=here, other=0.0)
+            k = _real(k, STORED, PRODUCT)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
             if scaled:
                 key_scale = tl.load(key_scales + tile + t, mask=is_t, other=0.0)
-                scores = scores * key_scale.to(tl.float32)[None, :]
+                scores = scores * (key_scale.to(tl.float32) * unit)[None, :]
             if CAPPED:
                 scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)  # tanh
             seen = is_t[None, :]
@@ -100,22 +107,37 @@ def attend_split(
             weights = tl.exp(scores - higher[:, None])
             shrunk = tl.exp(highest - higher)
             v_at = t[:, None] * values_step.to(tl.int32) + d[None, :]
-            v = tl.load(values + tile * values_step + v_at, mask=here, other=0.0).to(PRODUCT)
+            v = tl.load(values + tile * values_step + v_at, mask=here, other=0.0)
+            v = _real(v, STORED, PRODUCT)
             output = output * shrunk[:, None]
             total = total * shrunk + tl.sum(weights, 1)
             if scaled:
                 value_scale = tl.load(value_scales + tile + t, mask=is_t, other=0.0)
-                weights = weights * (value_scale.to(tl.float32) * _LIFT)[None, :]
+                weights = weights * (value_scale.to(tl.float32) * unit * lift)[None, :]
             output += tl.dot(weights.to(PRODUCT), v, input_precision="ieee")
             highest = higher
 
     total = tl.maximum(total, _TINY)
     if scaled:
-        output = output / _LIFT
+        output = output / lift
     place = split.to(tl.int64) * rows + row
     tl.store(partial_lse + place, highest + tl.log(total), mask=is_row)
     out = partial + place[:, None] * D + d[None, :]
     tl.store(out, output / total[:, None], mask=is_row[:, None] & is_d)
+
+
+@triton.jit
+def _real(numbers, STORED: tl.constexpr, PRODUCT: tl.constexpr):
+    """What was loaded, in the format of products; fp8, loaded as int8, over 256.
+
+    A number of e4m3 has fp16's layout, but for an exponent shorter by its highest bit: sign and the
+    rest moved to their places are fp16, in which exponents count from 8 lower; subnormals alike. No
+    GPU is too old for that, and entries hold no NaN, which would become a number."""
+    if STORED == _FP8:
+        # widened, the sign is in all upper bits: it lands on fp16's, and on the bit to be cleared
+        bits = (numbers.to(tl.int16) << 7) & ~0x4000
+        numbers = bits.to(tl.float16, bitcast=True)
+    return numbers.to(PRODUCT)
 
 
 @triton.jit(do_not_specialize=["order_at", "bounds_at", "rows", "group"])
