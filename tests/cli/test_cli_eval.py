@@ -85,6 +85,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "no essays": (["--technique", DMS, "--suite", "retrieval"], "no folder"),
     "no tables": (["--technique", DMS, "--suite", "glue"], "no folder"),
     "context": (["--technique", DMS, "--tokens", "257"], "more than the 256"),
+    "format": (["--technique", DMS, "--kv-cache-dtype", "fp8"], "CUDA alone, not on cpu"),
     "too little to score": (["--technique", DMS, "--beyond", "127"], "nothing to score"),
     "tokens": (["--technique", DMS, "--tokens", "few"], "token count"),
     "picture": (["--technique", DMS, "--plot", "a.docx"], ".svg or .png"),

@@ -79,6 +79,7 @@ def test_what_no_budget_would_run_is_refused_before_the_budget(
         (["--prompt", "w6", "--temperature", "-1"], "temperature is 0, or from 0.001"),
         (["--prompt", "w6", "--seed", "99999999999999999999"], "--seed"),
         (["--prompt", "w6", "--device", "rtx-4090"], "cannot run here"),
+        (["--prompt", "w6", "--kv-cache-dtype", "fp8"], "int8 takes the same bytes"),
     ],
 )
 def test_bad_input_is_two_lines_and_exit_code_2(

@@ -91,7 +91,8 @@ def test_no_budget_is_larger_than_the_device_or_nothing(memory: str) -> None:
     "options",
     [
         PlanOptions(weights="int3"),
-        PlanOptions(kv_cache_dtype="fp8"),
+        PlanOptions(kv_cache_dtype="fp8", engine="transformers"),
+        PlanOptions(kv_cache_dtype="FP8_E5M2"),
         PlanOptions(kv_cache_dtype="int8", engine="transformers"),
         PlanOptions(technique=("quantization", "quantization")),
         PlanOptions(weights="nf4", technique=("quantization:scheme=int8",)),

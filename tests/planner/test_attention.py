@@ -48,7 +48,7 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
 }
 FORMATS = [
     ("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "int8"),
-    ("bf16", "int8"),
+    ("bf16", "int8"), ("bf16", "fp8"),
 ]  # fmt: skip
 
 
@@ -126,7 +126,12 @@ def check(recipe: Recipe, measured: dict[str, int], within: float) -> None:
 @pytest.mark.triton
 @pytest.mark.parametrize(
     ("kind", "dtype", "kv_dtype"),
-    [("full", "bf16", "fp32"), ("windowed", "fp32", "fp32"), ("full", "fp32", "int8")],
+    [
+        ("full", "bf16", "fp32"),
+        ("windowed", "fp32", "fp32"),
+        ("full", "fp32", "int8"),
+        ("full", "fp32", "fp8"),
+    ],
 )
 def test_a_step_in_splits_holds_what_was_planned(
     kind: str,

@@ -55,6 +55,16 @@ def test_int8_entries_of_ours_are_offered_where_their_cost_is_known(
     assert typed(recipe(kv_dtype="int8"), "KV entries") == [""]
 
 
+def test_fp8_entries_of_ours_are_never_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in int8's place either, where its cost is not known and fp8's is."""
+    known = Quality("kv", "fp8", "m", 10, "perplexity %", 0.2, 8, "measured", "a run of ours")
+    monkeypatch.setattr(
+        "ullage.planner.levers.find", lambda _, *of: known if of == ("kv", "fp8") else None
+    )
+    assert typed(recipe(), "KV entries") == [""]
+    assert typed(recipe(kv_dtype="fp8"), "KV entries") == [""]
+
+
 @pytest.mark.parametrize(
     ("chunk", "smaller"),
     [(512, [256, 128, 64, 32]), (128, [64, 32]), (32, []), (0, list(CHUNKS))],

@@ -202,11 +202,12 @@ def test_kv_bytes_per_token_of_known_models(name: str, expected: int) -> None:
     assert kv_bytes_per_token(recipe(resolve(name), kv_dtype="fp32")) == 2 * expected
 
 
-def test_kv_bytes_per_token_in_int8_count_the_scales() -> None:
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_kv_bytes_per_token_of_ours_count_the_scales(kv_dtype: str) -> None:
     """Of 3 heads in 30 layers, 64 numbers and a scale of 2 bytes in K, as many in V."""
     smol, llama = resolve("smollm2-135m"), resolve("llama-3.1-8b")
-    assert kv_bytes_per_token(recipe(smol, kv_dtype="int8")) == 30 * 3 * 2 * (64 + 2)
-    assert kv_bytes_per_token(recipe(llama, kv_dtype="int8", engine="vllm")) == 131_072 // 2
+    assert kv_bytes_per_token(recipe(smol, kv_dtype=kv_dtype)) == 30 * 3 * 2 * (64 + 2)
+    assert kv_bytes_per_token(recipe(llama, kv_dtype=kv_dtype, engine="vllm")) == 131_072 // 2
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])

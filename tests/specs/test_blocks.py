@@ -25,14 +25,15 @@ def test_a_layers_blocks_are_whole_and_one_a_head(length: int, heads_blocks: int
     assert blocks.sequence_bytes(llama, length, "bf16") == 32 * heads_blocks * 8192
 
 
-def test_int8_has_a_scale_for_each_key_and_value() -> None:
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_a_byte_a_number_has_a_scale_for_each_key_and_value(kv_dtype: str) -> None:
     smol = resolve("smollm2-135m")
-    assert blocks.block_bytes(smol, "int8") == 16 * 2 * (64 + 2)
-    assert blocks.block_bytes(smol, "bf16") / blocks.block_bytes(smol, "int8") > 1.93
+    assert blocks.block_bytes(smol, kv_dtype) == 16 * 2 * (64 + 2)
+    assert blocks.block_bytes(smol, "bf16") / blocks.block_bytes(smol, kv_dtype) > 1.93
     for length in (1, 100, 4096):
-        held = blocks.sequence_blocks(smol, length) * blocks.block_bytes(smol, "int8")
-        assert blocks.sequence_bytes(smol, length, "int8") == held
-        layer = blocks.dense_layer_bytes(smol, length, "int8")
+        held = blocks.sequence_blocks(smol, length) * blocks.block_bytes(smol, kv_dtype)
+        assert blocks.sequence_bytes(smol, length, kv_dtype) == held
+        layer = blocks.dense_layer_bytes(smol, length, kv_dtype)
         assert layer * blocks.full_layers(smol) == held
 
 

@@ -86,8 +86,8 @@ KvOption = Annotated[
     typer.Option(
         "--kv-cache-dtype",
         metavar="FORMAT",
-        help="Format of the KV entries: fp32, bf16, fp16; int8 in ullage and vllm, fp8 in vllm and "
-        "sglang, q8_0 and others in llama.cpp. Default: that of the arithmetic.",
+        help="Format of the KV entries: fp32, bf16, fp16; int8 in ullage and vllm, fp8 in ullage "
+        "(CUDA), vllm and sglang, q8_0 and others in llama.cpp. Default: that of the arithmetic.",
     ),
 ]
 AttentionOption = Annotated[
@@ -275,6 +275,8 @@ class PlanOptions:
         kv_dtype = kv_dtype_name(self.kv_cache_dtype)
         if kv_dtype not in engine.kv_dtypes:
             raise _unknown("--kv-cache-dtype", self.kv_cache_dtype, self.engine, engine.kv_dtypes)
+        if self.engine == "ullage" and self.kv_cache_dtype.lower() == "fp8_e5m2":
+            raise InputError(f"--kv-cache-dtype {self.kv_cache_dtype!r}: ullage's fp8 is fp8_e4m3.")
         return replace(recipe, execution=replace(recipe.execution, kv_dtype=kv_dtype))
 
 

@@ -211,14 +211,15 @@ def _asked_kv(recipe: Recipe) -> Setting:
 
 def _kv_dtypes(recipe: Recipe) -> Iterator[Setting]:
     """The engine's narrower formats, one of each width; of ours int8 only where there is a figure
-    of what it costs."""
+    of what it costs, and fp8 never: it takes as many bytes and is less exact."""
     execution = recipe.execution
+    is_ours = execution.engine == "ullage"
     seen_bits = {KV_BITS[execution.kv_dtype]}
     for name in ENGINES[execution.engine].kv_dtypes:
         bits = KV_BITS[name]
         if bits < KV_BITS[execution.kv_dtype] and bits not in seen_bits:
             cost = _kv_cost(recipe.model, name, execution.dtype)
-            if execution.engine == "ullage" and name == "int8" and cost.figure is None:
+            if is_ours and (name == "fp8" or (name == "int8" and cost.figure is None)):
                 continue
             seen_bits.add(bits)
             yield _executed(f"--kv-cache-dtype {name}", cost, kv_dtype=name)

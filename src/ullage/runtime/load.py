@@ -31,6 +31,7 @@ from ullage.techniques.quantization.linear import tensor_bytes
 
 TORCH_DTYPES = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
 }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """How many blocks of KV entries a sequence takes: one arithmetic for the planner and the pool."""
 
-from ullage.specs.dtypes import DTYPE_BYTES, SCALE_BYTES
+from ullage.specs.dtypes import DTYPE_BYTES, SCALE_BYTES, SCALED
 from ullage.specs.model import LayerCache, ModelSpec
 
 # Small enough that a sequence wastes under 1% of a thousand tokens, large enough that a block's
@@ -27,9 +27,9 @@ def block_bytes(model: ModelSpec, kv_dtype: str) -> int:
 
 
 def entry_bytes(model: ModelSpec, width: int, kv_dtype: str) -> int:
-    """Bytes of the `width` numbers that a layer keeps of one token; in int8 every K and V of a KV
-    head has a scale."""
-    if kv_dtype == "int8":
+    """Bytes of the `width` numbers that a layer keeps of one token; in int8 and fp8 every K and
+    V of a KV head has a scale."""
+    if kv_dtype in SCALED:
         return width + -(-width // model.head_dim) * SCALE_BYTES
     return width * DTYPE_BYTES[kv_dtype]
 

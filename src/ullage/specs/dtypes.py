@@ -2,9 +2,9 @@
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
-SCALE_BYTES = (
-    2  # bf16: of one token's K in one KV head, and of its V, where ullage stores them in int8
-)
+# Where ullage stores KV entries in these, one token's K in one KV head has a scale, and its V.
+SCALED = ("int8", "fp8")
+SCALE_BYTES = 2  # bf16
 
 # Bits of a stored KV number with its scales: llama.cpp's blocks of 32 hold one or two fp16 more.
 KV_BITS = {

@@ -10,7 +10,7 @@ from typing import Literal
 
 from ullage.planner.engines import forward
 from ullage.specs.blocks import entry_bytes
-from ullage.specs.dtypes import DTYPE_BYTES
+from ullage.specs.dtypes import DTYPE_BYTES, SCALED
 from ullage.specs.footprint import Label, Term
 from ullage.specs.model import LayerCache, ModelSpec
 from ullage.specs.plan import Recipe
@@ -138,10 +138,10 @@ class _Attention:
 
     def _widened_bytes(self, tokens: int, width: int, dtype: str) -> int:
         """That many numbers of each token in `dtype`, in which they may be already; and with them
-        the scales of K or of V. From int8 to fp16 they are multiplied in fp32."""
+        the scales of K or of V. To fp16 they are multiplied in fp32."""
         if self.stored == dtype:
             return 0
-        if self.stored != "int8":
+        if self.stored not in SCALED:
             return tokens * width * DTYPE_BYTES[dtype]
         in_dtype = "fp32" if dtype == "fp16" else dtype
         return tokens * (width + self.model.num_kv_heads) * DTYPE_BYTES[in_dtype]

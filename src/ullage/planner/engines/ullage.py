@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import ClassVar
 
+from ullage.errors import InputError
 from ullage.planner.constants import Constants
 from ullage.planner.engines import attention, forward
 from ullage.planner.engines.base import EngineArithmetic
@@ -18,7 +19,7 @@ from ullage.specs.workload import Attention, Execution, PhaseName, Step
 class Ullage(EngineArithmetic):
     """`ullage run`."""
 
-    kv_dtypes = (*DTYPE_BYTES, "int8")
+    kv_dtypes = (*DTYPE_BYTES, "int8", "fp8")
     weights = ("fp32", "bf16", "fp16", "int8", "nf4")
     # it runs the first alone, by kernels of its own
     attentions: ClassVar[tuple[Attention, ...]] = ("sdpa", "eager")
@@ -48,6 +49,11 @@ class Ullage(EngineArithmetic):
             InputError: something that the engine does not have.
         """
         recipe = super().settle(recipe)
+        if recipe.execution.kv_dtype == "fp8" and recipe.device.kind != "cuda":
+            raise InputError(
+                f"ullage has fp8 KV entries on CUDA alone, not on {recipe.device.name}: int8 takes "
+                "the same bytes and is more exact."
+            )
         return replace(recipe, model=_as_cached(recipe.model))
 
     def step(self, recipe: Recipe, phase: PhaseName) -> Step:
