@@ -17,7 +17,7 @@ from hypothesis.stateful import (
 )
 
 from ullage.errors import BudgetExceeded
-from ullage.kv.entries import stored
+from ullage.kv.entries import bits, stored
 from ullage.kv.pool import HeapBlocks, KVPool, Place, Run
 
 
@@ -167,20 +167,20 @@ def test_blocks_that_were_not_given_back_are_found() -> None:
     pool.check_integrity(all_free=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("kind", [KVPool, HeapBlocks])
 def test_entries_go_where_they_are_said_to_and_nowhere_else(kind: type, dtype: torch.dtype) -> None:
     """The last slot of a run, the first of another, and one inside."""
     blocks = KVPool(6, 4, dtype) if kind is KVPool else HeapBlocks(4, dtype, "cpu")
     runs = [*blocks.take(2), *blocks.take(3)]
     for run in runs:
-        blocks.entries(run).each(torch.Tensor.zero_)
+        blocks.entries(run).each(lambda part: bits(part).zero_())
     entries = stored(torch.randn(3, 1, 4), torch.randn(3, 1, 4), dtype)
     places = [Place(runs[0], 31), Place(runs[1], 0), Place(runs[1], 21)]
     blocks.store(places, entries)
     held = [blocks.entries(run).each(lambda part: part.flatten(0, 1)) for run in runs]
     for at, tensor in enumerate(entries.tensors):
-        mine = [part.tensors[at] for part in held]
+        mine = [bits(part.tensors[at]) for part in held]
         there = [mine[0][31], mine[1][0], mine[1][21]]
-        assert torch.equal(torch.stack(there), tensor[:, 0])
-        assert sum(int(part.count_nonzero()) for part in mine) == int(tensor.count_nonzero())
+        assert torch.equal(torch.stack(there), bits(tensor)[:, 0])
+        assert sum(int(part.count_nonzero()) for part in mine) == int(bits(tensor).count_nonzero())

@@ -46,14 +46,8 @@ class Entries:
         return self.each(lambda tensor: tensor[heads, tokens])
 
     def at(self, tokens: torch.Tensor) -> "Entries":
-        """Copies of the tokens at indices, [R]; of fp8 its bytes, as CUDA looks up no fp8."""
-
-        def chosen(tensor: torch.Tensor) -> torch.Tensor:
-            is_fp8 = tensor.dtype == torch.float8_e4m3fn
-            bits = tensor.view(torch.uint8) if is_fp8 else tensor
-            return bits[:, tokens].view(tensor.dtype)
-
-        return self.each(chosen)
+        """Copies of the tokens at indices, [R]."""
+        return self.each(lambda tensor: bits(tensor)[:, tokens].view(tensor.dtype))
 
     def keys_in(self, dtype: torch.dtype) -> torch.Tensor:
         """K as real numbers, [Hkv, T, D]; not a copy where it is in `dtype` already."""
@@ -94,6 +88,11 @@ def side_by_side(parts: Sequence[Entries], dtype: torch.dtype) -> tuple[torch.Te
         _widen(part.values, part.value_scales, values[:, span])
         at = span.stop
     return keys, values
+
+
+def bits(numbers: torch.Tensor) -> torch.Tensor:
+    """To be copied by indices: of fp8 its bytes, as CUDA looks up no fp8."""
+    return numbers.view(torch.uint8) if numbers.dtype == torch.float8_e4m3fn else numbers
 
 
 def _quantized(numbers: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from ullage.errors import BudgetExceeded
-from ullage.kv.entries import Entries, room_for
+from ullage.kv.entries import Entries, bits, room_for
 from ullage.kv.host import sent
 from ullage.specs.blocks import BLOCK_TOKENS
 
@@ -113,7 +113,7 @@ class KVPool:
         slots = [run.start * BLOCK_TOKENS + slot for run, slot in places]
         at = sent(torch.tensor(slots), self.blocks.keys.device)
         for mine, new in zip(self.blocks.tensors, entries.tensors, strict=True):
-            mine.flatten(0, 1).index_copy_(0, at, new.squeeze(1))
+            bits(mine).flatten(0, 1).index_copy_(0, at, bits(new).squeeze(1))
 
     def take(self, count: int, multiple: int = 1) -> list[Run]:
         """`count` blocks in as few runs as the free space allows, each a multiple of `multiple`.
