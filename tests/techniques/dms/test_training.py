@@ -60,6 +60,20 @@ def test_the_loss_is_the_divergence_of_the_predictions(tiny_model: TinyModel) ->
     assert divergence == pytest.approx(float(wanted), rel=1e-3)
 
 
+def test_a_head_that_loses_nothing_is_not_what_goes(tiny_model: TinyModel) -> None:
+    """To let go of entries that never leave a window would be free."""
+    model, spec = tiny_model("llama", initializer_range=0.1)
+    course = course_of(spec)
+    windows = ((400,) * spec.num_kv_heads, *course.windows[1:])
+    zeros = torch.zeros(spec.num_layers, spec.num_kv_heads, spec.hidden_size)
+    trainer = Trainer(model, replace(course, windows=windows), zeros)
+    begun = trainer.bias.detach().clone()
+    points = [trainer.step(ids[:80]) for ids in TEXTS]
+    assert torch.equal(trainer.bias[0], begun[0])
+    assert (trainer.bias[1:] > begun[1:]).all()
+    assert points[-1].kept < points[0].kept
+
+
 def test_the_model_is_as_it_was(tiny_model: TinyModel) -> None:
     model, spec = tiny_model("llama")
     before = {name: weight.clone() for name, weight in model.state_dict().items()}

@@ -4,8 +4,9 @@ with all its entries predicts, while ever fewer of them are kept.
 A KV head reads off a token's hidden state h whether its entry goes, a = sigmoid((b - w h + g) / t),
 g the difference of two Gumbel noises and t a temperature. Once the entry is beyond the window,
 log(1 - a) is added to its scores. The loss is the KL divergence to the dense model, and how far the
-mean of a falls short of what is asked for, which rises with the steps. The model's own weights stay
-as they are.
+mean of a falls short of what is asked for, which rises with the steps. Heads whose window is as
+long as the text do not count: to let go of what never leaves would be free. The model's own weights
+stay as they are.
 """
 
 from dataclasses import dataclass
@@ -50,7 +51,8 @@ class Course:
 
 @dataclass(frozen=True)
 class Point:
-    """A step: the KL divergence to the dense model, in nats a token, and the share that stayed."""
+    """A step: the KL divergence to the dense model, in nats a token, and the share that stayed in
+    the heads whose windows are shorter than the text."""
 
     divergence: float
     kept: float
@@ -92,8 +94,9 @@ class Trainer:
         self.history = [Point(*pair) for pair in state["history"].tolist()]
 
     def step(self, ids: torch.Tensor) -> Point:
-        """One step on a text, [T] token ids."""
+        """One step on a text, [T] token ids, longer than the least window."""
         number = len(self.history)
+        counted = self._windows < len(ids)
         with differentiable(self.model, self._attention):
             with torch.no_grad():
                 dense = last_hidden(self.model, ids)
@@ -101,14 +104,14 @@ class Trainer:
             try:
                 hidden = last_hidden(self.model, ids)
                 divergence, gradient = self._divergence(dense, hidden)
-                gone = torch.stack([self._gone[at] for at in range(len(self.bias))])
-                short = F.relu(self.course.asked(number) - gone.mean())
+                gone = torch.stack([self._gone[at] for at in range(len(self.bias))])[counted].mean()
+                short = F.relu(self.course.asked(number) - gone)
                 self._adam.zero_grad()
                 torch.autograd.backward([hidden, short], [gradient, None])
             finally:
                 self._noise = None
         self._adam.step()
-        self.history.append(Point(divergence, 1 - float(gone.detach().mean())))
+        self.history.append(Point(divergence, 1 - float(gone.detach())))
         return self.history[-1]
 
     def _divergence(self, dense: torch.Tensor, hidden: torch.Tensor) -> tuple[float, torch.Tensor]:
