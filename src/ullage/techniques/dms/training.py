@@ -89,7 +89,11 @@ class Trainer:
         for name, parameter in (("weights", self.weights), ("bias", self.bias)):
             parameter.data.copy_(state[name])
             self._adam.state[parameter] = {
-                key: state[f"{name}.{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")
+                "step": state[f"{name}.step"].clone(),  # which Adam keeps on the host
+                **{
+                    key: state[f"{name}.{key}"].to(parameter.device, copy=True)
+                    for key in ("exp_avg", "exp_avg_sq")
+                },
             }
         self.history = [Point(*pair) for pair in state["history"].tolist()]
 
