@@ -75,6 +75,16 @@ def test_a_factor_on_rotated_states_changes_no_order() -> None:
     assert torch.equal(*orders)
 
 
+def test_a_chunks_last_token_does_not_keep_the_chunk() -> None:
+    new, _ = tokens_of(DIM)
+    scorer = ExpectedAttention()
+    scorer.see(new.part(0, SEEN - 1))
+    scorer.see(new.part(SEEN - 1, SEEN))
+    for part in scorer._waiting[0]:
+        assert part is not None
+        assert part.untyped_storage().nbytes() == part.nbytes
+
+
 def test_without_rotation_keys_are_taken_as_they_are() -> None:
     query, keys = randn(1, HEADS * GROUP, SEEN, DIM), randn(2, HEADS, SEEN, DIM)
     scorer = ExpectedAttention()

@@ -32,7 +32,8 @@ class ExpectedAttention:
 
     def see(self, new: NewTokens) -> None:
         self._scale = new.scale
-        self._waiting = (*self._waiting, (new.query, new.cos, new.sin))
+        turned = new.query, new.cos, new.sin
+        self._waiting = (*self._waiting, _alone(*turned) if len(new) == 1 else turned)
         if len(new) > 1 or len(self._waiting) == WAITING_TOKENS:
             self._sum_up()
 
@@ -88,6 +89,12 @@ class ExpectedAttention:
         return rotated(
             keys, self._cos * cos - self._sin * sin, -(self._sin * cos + self._cos * sin)
         )
+
+
+def _alone(query: torch.Tensor, *angles: torch.Tensor | None) -> _Turned:
+    """In memory of their own: views of a chunk's last token would keep all of the chunk."""
+    cos, sin = (None if part is None else part.clone() for part in angles)
+    return query.clone(), cos, sin
 
 
 def rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
