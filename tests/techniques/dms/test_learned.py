@@ -30,13 +30,20 @@ def new_tokens(hidden: torch.Tensor) -> NewTokens:
 
 def test_an_entry_is_worth_the_product_with_its_hidden_state() -> None:
     weights, hidden = torch.randn(2, 6), torch.randn(9, 6)
-    scorer = Learned(weights)
+    scorer = Learned(weights.to)
     scorer.see(new_tokens(hidden[:3]))
     scorer.see(new_tokens(hidden[3:]))
     keys = torch.zeros(2, 5, 4)
     torch.testing.assert_close(scorer.scores(keys, keys), weights @ hidden[:5].T)
     scorer.see(new_tokens(hidden[:1]))
     torch.testing.assert_close(scorer.scores(keys, keys), weights @ hidden[[5, 6, 7, 8, 0]].T)
+
+
+def test_what_is_decided_on_is_not_kept() -> None:
+    scorer = Learned(torch.randn(2, 6).to)
+    scorer.see(new_tokens(torch.randn(9, 6)))
+    scorer.scores(torch.zeros(2, 5, 4), torch.zeros(2, 5, 4))
+    assert sum(worth.untyped_storage().nbytes() for worth in scorer._worth) == 2 * 4 * 4
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """The rows of a layer that DMS acts on: sparse, with the scorer that was asked for."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import numpy
@@ -28,7 +28,7 @@ def row_maker(
     if dms.predictor == "window":
         make_scorer = Recent
     elif weights is not None:
-        make_scorer = partial(Learned, torch.from_numpy(weights))
+        make_scorer = partial(Learned, cache(torch.from_numpy(weights).to))  # moved there once
 
     def make_row(pool: Blocks, num_kv_heads: int) -> SparseRow:
         return SparseRow(pool, survivals, make_scorer(), dms.lag)
