@@ -19,5 +19,8 @@ def test_each_file_is_looked_at(tmp_path: Path) -> None:
         refuse_unwritable(tmp_path / "new.json", tmp_path)
     with pytest.raises(InputError, match="Cannot write"):
         refuse_undrawable(tmp_path / "none" / "new.png")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="Cannot write"):
+        refuse_unwritable(tmp_path / "file" / "new.json")
     with pytest.raises(InputError, match=r"\.svg or \.png"):
         refuse_undrawable(tmp_path / "new.pdf")

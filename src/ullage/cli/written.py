@@ -12,7 +12,8 @@ def refuse_unwritable(*files: Path) -> None:
         InputError: a file that could not be written.
     """
     for file in files:
-        if file.is_dir() or not os.access(file.absolute().parent, os.W_OK):
+        folder = file.absolute().parent
+        if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
             raise InputError(f"Cannot write {file}: no such folder, or not a writable one.")
 
 
