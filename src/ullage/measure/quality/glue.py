@@ -16,15 +16,14 @@ from ullage.measure.quality.prompts import (
     Question,
     Score,
     averages,
-    beginning,
     compare,
-    encode,
     hear,
     question,
 )
 from ullage.measure.quality.sides import Answer, Side
 from ullage.measure.quality.suite import Asked, Found, OnStep
 from ullage.measure.quality.tables import Row, Table
+from ullage.measure.quality.tokens import beginning, encode
 from ullage.specs.evaluation import Comparison
 
 EXAMPLES = 100  # of a task, where --limit does not say

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from ullage.errors import InputError
 from ullage.measure.quality import figures
 from ullage.measure.quality.figures import Values
-from ullage.measure.quality.prompts import beginning, encode
 from ullage.measure.quality.sides import CHUNK_TOKENS, Side
 from ullage.measure.quality.suite import Asked, Found, OnStep
+from ullage.measure.quality.tokens import cut
 from ullage.specs.evaluation import EVERY, Comparison, Figure, Metric
 
 CHUNKS = 4  # of a text, where --limit does not say
@@ -76,25 +76,18 @@ def measure(
 def pieces(
     name: str, text: str, tokenizer: PreTrainedTokenizerBase, asked: Asked, count: int
 ) -> list[Piece]:
-    """The first `count` pieces of `text`, or as many as there are; each begins as the model's texts
-    do.
+    """The first `count` pieces of `text`, or as many as there are.
 
     Raises:
         InputError: there is not one.
     """
-    first, ids = beginning(tokenizer), encode(tokenizer, text)
-    room = asked.tokens - len(first)
-    if len(ids) < room:
-        raise InputError(
-            f"{name} has {len(ids) + len(first):,} tokens: fewer than the {asked.tokens:,} of "
-            "--tokens."
-        )
-    starts = range(0, len(ids) - room + 1, room)[:count]
-    cut = [[*first, *ids[start : start + room]] for start in starts]
-    scored = (tokenizer.decode(part[asked.beyond_tokens + 1 :]) for part in cut)
+    parts = cut(tokenizer, text, asked.tokens)[:count]
+    if not parts:
+        raise InputError(f"{name} is shorter than the {asked.tokens:,} tokens of --tokens.")
+    scored = (tokenizer.decode(part[asked.beyond_tokens + 1 :]) for part in parts)
     return [
         Piece(torch.tensor(part), len(text.encode()))
-        for part, text in zip(cut, scored, strict=True)
+        for part, text in zip(parts, scored, strict=True)
     ]
 
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from ullage.measure.quality import figures
 from ullage.measure.quality.figures import POINTS, Values
 from ullage.measure.quality.sides import Answer, Side
+from ullage.measure.quality.tokens import encode
 from ullage.specs.evaluation import EVERY, Comparison, Metric
 
 
@@ -111,17 +112,6 @@ def _average(tasks: Sequence[Comparison]) -> Comparison:
         sum(task.dense_bytes for task in tasks) // len(tasks),
         sum(task.compressed_bytes for task in tasks) // len(tasks),
     )
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The tokens of a part of a text."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before every text: one token, or nothing."""
-    first = tokenizer("a")["input_ids"][:1]
-    return [*first] if first == [tokenizer.bos_token_id] else []
 
 
 def question(

@@ -21,14 +21,13 @@ from ullage.measure.quality.prompts import (
     Prompt,
     Score,
     averages,
-    beginning,
     compare,
-    encode,
     hear,
     question,
 )
 from ullage.measure.quality.sides import Answer, Side
 from ullage.measure.quality.suite import Asked, Found, OnStep
+from ullage.measure.quality.tokens import beginning, encode
 from ullage.specs.evaluation import Cell, Comparison
 
 QUESTIONS = 40  # of a form, where --limit does not say

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from sys import maxsize
 from typing import Any
 
 from ullage.measure.quality import glue, perplexity, retrieval
@@ -42,7 +41,6 @@ def evaluate(
     """
     attachable(compressed)
     tokenizer = load_tokenizer(folder)
-    tokenizer.model_max_length = maxsize  # texts are longer than the context, and are cut here
     prepare, measure = _SUITES[suite]
     prepared = prepare(inputs, tokenizer, asked)
     loaded = load_model(build_plan(dense), folder, tokenizer)
