@@ -121,6 +121,9 @@ def test_a_training_of_other_settings_or_a_damaged_one_is_not_gone_on_with(
     trained(model, adapter, TEXTS[:1], course, file, lambda _: None)
     with pytest.raises(TechniqueError, match="other settings"):
         trained(model, adapter, TEXTS[:1], replace(course, evicted=0.5), file, lambda _: None)
+    others = [ids.flip(0) for ids in TEXTS[:1]]
+    with pytest.raises(TechniqueError, match="other settings or texts"):
+        trained(model, adapter, others, course, file, lambda _: None)
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(TechniqueError, match="is damaged"):
         trained(model, adapter, TEXTS[:1], course, file, lambda _: None)

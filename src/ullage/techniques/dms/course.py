@@ -12,6 +12,7 @@ from safetensors.torch import save
 
 from ullage.errors import TechniqueError
 from ullage.techniques.dms.adapter import Adapter, write_whole
+from ullage.techniques.dms.fingerprint import texts_fingerprint
 from ullage.techniques.dms.sharing import shared_out
 from ullage.techniques.dms.training import Course, Point, Trainer
 
@@ -46,7 +47,7 @@ def trained(
         TechniqueError: `file` is of another training, or damaged.
     """
     trainer = Trainer(model, course, torch.from_numpy(adapter.predictors["linear"]))
-    asked = json.dumps([asdict(course), adapter.fingerprint, [len(ids) for ids in texts]])
+    asked = json.dumps([asdict(course), adapter.fingerprint, texts_fingerprint(texts)])
     if file.exists():
         trainer.go_on(_state(file, asked))
         for point in trainer.history:
@@ -69,6 +70,6 @@ def _state(file: Path, asked: str) -> dict[str, torch.Tensor]:
             "begin anew."
         ) from None
     raise TechniqueError(
-        f"dms: {file} is of a training with other settings: ask for the same, or remove it to "
-        "begin anew."
+        f"dms: {file} is of a training with other settings or texts: ask for the same, or "
+        "remove it to begin anew."
     )
