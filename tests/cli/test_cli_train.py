@@ -4,6 +4,7 @@ import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 
@@ -95,11 +96,12 @@ def test_a_table_says_how_the_heads_share(train: Typed) -> None:
         (["--tokens", "300"], "reads 256 at most"),
         (["--data", "nowhere"], "no folder"),
         (["--output", "/nowhere/made.safetensors"], "Cannot write"),
-        (["--tokens", "100"], "nothing to measure in 100 tokens"),
+        (["--tokens", "100"], "at least 128 are needed"),
         (["--to", "much"], "how many times smaller"),
         (["--to", "nan"], "how many times smaller"),
         (["--to", "8x", "--step-tokens", "300"], "--step-tokens 300"),
-        (["--to", "8x", "--step-tokens", "150", "--tokens", "200"], "below the adapter's least"),
+        (["--to", "8x", "--step-tokens", "150", "--tokens", "200"], "below the least window, 64"),
+        (["--to", "1.5x", "--step-tokens", "100"], "--step-tokens 100: at least 128"),
         (["--plot", "drawn.svg"], "add --to"),
     ],
 )
@@ -111,8 +113,36 @@ def test_bad_input_is_our_error(train: Typed, words: list[str], said: str) -> No
 
 
 def test_texts_that_are_short_are_our_error(train: Typed, data: Path) -> None:
+    """Before anything is measured."""
     for file in data.rglob("*.txt"):
-        file.write_text("w9 w8 w7")
+        file.write_text("w9 w8 w7 " * 50)
     done = train("--tokens", "200")
     assert done.returncode == 2
-    assert "No text is 200 tokens long" in done.stderr
+    assert "No text is 200 tokens long: ask for fewer with --tokens" in done.stderr
+    done = train("--tokens", "150", "--to", "1.5x", "--step-tokens", "200")
+    assert done.returncode == 2
+    assert "ask for fewer with --step-tokens" in done.stderr
+    assert not (data / "made.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "said"), [("mistral", "cannot act on this model"), ("gemma2", "caps its attention")]
+)
+def test_a_model_that_cannot_be_measured_is_refused_by_its_config(
+    typed: Typed, model_folder: Callable[[str], Path], data: Path, family: str, said: str
+) -> None:
+    folder = copytree(model_folder(family), data / "model")
+    (folder / "tokenizer.json").unlink()  # of what is read after the config
+    done = typed("train", "dms", str(folder), "--data", str(data))
+    assert done.returncode == 2
+    assert said in done.stderr.replace("\n", " ")
+
+
+def test_other_texts_of_the_same_names_are_measured(train: Typed, data: Path) -> None:
+    assert train("--tokens", "200").returncode == 0
+    before = (data / "made.safetensors").read_bytes()
+    assert train("--tokens", "200").returncode == 0
+    assert (data / "made.safetensors").read_bytes() == before
+    (data / "one.txt").write_text("w7 w8 w9 w10 w11 " * 80)
+    assert train("--tokens", "200").returncode == 0
+    assert (data / "made.safetensors").read_bytes() != before

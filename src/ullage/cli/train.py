@@ -34,15 +34,15 @@ from ullage.specs.model import ModelSpec
 from ullage.specs.plan import Plan
 from ullage.specs.sources import resolve
 from ullage.specs.workload import Workload
-from ullage.techniques.dms.adapter import Adapter, load_adapter
+from ullage.techniques.dms.adapter import CAPPED, WINDOWS, Adapter, load_adapter
+from ullage.techniques.dms.settings import DMS
 from ullage.techniques.dms.sharing import shared_out
 from ullage.units import parse_tokens
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ullage.runtime.load import LoadedModel
     from ullage.techniques.dms.training import Point
 
 _TOKENS = 8192
@@ -105,10 +105,12 @@ def train(
         raise InputError("--plot draws a training: add --to, such as --to 8x.")
     spec = resolve(model)
     refuse_planned_only(spec)
+    _refuse_model(spec)
     length = _length("--tokens", tokens or str(min(_TOKENS, spec.max_context_tokens)), spec)
     lesson = None
     if to is not None:
         lesson = _Lesson(_ratio(to), steps, _length("--step-tokens", step_tokens, spec))
+        _refuse_small(lesson)
     texts = read_training_texts(data)
     work = Workload(length - 1, 1)
     plan = build_plan(PlanOptions(device).recipe(spec, device_to_run(device), work))
@@ -133,8 +135,29 @@ class _Lesson:
     tokens: int
 
 
+def _refuse_model(spec: ModelSpec) -> None:
+    reason = DMS().unsupported(spec)
+    if reason is not None:
+        raise TechniqueError(f"dms cannot act on this model: {reason}")
+    if spec.softcap is not None:
+        raise TechniqueError(CAPPED)
+
+
+def _refuse_small(lesson: _Lesson) -> None:
+    average = lesson.tokens / lesson.ratio
+    if average < WINDOWS[0]:
+        raise InputError(
+            f"--to {lesson.ratio:g}x of --step-tokens {lesson.tokens:,} leaves {average:.0f} to a "
+            f"head, below the least window, {WINDOWS[0]}: ask for more tokens, or less to save."
+        )
+
+
 def _length(option: str, given: str, spec: ModelSpec) -> int:
     length = parse_tokens(given)
+    if length < 2 * WINDOWS[0]:
+        raise InputError(
+            f"{option} {length:,}: at least {2 * WINDOWS[0]} are needed to learn anything from."
+        )
     if length > spec.max_context_tokens:
         raise InputError(
             f"{option} {length:,}: {spec.name} reads {spec.max_context_tokens:,} at most."
@@ -164,53 +187,50 @@ def _adapter(
     from ullage.runtime.load import load_model, load_tokenizer
 
     folder = weights_folder(plan.recipe.model)
+    tokenizer = load_tokenizer(folder)
+    pieces = _pieces(texts, tokenizer, "--tokens", length, count)
+    lessons = {}
+    if lesson is not None:
+        lessons = _pieces(texts, tokenizer, "--step-tokens", lesson.tokens, lesson.steps)
     state = output.with_name(output.name + ".training")
     with out_of_memory.explained():
-        loaded = load_model(plan, folder, load_tokenizer(folder))
-        adapter = _measured(plan, loaded, texts, length, count, output)
+        model = load_model(plan, folder, tokenizer).model
+        adapter = _measured(plan, model, pieces, output)
         if lesson is None:
             return adapter, []
-        adapter, points = _trained(plan, loaded, texts, lesson, adapter, state)
+        adapter, points = _trained(plan, model, lessons, lesson, adapter, state)
     adapter.save(output)
     state.unlink()
     return adapter, points
 
 
 def _measured(
-    plan: Plan,
-    loaded: "LoadedModel",
-    texts: dict[str, str],
-    length: int,
-    count: int,
-    output: Path,
+    plan: Plan, model: "PreTrainedModel", pieces: "dict[str, torch.Tensor]", output: Path
 ) -> Adapter:
-    """Into `output`, unless what is there was measured on the same."""
-    from ullage.techniques.dms.fingerprint import fingerprint
+    """As it is in `output`, once it is there, unless what is there was measured on the same."""
+    from ullage.techniques.dms.fingerprint import fingerprint, texts_fingerprint
     from ullage.techniques.dms.measure import measure
 
-    chosen = _pieces(texts, loaded.tokenizer, length, count)
+    texts = list(pieces.values())
     record = {
         "model": plan.recipe.model.name,
-        "tokens": length,
-        "pieces": [name for name, _ in chosen],
+        "tokens": len(texts[0]),
+        "pieces": list(pieces),
+        "texts_sha256": texts_fingerprint(texts),
     }
     with suppress(TechniqueError):
         found = load_adapter(str(output))
-        if found.record.items() >= record.items() and found.fingerprint == fingerprint(
-            loaded.model
-        ):
+        if found.record.items() >= record.items() and found.fingerprint == fingerprint(model):
             return found
-    ids = (ids for _, ids in chosen)
-    shown = track(ids, "reading", total=len(chosen), console=_stderr(), transient=True)
-    adapter = measure(loaded.model, shown, record)
-    adapter.save(output)
-    return adapter
+    shown = track(texts, "reading", console=_stderr(), transient=True)
+    measure(model, shown, record).save(output)
+    return load_adapter(str(output))  # rounded, as a training that goes on will find it
 
 
 def _trained(
     plan: Plan,
-    loaded: "LoadedModel",
-    texts: dict[str, str],
+    model: "PreTrainedModel",
+    pieces: "dict[str, torch.Tensor]",
     lesson: _Lesson,
     adapter: Adapter,
     state: Path,
@@ -219,8 +239,7 @@ def _trained(
 
     layers = full_layer_numbers(plan.recipe.model)
     course = course_to(lesson.ratio, lesson.tokens, lesson.steps, layers, adapter)
-    chosen = _pieces(texts, loaded.tokenizer, lesson.tokens, lesson.steps)
-    ids = list(islice(cycle(ids for _, ids in chosen), lesson.steps))
+    texts = list(islice(cycle(pieces.values()), lesson.steps))
     columns = (
         TextColumn("training"),
         BarColumn(),
@@ -234,7 +253,7 @@ def _trained(
         def watch(point: "Point") -> None:
             progress.update(task, advance=1, divergence=point.divergence, kept=point.kept)
 
-        adapter, points = trained(loaded.model, adapter, ids, course, state, watch)
+        adapter, points = trained(model, adapter, texts, course, state, watch)
     record = adapter.record | {"training": asdict(lesson), "last": asdict(points[-1])}
     return replace(adapter, record=record), points
 
@@ -244,22 +263,17 @@ def _stderr() -> Console:
 
 
 def _pieces(
-    texts: dict[str, str], tokenizer: "PreTrainedTokenizerBase", length: int, count: int
-) -> "list[tuple[str, torch.Tensor]]":
-    """`count` pieces, a file's first, then the next file's, and so on: names and ids [T]."""
-    found: list[tuple[str, torch.Tensor]] = []
-    ids = {
-        name: tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-        for name, text in texts.items()
-    }
-    most = max(len(one) // length for one in ids.values())
-    for number in range(most):
-        for name, one in ids.items():
-            piece = one[number * length : (number + 1) * length]
-            if len(piece) == length and len(found) < count:
-                found.append((f"{name}:{number}", piece))
+    texts: dict[str, str],
+    tokenizer: "PreTrainedTokenizerBase",
+    option: str,
+    length: int,
+    count: int,
+) -> "dict[str, torch.Tensor]":
+    from ullage.measure.quality.tokens import pieces_in_turn
+
+    found = pieces_in_turn(tokenizer, texts, length, count)
     if not found:
-        raise InputError(f"No text is {length:,} tokens long: ask for fewer with --tokens.")
+        raise InputError(f"No text is {length:,} tokens long: ask for fewer with {option}.")
     return found
 
 

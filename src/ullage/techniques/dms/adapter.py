@@ -22,6 +22,10 @@ SHIPPED = files(__package__) / "adapters"
 LIMIT_BYTES = 2 << 20
 LEARNED = ("linear", "dms")
 DECIDED_TOKENS = 64  # at once
+# What is measured, in tokens; in a text up to half its length.
+WINDOWS = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288,
+           16384, 24576, 32768)  # fmt: skip
+CAPPED = "dms: a model that caps its attention scores cannot be measured yet, nor trained."
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ullage.errors import TechniqueError
+from ullage.techniques.dms.adapter import CAPPED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,9 +109,7 @@ def _called_by_transformers(
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         if softcap is not None:
-            raise TechniqueError(
-                "dms: a model that caps its attention scores cannot be trained yet."
-            )
+            raise TechniqueError(CAPPED)
         layer: Any = module.layer_idx
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         states = query[0], key[0], value[0]

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ullage.errors import TechniqueError
 from ullage.specs.blocks import full_layer_numbers
 from ullage.specs.families import spec_from_config
-from ullage.techniques.dms.adapter import Adapter
+from ullage.techniques.dms.adapter import WINDOWS, Adapter
 from ullage.techniques.dms.fingerprint import fingerprint
 from ullage.techniques.dms.gradients import HEAD_TOKENS, LayerInput, differentiable, last_hidden
 from ullage.techniques.dms.ridge import Fit
@@ -28,8 +28,6 @@ from ullage.techniques.dms.settings import SINKS
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-WINDOWS = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288,
-           16384, 24576, 32768)  # fmt: skip
 EVERY_TOKENS = 16  # a position is looked at; all of the second half of a text
 ROWS = 32  # positions at once
 FAR_TOKENS = 512  # an entry's age when it begins to be missed, in texts that are long
