@@ -25,7 +25,8 @@ def as_memory_option(size_bytes: int) -> str:
 
 def as_typed(choice: TechniqueChoice) -> str:
     """The choice as ``--technique`` takes it."""
-    settings = ",".join(f"{key}={value}" for key, value in choice.settings.items() if value != "")
+    given = {key: value for key, value in choice.settings.items() if value not in (None, "")}
+    settings = ",".join(f"{key}={value}" for key, value in given.items())
     return f"{choice.name}:{settings}" if settings else choice.name
 
 

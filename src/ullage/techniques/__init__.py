@@ -7,7 +7,7 @@ import re
 from dataclasses import asdict, fields, replace
 from difflib import get_close_matches
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 from ullage.errors import TechniqueError
 from ullage.specs.blocks import BLOCK_TOKENS, full_layers
@@ -108,12 +108,14 @@ def _has(known: Any) -> str:
 
 
 def _cast(technique: str, key: str, text: str, kind: Any) -> Any:
-    if kind is bool:
+    kinds = get_args(kind) or (kind,)  # of `float | None`, float
+    if bool in kinds:
         if text.lower() not in {"true", "false"}:
             raise TechniqueError(f"{technique}: {key} is true or false, not {text!r}.")
         return text.lower() == "true"
+    number = next((one for one in kinds if one in (int, float)), str)
     try:
-        return kind(text) if kind in (int, float) else text
+        return number(text)
     except ValueError as error:
-        what = "a whole number" if kind is int else "a number"
+        what = "a whole number" if number is int else "a number"
         raise TechniqueError(f"{technique}: {key} is {what}, not {text!r}.") from error

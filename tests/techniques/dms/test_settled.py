@@ -22,10 +22,10 @@ from ullage import (
 )
 from ullage.errors import TechniqueError
 from ullage.planner.explore import best_plan, cheapest_change, explore
-from ullage.planner.search import Freedom
+from ullage.planner.search import Freedom, as_typed
 from ullage.specs.blocks import block_bytes
 from ullage.specs.families import spec_from_config
-from ullage.techniques import choice_of, create
+from ullage.techniques import choice_of, create, parse
 from ullage.techniques.dms.adapter import DECIDED_TOKENS, Adapter
 from ullage.techniques.dms.settings import DMS, KEPT_STEPS
 from ullage.units import GIB, KIB, MIB, parse_bytes
@@ -140,6 +140,7 @@ def test_a_budget_for_everything_keeps_everything() -> None:
     "settings",
     [
         {"budget": "64MiB", "kept": 0.25},
+        {"budget": "64MiB", "kept": 0.5},
         {"budget": "64MiB", "kept": 1.0},
         {"budget": "64MiB", "predictor": "window"},
         {"budget": "12parsecs"},
@@ -151,6 +152,15 @@ def test_a_budget_for_everything_keeps_everything() -> None:
 def test_budgets_that_cannot_be(settings: dict[str, Any]) -> None:
     with pytest.raises(TechniqueError, match=r"^dms: "):
         DMS(**settings)
+
+
+def test_what_is_kept_is_a_half_where_nothing_says() -> None:
+    assert DMS() == DMS(kept=0.5) == DMS(None)
+    assert DMS(budget="64MiB").kept is None
+    assert as_typed(choice_of(DMS(budget="64MiB"))).startswith("dms:window=512,")
+    assert (
+        parse("dms:budget=64MiB") == DMS(budget="64MiB") == create(choice_of(DMS(budget="64MiB")))
+    )
 
 
 def test_without_a_length_there_is_no_saying_what_is_kept(tiny_model: TinyModel) -> None:

@@ -37,29 +37,31 @@ SINKS = 4  # first tokens, which attention falls back on: StreamingLLM (arXiv 23
 FUTURE_TOKENS = 512  # positions ahead that expected attention averages the rotation over
 WAITING_TOKENS = 8  # whose queries expected attention takes into its sums at once
 FLAG_BYTES = 1  # a token of the window or of what is read beside it, and a head: whether it stays
+USUAL_KEPT = 0.5
 KEPT_STEPS = 10_000  # of `kept`, to find one for a budget; a step of 128K tokens is under a block
 
 
 @dataclass(frozen=True)
 class DMS(Technique):
-    """`kept` is the share of tokens that stay once they leave the `window`, in tokens. Which,
-    `predictor` says: by the attention that they can expect, without training; or, whatever `kept`
-    is below 1, none but the first few, the baseline. Decisions wait for `lag` tokens more.
+    """`kept` is the share of tokens that stay once they leave the `window`, in tokens: a half where
+    nothing is said. Which, `predictor` says: by the attention that they can expect, without
+    training; or, whatever `kept` is below 1, none but the first few, the baseline. Decisions wait
+    for `lag` tokens more.
 
     With an `adapter`, a file or a shipped one's name, `kept` and `window` say how many entries a
     head holds on average where a sequence is as long as the model reads, and the adapter how many
     of them each head holds, in a window and as survivors.
 
     A `budget` is what the KV entries of one sequence may take, as in "64MiB", in all layers that
-    DMS acts on, windows and slack of blocks included. It stands in the place of `kept`, which
-    `settled` finds for it.
+    DMS acts on, windows and slack of blocks included. It stands in the place of `kept`, which is
+    None until `settled` finds it.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2506.05345"
     acts_on: ClassVar[Literal["kv"]] = "kv"
     engines: ClassVar[tuple[Engine, ...]] = ("ullage",)
 
-    kept: float = 0.5
+    kept: float | None = None
     window: int = 512
     predictor: Predictor = "expected-attention"
     adapter: str = ""
@@ -67,14 +69,24 @@ class DMS(Technique):
     budget: str = ""
 
     def __post_init__(self) -> None:
-        if type(self.kept) not in (int, float) or not 0 < self.kept <= 1:
-            raise TechniqueError(f"dms: kept is above 0 and at most 1, not {self.kept!r}.")
-        if type(self.window) is not int or self.window < 1:
-            raise TechniqueError(f"dms: window is a positive count of tokens, not {self.window!r}.")
-        if type(self.lag) is not int or not 0 <= self.lag < self.window:
+        if self.kept is None and not self.budget:
+            object.__setattr__(self, "kept", USUAL_KEPT)
+        self._check_numbers()
+        self._check_predictor()
+        self._check_budget()
+
+    def _check_numbers(self) -> None:
+        kept, window, lag = self.kept, self.window, self.lag
+        if kept is not None and (type(kept) not in (int, float) or not 0 < kept <= 1):
+            raise TechniqueError(f"dms: kept is above 0 and at most 1, not {kept!r}.")
+        if type(window) is not int or window < 1:
+            raise TechniqueError(f"dms: window is a positive count of tokens, not {window!r}.")
+        if type(lag) is not int or not 0 <= lag < window:
             raise TechniqueError(
-                f"dms: lag is a count of tokens below the window's {self.window}, not {self.lag!r}."
+                f"dms: lag is a count of tokens below the window's {window}, not {lag!r}."
             )
+
+    def _check_predictor(self) -> None:
         if self.predictor not in get_args(Predictor):
             known = ", ".join(get_args(Predictor))
             raise TechniqueError(f"dms: predictor is one of {known}, not {self.predictor!r}.")
@@ -87,13 +99,13 @@ class DMS(Technique):
                 f"dms: predictor={self.predictor} needs an adapter that has learned it: see "
                 "`ullage train dms --help`."
             )
-        if type(self.budget) is not str:
-            raise TechniqueError(f"dms: budget is a size as in 64MiB, not {self.budget!r}.")
-        if self.budget:
-            self._check_budget()
 
     def _check_budget(self) -> None:
-        if self.kept != DMS.kept:
+        if type(self.budget) is not str:
+            raise TechniqueError(f"dms: budget is a size as in 64MiB, not {self.budget!r}.")
+        if not self.budget:
+            return
+        if self.kept is not None:
             raise TechniqueError("dms: kept follows from a budget: give one of the two.")
         if self.predictor == "window":
             raise TechniqueError(
@@ -180,7 +192,7 @@ class DMS(Technique):
     @property
     def _share(self) -> float:
         """What survives of what leaves the windows."""
-        if self.budget:
+        if self.kept is None:
             raise TechniqueError(
                 f"dms: what a budget of {self.budget} keeps depends on the length: settle it, as "
                 "technique.settled(spec, workload, execution)."
@@ -287,7 +299,7 @@ class DMS(Technique):
 
         spec = spec_from_config(model.config.get_text_config().to_dict())
         self._refuse(self.unsupported(spec))
-        if not spec.runs and self.kept < 1:
+        if not spec.runs and self.kept != 1:
             self._refuse(f"ullage plans {spec.family} models and does not run them yet.")
         rows = self.rows(spec)
         if not rows:
