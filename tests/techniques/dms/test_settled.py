@@ -27,7 +27,8 @@ from ullage.specs.blocks import block_bytes
 from ullage.specs.families import spec_from_config
 from ullage.techniques import choice_of, create, parse
 from ullage.techniques.dms.adapter import DECIDED_TOKENS, Adapter
-from ullage.techniques.dms.settings import DMS, KEPT_STEPS
+from ullage.techniques.dms.budget import KEPT_STEPS
+from ullage.techniques.dms.settings import DMS
 from ullage.units import GIB, KIB, MIB, parse_bytes
 
 TinyModel = Callable[..., tuple[Any, ModelSpec]]

@@ -11,7 +11,7 @@ heads: each head keeps as many entries as any other.
 import torch
 
 from ullage.kv.rows import NewTokens
-from ullage.techniques.dms.settings import FUTURE_TOKENS, WAITING_TOKENS
+from ullage.techniques.dms.overhead import FUTURE_TOKENS, WAITING_TOKENS
 
 _Turned = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 

@@ -1,11 +1,10 @@
-"""Settings of Dynamic Memory Sparsification and its bytes. No torch.
+"""Settings of Dynamic Memory Sparsification, and what each head holds by them. No torch.
 
 Each KV head decides for each token whether it stays; one that goes is still seen until `window`
 tokens more are written, then its slot is free. Of T tokens a head keeps window + kept (T - window)
 on average.
 """
 
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,13 +14,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 
 from ullage.errors import SizeError, TechniqueError
 from ullage.specs.blocks import block_bytes, full_layer_numbers, full_layers
-from ullage.specs.dtypes import DTYPE_BYTES
 from ullage.specs.footprint import Footprint
 from ullage.specs.model import ModelSpec
-from ullage.specs.survivors import SPAN_TOKENS, Survival
+from ullage.specs.survivors import Survival
 from ullage.specs.workload import Engine, Execution, Step, Workload
 from ullage.techniques.base import Technique, with_full_layers
 from ullage.techniques.dms.adapter import DECIDED_TOKENS, LEARNED, load_adapter
+from ullage.techniques.dms.budget import LEAST_KEPT, most_kept
+from ullage.techniques.dms.overhead import scratch_bytes, state_bytes
 from ullage.techniques.dms.sharing import shared_out
 from ullage.units import KIB, parse_bytes
 
@@ -34,11 +34,7 @@ if TYPE_CHECKING:
 Predictor = Literal["expected-attention", "window", "linear", "dms"]
 
 SINKS = 4  # first tokens, which attention falls back on: StreamingLLM (arXiv 2309.17453)
-FUTURE_TOKENS = 512  # positions ahead that expected attention averages the rotation over
-WAITING_TOKENS = 8  # whose queries expected attention takes into its sums at once
-FLAG_BYTES = 1  # a token of the window or of what is read beside it, and a head: whether it stays
 USUAL_KEPT = 0.5
-KEPT_STEPS = 10_000  # of `kept`, to find one for a budget; a step of 128K tokens is under a block
 
 
 @dataclass(frozen=True)
@@ -140,26 +136,17 @@ class DMS(Technique):
         self._refuse(self.unsupported(model))
         tokens, one_bytes = work.context_tokens, block_bytes(model, execution.kv_dtype)
 
-        def held_bytes(step: int) -> int:
-            return self._keeping(step).held_blocks(model, tokens) * one_bytes
+        def held_bytes(kept: float) -> int:
+            return replace(self, kept=kept, budget="").held_blocks(model, tokens) * one_bytes
 
-        budget_bytes = parse_bytes(self.budget)
-        # all entries take the fewer blocks than nearly all: windows and survivors have some each
-        if held_bytes(KEPT_STEPS) <= budget_bytes:
-            return self._keeping(KEPT_STEPS)
-        step = bisect_right(range(1, KEPT_STEPS), budget_bytes, key=held_bytes)
-        while step and held_bytes(step) > budget_bytes:  # heads that share are not wholly in order
-            step -= 1
-        if step:
-            return self._keeping(step)
-        least_bytes = min(held_bytes(1), held_bytes(KEPT_STEPS))
+        kept = most_kept(held_bytes, parse_bytes(self.budget))
+        if kept is not None:
+            return replace(self, kept=kept, budget="")
+        least_bytes = min(held_bytes(LEAST_KEPT), held_bytes(1.0))
         raise TechniqueError(
             f"dms: a budget of {self.budget} is below the window and the first tokens: the "
             f"smallest that works for {tokens:,} tokens is {-(-least_bytes // KIB)}KiB."
         )
-
-    def _keeping(self, step: int) -> Self:
-        return replace(self, kept=step / KEPT_STEPS, budget="")
 
     def _refuse(self, reason: str | None) -> None:
         if reason is not None:
@@ -227,14 +214,16 @@ class DMS(Technique):
     def footprint(self, before: Footprint, model: ModelSpec, work: Step) -> Footprint:
         if self.kept == 1:
             return before
-        blocks = self.held_blocks(model, work.held_tokens)
-        held_bytes = blocks * block_bytes(model, work.execution.kv_dtype)
-        after = with_full_layers(before, model, work, held_bytes + self._state_bytes(model, work))
-        after = replace(after, weights_bytes=after.weights_bytes + self._predictor_bytes)
+        one_bytes = block_bytes(model, work.execution.kv_dtype)
+        sequence_bytes = self.held_blocks(model, work.held_tokens) * one_bytes
+        sequence_bytes += state_bytes(self, model, work, self._kinds(model))
+        after = with_full_layers(before, model, work, sequence_bytes)
+        learned_bytes = 0 if self._learned is None else self._learned.nbytes
+        after = replace(after, weights_bytes=after.weights_bytes + learned_bytes)
         if work.phase == "load":
             return after
-        scratch_bytes = self._scratch_bytes(model, work)
-        return replace(after, activation_bytes=after.activation_bytes + scratch_bytes)
+        activation_bytes = after.activation_bytes + scratch_bytes(self, model, work)
+        return replace(after, activation_bytes=activation_bytes)
 
     def held_blocks(self, model: ModelSpec, tokens: int) -> int:
         if self.kept == 1:
@@ -247,50 +236,6 @@ class DMS(Technique):
         if not self.adapter:
             return {self._alike: full_layers(model) * model.num_kv_heads}
         return Counter(chain.from_iterable(self.survivals(model).values()))
-
-    def _state_bytes(self, model: ModelSpec, work: Step) -> int:
-        """What a sequence keeps beside its blocks: flags of the entries in its windows and of a
-        span on its way there, and the scorer's sums over the queries and their squares in fp32,
-        [Hq, D] each a layer, with where the newest token stands and how far one turns, [D], [D]
-        and [D / 2], and the newest queries, [Hq, D] each a layer."""
-        tokens = work.held_tokens
-        if not tokens:
-            return 0
-        flags_bytes = FLAG_BYTES * sum(
-            heads * min(survival.window + SPAN_TOKENS, tokens)
-            for survival, heads in self._kinds(model).items()
-        )
-        if self.predictor == "window":
-            return flags_bytes
-        if self.predictor in LEARNED:
-            undecided = (
-                full_layers(model) * model.num_kv_heads * min(tokens, self.lag + DECIDED_TOKENS)
-            )
-            return flags_bytes + undecided * 4
-        waiting = min(tokens, WAITING_TOKENS) * DTYPE_BYTES[work.execution.dtype]
-        numbers_bytes = (2 * model.num_heads + 3) * 4 + model.num_heads * waiting
-        return flags_bytes + full_layers(model) * model.head_dim * numbers_bytes
-
-    @property
-    def _predictor_bytes(self) -> int:
-        return 0 if self._learned is None else self._learned.nbytes
-
-    def _scratch_bytes(self, model: ModelSpec, work: Step) -> int:
-        """While one row of one layer attends: the undecided and the new entries side by side; for
-        each head masks of what leaves its window, and, as numbers, the one that the kernel is at;
-        and what the scorer makes of the entries that it decides on."""
-        new = min(SPAN_TOKENS, work.new_tokens) if work.phase == "prefill" else 1
-        heads, number_bytes = model.num_kv_heads, DTYPE_BYTES[work.execution.dtype]
-        span = self.lag + DECIDED_TOKENS + new
-        laid_out = 3 * span * 2 * heads * model.head_dim * number_bytes
-        masks = new * new * (2 * heads + number_bytes) if new > 1 else 0
-        if self.predictor == "window":
-            return laid_out + masks
-        if self.predictor in LEARNED:
-            return laid_out + masks + new * model.hidden_size * 4
-        ahead = FUTURE_TOKENS * model.head_dim  # their angles, and what is made of these
-        scored = (5 * model.num_heads * DECIDED_TOKENS * model.head_dim + 2 * ahead) * 4
-        return laid_out + masks + scored
 
     @contextmanager
     def attach(self, model: "PreTrainedModel") -> Iterator[None]:
