@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy
 import pytest
+import torch
 from safetensors.numpy import save
+from safetensors.torch import save as save_torch
 
 from ullage import ModelSpec, TechniqueChoice, resolve
 from ullage.errors import TechniqueError
@@ -90,6 +92,8 @@ def test_what_was_learned_is_read_as_it_was_but_for_rounding(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "damaged",
     [{"captured": EVEN[None, None, 1:]}, {"captured": 2 * EVEN[None, None]},
+     {"captured": torch.from_numpy(EVEN[None, None]).bfloat16()},
+     {"loss": torch.ones(1, 1, 3).int()},
      {"dms": numpy.ones((1, 2, 4), numpy.int8)}, {"dms": numpy.ones((1, 1, 4), numpy.float32)},
      {"dms.scales": numpy.full((1, 1), numpy.nan, numpy.float32)}],
     ids=str,
@@ -106,16 +110,43 @@ def test_what_nothing_learns_is_our_error(tmp_path: Path, damaged: dict[str, Any
     metadata = {"format": "ullage-dms-2", "head_dim": "4", "fingerprint": "x", "record": "{}"}
     path.write_bytes(save(tensors, metadata))
     assert set(load_adapter(str(path)).predictors) == {"dms"}
-    path.write_bytes(save(tensors | damaged, metadata))
+    both = {name: torch.as_tensor(tensor) for name, tensor in (tensors | damaged).items()}
+    path.write_bytes(save_torch(both, metadata))
     with pytest.raises(TechniqueError, match="damaged"):
         load_adapter(str(path))
 
 
-@pytest.mark.parametrize("windows", [[[2, 4, 8]], 2, [], [2.0, 4.0, 8.0], [4, 2, 8], [0, 2, 4]])
+@pytest.mark.parametrize("record", ["[1]", "{", "[" * 100_000])
+def test_a_record_that_is_none_is_our_error(tmp_path: Path, record: str) -> None:
+    path = tmp_path / "mine.safetensors"
+    tensors = {
+        "windows": numpy.array(WINDOWS, numpy.int32),
+        "loss": numpy.ones((1, 1, 3), numpy.float32),
+        "captured": EVEN[None, None],
+    }
+    metadata = {"format": "ullage-dms-2", "head_dim": "4", "fingerprint": "x", "record": record}
+    path.write_bytes(save(tensors, metadata))
+    with pytest.raises(TechniqueError, match="damaged"):
+        load_adapter(str(path))
+
+
+def test_an_adapter_of_a_large_model_is_read(tmp_path: Path) -> None:
+    """As of Llama 3.1 8B, with both predictors."""
+    path = tmp_path / "mine.safetensors"
+    weights = numpy.ones((32, 8, 4096), numpy.float32)
+    loss = numpy.zeros((32, 8, 3), numpy.float32)
+    captured = EVEN + numpy.zeros((32, 8, 1))
+    learned = {"linear": weights, "dms": weights}
+    Adapter(WINDOWS, loss, captured, 128, "print", {}, learned).save(path)
+    assert path.stat().st_size > 2 << 20
+    assert load_adapter(str(path)).unsuited(resolve("llama-3.1-8b")) is None
+
+
+@pytest.mark.parametrize("windows", [[[2, 4, 8]], 2, [], [2.5, 4, 8], [4, 2, 8], [0, 2, 4]])
 def test_windows_that_are_none_are_our_error(tmp_path: Path, windows: Any) -> None:
     path = tmp_path / "mine.safetensors"
     tensors = {
-        "windows": numpy.array(windows),
+        "windows": numpy.array(windows, None if windows == [2.5, 4, 8] else numpy.int32),
         "loss": numpy.ones((1, 1, 3), numpy.float32),
         "captured": EVEN[None, None],
     }

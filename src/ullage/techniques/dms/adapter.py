@@ -19,7 +19,7 @@ from ullage.specs.model import ModelSpec
 
 FORMAT = "ullage-dms-2"
 SHIPPED = files(__package__) / "adapters"
-LIMIT_BYTES = 2 << 20
+LIMIT_BYTES = 64 << 20  # a byte a head and hidden number for each predictor: 70B models take 12 MB
 LEARNED = ("linear", "dms")
 DECIDED_TOKENS = 64  # at once
 # What is measured, in tokens; in a text up to half its length.
@@ -109,7 +109,7 @@ def load_adapter(name: str) -> Adapter:
             raise TechniqueError(f"dms: {name} is too large for an adapter.")
         # whoever writes one in place of another, as `save` does, writes another file
         return _read(path, state.st_dev, state.st_ino, state.st_mtime_ns, state.st_size)
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+    except (SafetensorError, KeyError, ValueError, RecursionError, OSError) as error:
         raise TechniqueError(f"dms: {name} is not an adapter of DMS, or damaged: {error}") from None
 
 
@@ -136,35 +136,50 @@ def _quantized(weights: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
     return numpy.rint(weights / safe).astype(numpy.int8), scales[..., 0].astype(numpy.float32)
 
 
+def _tensor(file: Any, name: str, kind: str) -> numpy.ndarray:
+    """In the format that `Adapter.save` writes: there are some that numpy does not have."""
+    found = file.get_slice(name).get_dtype()
+    if found != kind:
+        raise ValueError(f"{name} is in {found}, not in {kind}")
+    return file.get_tensor(name)  # type: ignore[no-any-return]
+
+
 def _predictor(name: str, shape: tuple[int, ...], file: Any) -> numpy.ndarray:
-    numbers, scales = file.get_tensor(name), file.get_tensor(f"{name}.scales")
-    if numbers.ndim != 3 or numbers.dtype != numpy.int8 or numbers.shape[:2] != shape:
+    numbers, scales = _tensor(file, name, "I8"), _tensor(file, f"{name}.scales", "F32")
+    if numbers.ndim != 3 or numbers.shape[:2] != shape:
         raise ValueError(f"{name} is no predictor of its heads")
     if scales.shape != shape or not numpy.isfinite(scales).all():
         raise ValueError(f"{name} has no scale for each head")
-    return numbers * scales.astype(numpy.float32)[..., None]  # type: ignore[no-any-return]
+    return numbers * scales[..., None]  # type: ignore[no-any-return]
 
 
 def _captured(shape: tuple[int, ...], file: Any) -> numpy.ndarray:
-    captured = file.get_tensor("captured")
+    captured = _tensor(file, "captured", "F32")
     if captured.ndim != 3 or captured.shape[:2] != shape or captured.shape[2] != DECIDED_TOKENS:
         raise ValueError("it does not say what survivors catch")
     if not (numpy.isfinite(captured).all() and (captured >= 0).all() and (captured <= 1).all()):
         raise ValueError("survivors catch more than there is, or less than nothing")
-    return captured  # type: ignore[no-any-return]
+    return captured
 
 
 def _parsed(metadata: dict[str, str], file: Any) -> Adapter:
     if metadata.get("format") != FORMAT:
         raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
-    sizes, loss = file.get_tensor("windows"), file.get_tensor("loss")
-    if sizes.ndim != 1 or sizes.dtype.kind != "i" or not sizes.size or loss.dtype.kind != "f":
-        raise ValueError("windows are whole numbers, and losses are numbers")
-    windows = tuple(map(int, sizes))
-    if loss.ndim != 3 or loss.shape[2] != len(windows) or list(windows) != sorted(set(windows)):
+    sizes, loss = _tensor(file, "windows", "I32"), _tensor(file, "loss", "F32")
+    windows = tuple(map(int, sizes.reshape(-1)))
+    if (
+        sizes.ndim != 1
+        or not windows
+        or loss.ndim != 3
+        or loss.shape[2] != len(windows)
+        or list(windows) != sorted(set(windows))
+    ):
         raise ValueError("windows and losses do not go together")
     if windows[0] < 1 or not numpy.isfinite(loss).all():
         raise ValueError("it holds what no measurement gives")
+    record = json.loads(metadata["record"])
+    if not isinstance(record, dict):
+        raise ValueError("it does not say how it was measured")
     held = set(file.keys())
     return Adapter(
         windows,
@@ -172,6 +187,6 @@ def _parsed(metadata: dict[str, str], file: Any) -> Adapter:
         _captured(loss.shape[:2], file),
         int(metadata["head_dim"]),
         metadata["fingerprint"],
-        json.loads(metadata["record"]),
+        record,
         {name: _predictor(name, loss.shape[:2], file) for name in LEARNED if name in held},
     )
