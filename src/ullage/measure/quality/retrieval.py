@@ -36,7 +36,6 @@ FORMS = {"needle": 1, "key-value": 1, "variables": 2}  # and the steps of a ques
 _WORDS = 5  # that what is said at a depth takes
 _STEP = 1 / len(DEPTHS)  # from one depth to the next
 _LEAST_SENTENCES = 4 * len(DEPTHS)  # so that facts stand apart
-_SEAM_TOKENS = 4  # that words may take more where they meet others
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 _WORD = re.compile(r"\b[a-z]{4,9}\b")
 
@@ -153,7 +152,7 @@ def _prompt(haystack: Haystack, tokens: int, draw: random.Random) -> Prompt:
     begun = beginning(tokenizer)
     taken = len(begun) + sum(map(len, chain(*said))) + max(one.tokens for one in questions)
     start = draw.randrange(len(haystack.sentences))
-    parts = haystack.fill(start, tokens - taken - _SEAM_TOKENS)
+    parts = haystack.fill(start, tokens - taken)
     if len(parts) < _LEAST_SENTENCES:
         raise InputError(f"{tokens:,} tokens have no room for what is asked: ask for more.")
     return Prompt([*begun, *chain(*_among(parts, said))], questions)
