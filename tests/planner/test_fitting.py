@@ -138,7 +138,7 @@ def test_a_run_moves_to_int8_entries_never_and_keeps_those_that_were_asked_for(
 ) -> None:
     """Whether a search would, since there is a figure of what they cost, or not."""
     known = cost and Quality("kv", "int8", "m", 10, "perplexity %", cost, 8, "measured", "ours")
-    monkeypatch.setattr("ullage.planner.levers.find", lambda *_: known)
+    monkeypatch.setattr("ullage.planner.costs.find", lambda *_: known)
     with pytest.raises(DoesNotFit) as refused:
         fit_run(RECIPE, 1, ALL_FREE)
     assert refused.value.needed_bytes == min(PEAKS.values())

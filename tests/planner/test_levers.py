@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from ullage import Recipe, TechniqueChoice, Workload, default_execution, find_device, resolve
+from ullage.planner.costs import FREE, Cost
 from ullage.planner.engines import ENGINES
 from ullage.planner.explore import Candidate, Exploration, _expense
-from ullage.planner.levers import CHUNKS, FREE, Cost, levers_of
+from ullage.planner.levers import CHUNKS, levers_of
 from ullage.planner.search import Freedom
 from ullage.specs.device import Device
 from ullage.specs.latency import Band, Latency
@@ -48,7 +49,7 @@ def test_int8_entries_of_ours_are_offered_where_their_cost_is_known(
 ) -> None:
     known = Quality("kv", "int8", "m", 10, "perplexity %", 0.2, 8, "measured", "a run of ours")
     monkeypatch.setattr(
-        "ullage.planner.levers.find", lambda _, *of: known if of == ("kv", "int8") else None
+        "ullage.planner.costs.find", lambda _, *of: known if of == ("kv", "int8") else None
     )
     assert typed(recipe(), "KV entries") == ["", "--kv-cache-dtype int8"]
     assert typed(recipe("transformers"), "KV entries") == [""]

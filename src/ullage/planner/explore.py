@@ -9,9 +9,10 @@ from typing import Literal
 from ullage import techniques
 from ullage.errors import DoesNotFit, InputError, TechniqueError
 from ullage.planner.build import build_plan, settle
+from ullage.planner.costs import Cost
 from ullage.planner.engines import ENGINES
 from ullage.planner.latency import estimate
-from ullage.planner.levers import Cost, Lever, Setting, combinations, levers_of
+from ullage.planner.levers import Lever, Setting, combinations, levers_of
 from ullage.planner.memory import phase_footprints, serving_bytes
 from ullage.planner.reach import longest_context, most_sequences
 from ullage.planner.search import Freedom, as_memory_option

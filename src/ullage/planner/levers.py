@@ -1,18 +1,24 @@
-"""The levers of a recipe: what can be changed, one dimension at a time, and what it costs."""
+"""The levers of a recipe: what can be changed, one dimension at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from ullage import techniques
 from ullage.errors import InputError
+from ullage.planner.costs import (
+    FREE,
+    Cost,
+    kv_cost,
+    plain_cost,
+    sparsity_cost,
+    weights_cost,
+)
 from ullage.planner.engines import ENGINES
 from ullage.planner.search import Freedom, as_typed
 from ullage.specs.device import Device
 from ullage.specs.dtypes import DTYPE_BYTES, KV_BITS
 from ullage.specs.gguf_mixtures import TERNARY
-from ullage.specs.model import ModelSpec
 from ullage.specs.plan import Recipe, TechniqueChoice
-from ullage.specs.quality import Quality, find, find_tail
 
 # Tokens a forward pass. Smaller ones read the weights more often.
 CHUNKS = (8192, 2048, 512, 256, 128, 64, 32)
@@ -22,40 +28,6 @@ SPARSITY = (
     *(TechniqueChoice("dms", {"kept": kept}) for kept in (0.5, 0.25, 0.125)),
     *(TechniqueChoice("camelot", {"slots": slots}) for slots in (4096, 1024, 512)),
 )
-# Servers' names of formats that our figures are kept under others for.
-_SERVED_FORMATS = {"int8": "w8a8", "int4": "w4a16"}
-_OWN_ENGINES = ("ullage", "transformers")
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one choice costs: a figure, or none where there is none, and one of the `tail`. `free`
-    changes no result."""
-
-    figure: Quality | None = None
-    free: bool = False
-    tail: Quality | None = None
-
-    @classmethod
-    def of(cls, model: ModelSpec, technique: str, setting: str) -> "Cost":
-        """By the nearest figures that there are."""
-        return cls(find(model, technique, setting), tail=find_tail(model, technique, setting))
-
-    @property
-    def percent(self) -> float | None:
-        """The loss in percent; None where nothing comparable is known."""
-        if self.free:
-            return 0.0
-        return None if self.figure is None else self.figure.cost_percent
-
-    def __str__(self) -> str:
-        if self.free:
-            return "no loss"
-        known = [str(figure) for figure in (self.figure, self.tail) if figure is not None]
-        return "; ".join(known) or "no figure"
-
-
-FREE = Cost(free=True)
 
 
 @dataclass(frozen=True)
@@ -135,7 +107,7 @@ def _asked_weights(recipe: Recipe) -> Setting:
     held = ENGINES[recipe.execution.engine].settle(recipe).model
     asked = _scheme(recipe) or recipe.model.converted
     plain = not asked or asked in DTYPE_BYTES
-    cost = _plain_cost(recipe, recipe.execution.dtype) if plain else _weights_cost(recipe, asked)
+    cost = plain_cost(recipe, recipe.execution.dtype) if plain else weights_cost(recipe, asked)
     return Setting("", lambda changed: replace(changed, model=held), cost)
 
 
@@ -153,14 +125,15 @@ def _weights(recipe: Recipe) -> Iterator[Setting]:
     fixed = recipe.model.prequantized and not engine.converts
     if fixed or _scheme(recipe) not in (None, "none"):
         return
-    bare = replace(recipe, techniques=_without(recipe.techniques, ("quantization",)))
+    kept = (choice for choice in recipe.techniques if choice.name != "quantization")
+    bare = replace(recipe, techniques=tuple(kept))
     for weights in engine.makes(recipe.device):
         if weights in TERNARY:
             continue
         if weights not in DTYPE_BYTES:
-            cost = _weights_cost(recipe, weights)
+            cost = weights_cost(recipe, weights)
         elif (weights, recipe.execution.dtype) == ("bf16", "fp32"):
-            cost = _plain_cost(recipe, weights)
+            cost = plain_cost(recipe, weights)
         else:
             continue
         changed = engine.with_weights(bare, weights)
@@ -188,25 +161,9 @@ def _can_quantize(changed: Recipe) -> bool:
     )
 
 
-def _weights_cost(recipe: Recipe, weights: str) -> Cost:
-    if weights == "none":
-        return FREE
-    served = recipe.execution.engine not in _OWN_ENGINES
-    setting = _SERVED_FORMATS.get(weights, weights) if served else weights
-    return Cost.of(recipe.model, "weights", setting)
-
-
-def _plain_cost(recipe: Recipe, dtype: str) -> Cost:
-    """A format as wide as the checkpoint's loses nothing."""
-    model = recipe.model
-    if model.prequantized or DTYPE_BYTES[dtype] >= DTYPE_BYTES.get(model.dtype, 4):
-        return FREE
-    return Cost.of(model, "weights", dtype)
-
-
 def _asked_kv(recipe: Recipe) -> Setting:
     execution = recipe.execution
-    return _asked(_kv_cost(recipe.model, execution.kv_dtype, execution.dtype))
+    return _asked(kv_cost(recipe.model, execution.kv_dtype, execution.dtype))
 
 
 def _kv_dtypes(recipe: Recipe) -> Iterator[Setting]:
@@ -218,23 +175,18 @@ def _kv_dtypes(recipe: Recipe) -> Iterator[Setting]:
     for name in ENGINES[execution.engine].kv_dtypes:
         bits = KV_BITS[name]
         if bits < KV_BITS[execution.kv_dtype] and bits not in seen_bits:
-            cost = _kv_cost(recipe.model, name, execution.dtype)
+            cost = kv_cost(recipe.model, name, execution.dtype)
             if is_ours and (name == "fp8" or (name == "int8" and cost.figure is None)):
                 continue
             seen_bits.add(bits)
             yield _executed(f"--kv-cache-dtype {name}", cost, kv_dtype=name)
 
 
-def _kv_cost(model: ModelSpec, kv_dtype: str, dtype: str) -> Cost:
-    if KV_BITS[kv_dtype] >= KV_BITS[dtype]:
-        return FREE
-    return Cost.of(model, "kv", kv_dtype)
-
-
 def _asked_sparsity(recipe: Recipe) -> Setting:
     for choice in techniques.settled(recipe).techniques:
         if choice.name in ("dms", "camelot"):
-            return _asked(_sparsity_cost(recipe.model, choice), runs=_runs(choice))
+            cost = sparsity_cost(recipe.model, choice)
+            return _asked(cost, runs=techniques.create(choice).runs)
     return _asked()
 
 
@@ -243,31 +195,12 @@ def _sparsity(recipe: Recipe) -> Iterator[Setting]:
         technique = techniques.create(choice)
         here = recipe.execution.engine in technique.engines
         if here and technique.unsupported(recipe.model) is None:
-            cost = _sparsity_cost(recipe.model, choice)
+            cost = sparsity_cost(recipe.model, choice)
             yield Setting(f"--technique {as_typed(choice)}", _with(choice), cost, technique.runs)
 
 
 def _with(choice: TechniqueChoice) -> Callable[[Recipe], Recipe]:
     return lambda recipe: replace(recipe, techniques=(*recipe.techniques, choice))
-
-
-def _sparsity_cost(model: ModelSpec, choice: TechniqueChoice) -> Cost:
-    """By the first setting; a figure counts where the others are as usual."""
-    technique = techniques.create(choice)
-    first, *others = asdict(technique).items()
-    usual = asdict(type(technique)())
-    told = [first, *(pair for pair in others if usual[pair[0]] != pair[1])]
-    return Cost.of(model, choice.name, ",".join(f"{key}={value}" for key, value in told))
-
-
-def _runs(choice: TechniqueChoice) -> bool:
-    return techniques.create(choice).runs
-
-
-def _without(
-    choices: tuple[TechniqueChoice, ...], names: tuple[str, ...]
-) -> tuple[TechniqueChoice, ...]:
-    return tuple(choice for choice in choices if choice.name not in names)
 
 
 def _chunks(recipe: Recipe) -> Iterator[Setting]:
