@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from ullage import Recipe, default_execution, find_device, resolve
 from ullage.errors import DoesNotFit
+from ullage.planner.candidates import Candidate
 from ullage.planner.engines import ENGINES
-from ullage.planner.explore import Candidate, cheapest_change, explore
+from ullage.planner.explore import cheapest_change, explore
 from ullage.planner.levers import levers_of
 from ullage.planner.memory import peak_bytes, phase_footprints
 from ullage.planner.search import Freedom

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from ullage import Recipe, TechniqueChoice, default_execution, find_device, resolve
 from ullage.errors import DoesNotFit
+from ullage.planner.candidates import Candidate
 from ullage.planner.engines import ENGINES
-from ullage.planner.explore import Candidate, Exploration, cheapest_change, explore
+from ullage.planner.explore import Exploration, cheapest_change, explore
 from ullage.planner.levers import levers_of
 from ullage.planner.memory import peak_bytes
 from ullage.planner.search import Freedom

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from ullage import Recipe, TechniqueChoice, Workload, default_execution, find_device, resolve
+from ullage.planner.candidates import Candidate, expense
 from ullage.planner.costs import FREE, Cost
 from ullage.planner.engines import ENGINES
-from ullage.planner.explore import Candidate, Exploration, _expense
+from ullage.planner.explore import Exploration
 from ullage.planner.levers import CHUNKS, levers_of
 from ullage.planner.search import Freedom
 from ullage.specs.device import Device
@@ -219,4 +220,4 @@ def test_what_can_be_run_goes_before_less_loss_and_the_hardware_last() -> None:
     unknown = replace(candidate("d"), costs=(Cost(),), change_costs=(Cost(),))
     faster, simpler = candidate("e", "f", loss=2, step_s=0.5), candidate("g", "h", loss=2)
     found = [other, planned, unknown, simpler, runs, faster]
-    assert sorted(found, key=_expense) == [faster, runs, simpler, unknown, planned, other]
+    assert sorted(found, key=expense) == [faster, runs, simpler, unknown, planned, other]

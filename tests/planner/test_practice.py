@@ -3,7 +3,8 @@
 import pytest
 
 from ullage import Plan, Recipe, build_plan, default_execution, find_device, resolve
-from ullage.planner.explore import Candidate, cheapest_change, explore
+from ullage.planner.candidates import Candidate
+from ullage.planner.explore import cheapest_change, explore
 from ullage.planner.search import Freedom
 from ullage.specs.workload import Workload
 from ullage.techniques import choice_of, parse

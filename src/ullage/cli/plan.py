@@ -43,14 +43,8 @@ from ullage.cli.show.planned import show_plan
 from ullage.cli.show.sums import show_best, sums, sums_table
 from ullage.errors import DoesNotFit, InputError
 from ullage.planner import build_plan
-from ullage.planner.explore import (
-    Candidate,
-    Exploration,
-    Goal,
-    best_plan,
-    cheapest_change,
-    explore,
-)
+from ullage.planner.candidates import Candidate
+from ullage.planner.explore import Exploration, Goal, best_plan, cheapest_change, explore
 from ullage.specs.calibration import Calibration
 from ullage.specs.device import Device, find_device
 from ullage.specs.plan import Plan, Recipe

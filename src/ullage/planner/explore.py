@@ -2,14 +2,13 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import inf
 from sys import maxsize
 from typing import Literal
 
 from ullage import techniques
 from ullage.errors import DoesNotFit, InputError, TechniqueError
 from ullage.planner.build import build_plan, settle
-from ullage.planner.costs import Cost
+from ullage.planner.candidates import Candidate, expense, front_of, rank
 from ullage.planner.engines import ENGINES
 from ullage.planner.latency import estimate
 from ullage.planner.levers import Lever, Setting, combinations, levers_of
@@ -18,66 +17,9 @@ from ullage.planner.reach import longest_context, most_sequences
 from ullage.planner.search import Freedom, as_memory_option
 from ullage.specs.calibration import Calibration
 from ullage.specs.device import Device
-from ullage.specs.latency import Latency
 from ullage.specs.plan import Plan, Recipe
 
 Goal = Literal["context", "concurrency", "latency"]
-# What four-bit weights with KV entries of eight bits lose: changes that lose more, or nobody knows
-# what, do not lead for being fast or small.
-TOLERABLE_PERCENT = 5.0
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One combination at the asked workload. `changes` are its settings other than the asked ones,
-    as typed, and `change_costs` what each of them costs; `costs` are all that is not free, what was
-    asked for too.
-
-    `reach` is what the goal counts: tokens of the longest context, or the most sequences, that fit;
-    None for the goal of latency, and where the combination does not fit.
-    """
-
-    recipe: Recipe
-    budget_bytes: int
-    peak_bytes: int
-    latency: Latency | None
-    changes: tuple[str, ...]
-    change_costs: tuple[Cost, ...]
-    costs: tuple[Cost, ...]
-    runs: bool
-    hardware: bool
-    reach: int | None = None
-
-    @property
-    def fits(self) -> bool:
-        """Whether the peak stays inside the budget."""
-        return self.peak_bytes <= self.budget_bytes
-
-    @property
-    def cost_percent(self) -> float | None:
-        """The single costs added up, an estimate: nobody measured the combination. None where one
-        of them is not known."""
-        return None if _has_unknown(self.costs) else self.known_percent
-
-    @property
-    def known_percent(self) -> float:
-        """As much of `cost_percent` as is known."""
-        return sum(cost.percent or 0.0 for cost in self.costs)
-
-    @property
-    def feared_percent(self) -> float:
-        """What the changes may lose, unknown ones as much as is tolerated; 0 where all is known and
-        tolerable. What was asked for is not held against it."""
-        feared = sum(
-            TOLERABLE_PERCENT if cost.percent is None else cost.percent
-            for cost in self.change_costs
-        )
-        tolerable = feared <= TOLERABLE_PERCENT and not _has_unknown(self.change_costs)
-        return 0.0 if tolerable else feared
-
-
-def _has_unknown(costs: Sequence[Cost]) -> bool:
-    return any(cost.percent is None for cost in costs)
 
 
 @dataclass(frozen=True)
@@ -97,7 +39,7 @@ class Exploration:
         for candidate in self.ranked:
             if len(found) == count:
                 break
-            if not any(_adds_nothing(candidate, better) for better in found):
+            if not any(candidate.adds_nothing_to(better) for better in found):
                 found.append(candidate)
         return found
 
@@ -123,16 +65,6 @@ class Exploration:
         return sorted(least, key=lambda found: found.peak_bytes)
 
 
-def _adds_nothing(found: Candidate, better: Candidate) -> bool:
-    """Whether `found`, ranked after `better`, has all of its changes and more, for nothing."""
-    return (
-        set(found.changes) > set(better.changes)
-        and (found.reach or 0) <= (better.reach or 0)
-        and _loss(found) >= _loss(better)
-        and _step_s(found) >= _step_s(better)
-    )
-
-
 def explore(
     recipe: Recipe,
     budget_bytes: int | None,
@@ -154,8 +86,8 @@ def explore(
     every = _candidates(combinations(recipe, levers), budget_bytes, calibration)
     fitting = [_reaching(found, goal, calibration) for found in every if found.fits]
     here = [found for found in every if not found.hardware]
-    front = _front(here if any(found.fits for found in here) else every)
-    return Exploration(goal, tuple(every), tuple(sorted(fitting, key=_rank)), front)
+    front = front_of(here if any(found.fits for found in here) else every)
+    return Exploration(goal, tuple(every), tuple(sorted(fitting, key=rank)), front)
 
 
 def best_plan(explored: Exploration, calibration: Calibration | None = None) -> Plan | None:
@@ -191,7 +123,7 @@ def cheapest_change(
     for moves in (_one_moved(recipe, levers), combinations(recipe, levers)):
         found = _candidates(moves, budget_bytes, calibration)
         if fitting := [candidate for candidate in found if candidate.fits]:
-            return min(fitting, key=_expense)
+            return min(fitting, key=expense)
     needed_bytes = min(candidate.peak_bytes for candidate in found)
     raise DoesNotFit(
         f"No combination fits: the smallest budget that works is {as_memory_option(needed_bytes)}.",
@@ -270,47 +202,3 @@ def _reaching(found: Candidate, goal: Goal, calibration: Calibration | None) -> 
         return serving_bytes(recipe, _measured(calibration, recipe))
 
     return replace(found, reach=reach(found.recipe, found.peak_bytes, found.budget_bytes, peak))
-
-
-def _rank(found: Candidate) -> tuple[float, ...]:
-    """The asked hardware, then what can be trusted, then the farthest, or without a reach the
-    fastest, then the least known loss, the fastest, the simplest."""
-    step_s = _step_s(found)
-    goal = step_s if found.reach is None else -found.reach
-    return (found.hardware, found.feared_percent, goal, _loss(found), step_s, len(found.changes))
-
-
-def _expense(found: Candidate) -> tuple[float, ...]:
-    execution = found.recipe.execution
-    devices = execution.tensor_parallel * execution.pipeline_parallel
-    price = (found.hardware, devices, not found.runs, found.feared_percent, _loss(found))
-    return (*price, _step_s(found), len(found.changes))
-
-
-def _loss(found: Candidate) -> float:
-    """The cost in percent; unknown is the worst."""
-    return inf if found.cost_percent is None else found.cost_percent
-
-
-def _step_s(found: Candidate) -> float:
-    """Seconds a token, with a prompt's share in it: the asked workload from end to end."""
-    latency, work = found.latency, found.recipe.workload
-    if latency is None:
-        return 0.0
-    prompts_s = latency.ttft_s * work.sequences
-    return prompts_s / work.output_tokens + 1 / latency.sequence_tokens_per_s
-
-
-def _front(every: list[Candidate]) -> tuple[Candidate, ...]:
-    """What is not beaten, nor equalled, in all three; of equals the one with the fewest changes."""
-    front: list[Candidate] = []
-    best: list[tuple[float, float]] = []
-    order = sorted(
-        every, key=lambda found: (found.peak_bytes, _loss(found), _step_s(found), found.changes)
-    )
-    for found in order:
-        mine = (_loss(found), _step_s(found))
-        if not any(loss <= mine[0] and step_s <= mine[1] for loss, step_s in best):
-            front.append(found)
-            best.append(mine)
-    return tuple(front)

@@ -9,8 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from ullage.cli.show import is_wide
+from ullage.planner.candidates import Candidate
 from ullage.planner.engines import ENGINES
-from ullage.planner.explore import Candidate, Exploration
+from ullage.planner.explore import Exploration
 from ullage.specs.plan import Cliff, Recipe
 from ullage.units import format_bytes
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ullage.errors import InputError
-from ullage.planner.explore import Candidate, Exploration
+from ullage.planner.candidates import Candidate
+from ullage.planner.explore import Exploration
 from ullage.units import GIB
 
 _ENDINGS = (".svg", ".png")
