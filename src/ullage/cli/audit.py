@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ullage.cli.asked import PlanOptions, workload_of
 from ullage.cli.machine import device_to_run
 from ullage.cli.options import (
     CalibrationOption,
@@ -20,10 +21,8 @@ from ullage.cli.options import (
     MaxModelLenOption,
     MemoryOption,
     ModelArgument,
-    PlanOptions,
     TechniqueOption,
     WeightsOption,
-    workload_of,
 )
 from ullage.cli.written import refuse_undrawable, refuse_unwritable
 from ullage.errors import DoesNotFit

@@ -12,15 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ullage import techniques
+from ullage.cli.asked import PlanOptions
 from ullage.cli.machine import device_to_run
-from ullage.cli.options import (
-    DeviceOption,
-    KvOption,
-    ModelArgument,
-    PlanOptions,
-    TechniqueOption,
-    WeightsOption,
-)
+from ullage.cli.options import DeviceOption, KvOption, ModelArgument, TechniqueOption, WeightsOption
 from ullage.cli.show.evaluated import show_evaluation
 from ullage.cli.written import refuse_undrawable
 from ullage.errors import InputError

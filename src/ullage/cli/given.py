@@ -4,7 +4,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from ullage.cli.options import NamedRecipe, PlanOptions
+from ullage.cli.asked import PlanOptions
+from ullage.cli.options import NamedRecipe
 from ullage.errors import InputError, PromptError
 from ullage.planner.engines import ENGINES
 from ullage.specs.model import ModelSpec

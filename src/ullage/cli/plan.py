@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ullage.cli.asked import PlanOptions, workload_of
 from ullage.cli.options import (
     AttentionOption,
     CalibrationOption,
@@ -20,14 +21,12 @@ from ullage.cli.options import (
     MaxNumSeqsOption,
     MemoryOption,
     OutputLenOption,
-    PlanOptions,
     PpOption,
     RecipeOption,
     TechniqueOption,
     TpOption,
     UtilizationOption,
     WeightsOption,
-    workload_of,
 )
 from ullage.cli.show import answers, catalogs, is_wide
 from ullage.cli.show.explored import (

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
 
+from ullage.cli.asked import PlanOptions
 from ullage.cli.given import own_attention, prompt_text, refuse_beside_plan, refuse_plan
 from ullage.cli.machine import device_to_run, refuse_unusable
 from ullage.cli.options import (
@@ -20,7 +21,6 @@ from ullage.cli.options import (
     KvOption,
     MemoryOption,
     ModelArgument,
-    PlanOptions,
     RecipeOption,
     TechniqueOption,
     WeightsOption,

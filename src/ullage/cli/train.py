@@ -20,8 +20,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from ullage.cli.asked import PlanOptions
 from ullage.cli.machine import device_to_run
-from ullage.cli.options import DeviceOption, ModelArgument, PlanOptions
+from ullage.cli.options import DeviceOption, ModelArgument
 from ullage.cli.written import refuse_undrawable, refuse_unwritable
 from ullage.errors import InputError, TechniqueError
 from ullage.measure.picture import draw_training

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ullage import Device, ModelSpec, find_device, resolve
-from ullage.cli.options import PlanOptions, workload_of
+from ullage.cli.asked import PlanOptions, workload_of
 from ullage.errors import InputError, TechniqueError
 from ullage.planner.search import Freedom
 from ullage.specs.plan import TechniqueChoice
