@@ -246,7 +246,7 @@ def test_planned_kv_entries_are_the_live_bytes(
         with closing(PagedCache(spec, pool, technique.rows(spec)).open(tokens)):
             state_bytes = planned_bytes - pool.taken_bytes
             # what scores entries takes a few KB, however few there are
-            assert 0 <= state_bytes < 0.2 * planned_bytes + 2048
+            assert 0 <= state_bytes < 0.2 * planned_bytes + 3072
             assert pool.taken_bytes == techniques.sequence_blocks(made, tokens) * pool.block_bytes
 
 

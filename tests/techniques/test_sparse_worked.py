@@ -31,8 +31,8 @@ def change(
 
 
 # a flag a head and token of the window and of a span; sums over queries, and how positions turn;
-# the newest 8 queries
-STATE = 8 * (256 + 512) + (2 * 32 + 3) * 128 * 4 + 8 * 32 * 128 * 2
+# the newest 8 queries, with cos and sin
+STATE = 8 * (256 + 512) + (2 * 32 + 3) * 128 * 4 + 8 * 34 * 128 * 2
 
 
 def test_a_layer_of_dms() -> None:

@@ -45,14 +45,15 @@ def scratch_bytes(dms: "DMS", model: ModelSpec, work: Step) -> int:
 def _scorer_bytes(dms: "DMS", model: ModelSpec, tokens: int, dtype: str) -> int:
     """Of a learned predictor the worth of what is undecided. Of expected attention the sums over
     the queries and their squares in fp32, [Hq, D] each a layer, with where the newest token stands
-    and how far one turns, [D], [D] and [D / 2], and the newest queries, [Hq, D] each a layer."""
+    and how far one turns, [D], [D] and [D / 2], and the newest queries with how they were turned,
+    [Hq + 2, D] each a layer."""
     layers = full_layers(model)
     if dms.predictor == "window" or not tokens:
         return 0
     if dms.predictor in LEARNED:
         undecided = min(tokens, dms.lag + DECIDED_TOKENS)
         return layers * model.num_kv_heads * undecided * _FP32_BYTES
-    waiting_bytes = min(tokens, WAITING_TOKENS) * model.num_heads * DTYPE_BYTES[dtype]
+    waiting_bytes = min(tokens, WAITING_TOKENS) * (model.num_heads + 2) * DTYPE_BYTES[dtype]
     sums_bytes = (2 * model.num_heads + 3) * _FP32_BYTES
     return layers * model.head_dim * (sums_bytes + waiting_bytes)
 
