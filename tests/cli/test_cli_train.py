@@ -6,7 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from shutil import copytree
 
+import numpy
 import pytest
+
+from ullage.techniques.dms.adapter import Adapter, load_adapter
 
 Typed = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -81,6 +84,21 @@ def test_a_training_that_was_broken_off_measures_nothing_again(train: Typed, dat
     assert done.returncode == 2
     assert "is damaged" in done.stderr.replace("\n", " ")
     assert (adapter.read_bytes(), state.read_bytes()) == (before, b"broken")
+
+
+def test_a_training_is_the_same_whenever_it_begins(train: Typed, data: Path) -> None:
+    """At once, or from an adapter that is there."""
+    words = ["--tokens", "200", "--to", "1.1x", "--steps", "2", "--step-tokens", "150"]
+    adapter = data / "made.safetensors"
+    made: list[Adapter] = []
+    for first in (["--tokens", "200"], words):
+        adapter.unlink(missing_ok=True)
+        assert train(*first).returncode == 0
+        if first != words:
+            assert train(*words).returncode == 0
+        made.append(load_adapter(str(adapter)))
+    assert made[0].record == made[1].record
+    assert numpy.array_equal(made[0].predictors["dms"], made[1].predictors["dms"])
 
 
 def test_a_table_says_how_the_heads_share(train: Typed) -> None:
