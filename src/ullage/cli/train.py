@@ -212,7 +212,7 @@ def _measured(
     from ullage.techniques.dms.fingerprint import fingerprint, texts_fingerprint
     from ullage.techniques.dms.measure import measure
 
-    texts = list(pieces.values())
+    texts, path = list(pieces.values()), str(output.absolute())  # and no shipped adapter's name
     record = {
         "model": plan.recipe.model.name,
         "tokens": len(texts[0]),
@@ -220,12 +220,12 @@ def _measured(
         "texts_sha256": texts_fingerprint(texts),
     }
     with suppress(TechniqueError):
-        found = load_adapter(str(output))
+        found = load_adapter(path)
         if found.record.items() >= record.items() and found.fingerprint == fingerprint(model):
             return found
     shown = track(texts, "reading", console=_stderr(), transient=True)
     measure(model, shown, record).save(output)
-    return load_adapter(str(output))  # rounded, as a training that goes on will find it
+    return load_adapter(path)  # rounded, as a training that goes on will find it
 
 
 def _trained(
