@@ -1,4 +1,4 @@
-"""What can be changed, and what it is said to cost."""
+"""What can be changed, and what it is said to cost where it is offered."""
 
 from dataclasses import replace
 from typing import Any
@@ -6,20 +6,16 @@ from typing import Any
 import pytest
 
 from ullage import Recipe, TechniqueChoice, Workload, default_execution, find_device, resolve
-from ullage.planner.candidates import Candidate, expense
 from ullage.planner.costs import FREE, Cost
 from ullage.planner.engines import ENGINES
-from ullage.planner.explore import Exploration
 from ullage.planner.levers import CHUNKS, levers_of
 from ullage.planner.search import Freedom
 from ullage.specs.device import Device
-from ullage.specs.latency import Band, Latency
 from ullage.specs.quality import Quality
 from ullage.specs.workload import Engine
 
 CARD = find_device("rtx-4090")
 ALL_FREE = Freedom()
-BITS = Quality("weights", "x", "m", 10, "perplexity %", 1.5, 8, "measured", "a run of ours")
 
 
 def recipe(engine: Engine = "ullage", model: str = "llama-3.1-8b", **told: Any) -> Recipe:
@@ -161,63 +157,3 @@ def test_servers_figures_are_kept_under_the_names_of_their_formats() -> None:
     assert served is not None
     assert own is not None
     assert (served.setting, own.setting) == ("w8a8", "int8")
-
-
-@pytest.mark.parametrize(
-    ("cost", "percent", "says"),
-    [
-        (FREE, 0.0, "no loss"),
-        (Cost(), None, "no figure"),
-        (Cost(BITS), 1.5, "perplexity +1.5% on m, measured"),
-        (Cost(replace(BITS, change=-2.0)), 0.0, "perplexity -2% on m, measured"),
-        (Cost(replace(BITS, metric="mean KLD")), None, "mean KLD +1.5 on m, measured"),
-        (
-            Cost(BITS, tail=replace(BITS, metric="99% KLD")),
-            1.5,
-            "perplexity +1.5% on m, measured; 99% KLD +1.5 on m, measured",
-        ),
-    ],
-)
-def test_a_cost_is_a_figure_none_or_nothing(cost: Cost, percent: float | None, says: str) -> None:
-    assert cost.percent == percent
-    assert str(cost) == says
-
-
-def candidate(*changes: str, reach: int = 100, loss: float = 0.0, step_s: float = 1.0) -> Candidate:
-    latency = Latency(0.0, 1 / step_s, 1 / step_s, Band(0, 0), Band(0, 0))
-    figures = (Cost(replace(BITS, change=loss)), *[FREE] * (len(changes) - 1))
-    return Candidate(recipe(), 10, 5, latency, changes, figures, figures[:1], True, False, reach)
-
-
-@pytest.mark.parametrize(
-    ("other", "kept"),
-    [
-        (candidate("a", "b"), False),  # all of the better one's changes and more, for nothing
-        (candidate("a", "b", reach=101), True),
-        (candidate("a", "b", loss=-1.0), False),  # a gain is noise
-        (candidate("a", "b", step_s=0.5), True),
-        (candidate("b"), True),  # another way
-    ],
-)
-def test_the_best_leave_out_what_only_adds_changes(other: Candidate, kept: bool) -> None:
-    first = candidate("a")
-    explored = Exploration("context", (first, other), (first, other), ())
-    assert explored.best(10) == ([first, other] if kept else [first])
-    assert explored.best(1) == [first]
-
-
-def test_a_sum_of_costs_is_known_where_each_of_them_is() -> None:
-    both = replace(candidate("a"), costs=(Cost(BITS), Cost(replace(BITS, change=0.25))))
-    assert both.cost_percent == 1.75
-    some = replace(both, costs=(Cost(BITS), Cost()))
-    assert (some.cost_percent, some.known_percent) == (None, 1.5)
-    assert replace(both, costs=()).cost_percent == 0
-
-
-def test_what_can_be_run_goes_before_less_loss_and_the_hardware_last() -> None:
-    runs, planned = candidate("a", loss=2), replace(candidate("b", loss=1), runs=False)
-    other = replace(candidate("c"), hardware=True)
-    unknown = replace(candidate("d"), costs=(Cost(),), change_costs=(Cost(),))
-    faster, simpler = candidate("e", "f", loss=2, step_s=0.5), candidate("g", "h", loss=2)
-    found = [other, planned, unknown, simpler, runs, faster]
-    assert sorted(found, key=expense) == [faster, runs, simpler, unknown, planned, other]
