@@ -109,7 +109,13 @@ def test_what_is_typed_is_of_the_settings_type() -> None:
     assert parse("camelot:segment=128") == CAMELoT(1024, 128)
     with pytest.raises(TechniqueError, match="window is a whole number, not '1e9'"):
         parse("dms:window=1e9")
-    for text in ("dms:window=6.5", "camelot:slots=many", "dms:kept", "dms:share=1"):
+    for text in (
+        "dms:window=6.5",
+        "camelot:slots=many",
+        "dms:kept",
+        "dms:share=1",
+        "dms:lag=1,lag=2",
+    ):
         with pytest.raises(TechniqueError):
             parse(text)
 

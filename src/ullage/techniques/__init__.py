@@ -74,7 +74,8 @@ def parse(text: str) -> Technique:
     value's, as in a path.
 
     Raises:
-        TechniqueError: unknown name or setting, or a value of the wrong type.
+        TechniqueError: unknown name or setting, one that is given twice, or a value of the wrong
+            type.
     """
     name, _, rest = text.partition(":")
     cls = _technique_class(name)
@@ -84,6 +85,8 @@ def parse(text: str) -> Technique:
         key, equals, value = pair.partition("=")
         if not equals or key not in types:
             raise TechniqueError(f"{name} has no setting {key!r}; {_has(types)}.")
+        if key in settings:
+            raise TechniqueError(f"{name}: {key} is given twice: once is enough.")
         settings[key] = _cast(name, key, value, types[key])
     return cls(**settings)
 
