@@ -1,5 +1,7 @@
 """Training a predictor on a tiny model."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -83,6 +85,16 @@ def test_the_model_is_as_it_was(tiny_model: TinyModel) -> None:
     assert [weight.requires_grad for weight in model.parameters()] == needed
     assert all(weight.grad is None for weight in model.parameters())
     assert not model.training
+
+
+def test_a_trainer_is_gone_with_its_last_step(tiny_model: TinyModel) -> None:
+    model, spec = tiny_model("llama")
+    trainer = trainer_of(model, spec)
+    trainer.step(TEXTS[0])
+    seen = weakref.ref(trainer)
+    del trainer
+    gc.collect()
+    assert seen() is None
 
 
 @pytest.fixture

@@ -61,7 +61,8 @@ def differentiable(model: "PreTrainedModel", attention: Attention) -> Iterator[N
         TechniqueError: it caps its attention scores.
     """
     hidden: dict[int, torch.Tensor] = {}
-    AttentionInterface.register(NAME, _called_by_transformers(attention, hidden))
+    called = _called_by_transformers(attention, hidden)
+    AttentionInterface.register(NAME, _of_module)
     AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
     before = model.config._attn_implementation
     with ExitStack() as undo:
@@ -74,6 +75,8 @@ def differentiable(model: "PreTrainedModel", attention: Attention) -> Iterator[N
             if name.endswith("attn") and getattr(module, "layer_idx", None) is not None:
                 hook = module.register_forward_pre_hook(_noted_in(hidden), with_kwargs=True)
                 undo.callback(hook.remove)
+                module.ullage_training = called
+                undo.callback(delattr, module, "ullage_training")
         embeddings = model.get_input_embeddings()
         undo.callback(embeddings.register_forward_hook(_with_gradient).remove)
         undo.callback(model.train, model.training)
@@ -92,6 +95,11 @@ def last_hidden(model: "PreTrainedModel", ids: torch.Tensor) -> torch.Tensor:
     """Of the text `ids`, [T]: what the logits are computed from, [T, E]."""
     output = model.base_model(ids[None].to(model.device), use_cache=False)
     return output.last_hidden_state[0]  # type: ignore[no-any-return]
+
+
+def _of_module(module: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    """What transformers keeps for good: it knows of no text and no model."""
+    return module.ullage_training(module, *args, **kwargs)  # type: ignore[no-any-return]
 
 
 def _called_by_transformers(
