@@ -57,7 +57,7 @@ def test_fp8_entries_of_ours_are_never_offered(monkeypatch: pytest.MonkeyPatch) 
     """Not in int8's place either, where its cost is not known and fp8's is."""
     known = Quality("kv", "fp8", "m", 10, "perplexity %", 0.2, 8, "measured", "a run of ours")
     monkeypatch.setattr(
-        "ullage.planner.levers.find", lambda _, *of: known if of == ("kv", "fp8") else None
+        "ullage.planner.costs.find", lambda _, *of: known if of == ("kv", "fp8") else None
     )
     assert typed(recipe(), "KV entries") == [""]
     assert typed(recipe(kv_dtype="fp8"), "KV entries") == [""]
