@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ullage.kv.kernels import threads
+from ullage.specs.tiles import THREADS
 
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=40), st.integers(1, 8))
@@ -82,4 +83,4 @@ def test_threads_of_ours_are_for_where_waiting_ones_sleep_soon(
     monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
     assert threads.count(3) == expected
-    assert threads.count(40) == (threads.MOST if expected > 1 else 1)
+    assert threads.count(40) == (THREADS if expected > 1 else 1)

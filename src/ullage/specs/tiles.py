@@ -3,6 +3,7 @@ kernels."""
 
 TILE_TOKENS = 1024  # stored entries
 LEAST_TILE_TOKENS = 128  # below it, joining tiles would cost more than attending to them
+THREADS = 8  # of a CPU that read entries side by side: what bounds decode is the memory's speed
 SCORE_NUMBERS = 4 << 20  # 16 MiB of fp32: the scores of one tile, unless it is the least
 
 

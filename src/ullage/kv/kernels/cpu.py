@@ -31,8 +31,7 @@ def attend(
     for piece in pieces:
         seeing = query if piece.heads is None else query[piece.heads]
         for tile in _tiles(query, piece, TILE_TOKENS):
-            output, lse = _flash(seeing, tile, scale)
-            joined.add(piece.heads, output.float(), lse)
+            joined.add(piece.heads, *_part(seeing, tile, scale))
     return joined.output
 
 
@@ -73,9 +72,14 @@ def _attend_all(
         return _flash(query, tiles[0], scale)[0]
     joined = Joined(query)
     for tile in tiles:
-        output, lse = _flash(query, tile, scale)
-        joined.add(None, output.float(), lse)
+        joined.add(None, *_part(query, tile, scale))
     return joined.output
+
+
+def _part(query: torch.Tensor, tile: Piece, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_flash`, to be joined: in fp32."""
+    output, lse = _flash(query, tile, scale)
+    return output.float(), lse
 
 
 def _flash(query: torch.Tensor, tile: Piece, scale: float) -> tuple[torch.Tensor, torch.Tensor]:

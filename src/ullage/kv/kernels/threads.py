@@ -15,7 +15,8 @@ from threading import Barrier
 
 import torch
 
-MOST = 8  # threads: what bounds decode is the memory's speed
+from ullage.specs.tiles import THREADS
+
 SOON_TURNS = 10_000  # of waiting: under a tenth of a millisecond
 
 
@@ -24,7 +25,7 @@ def count(calls: int) -> int:
     the cores for milliseconds, as they do unless the environment told them otherwise."""
     if sys.platform != "linux" or not _cores_are_free():
         return 1
-    return min(torch.get_num_threads(), MOST, calls)
+    return min(torch.get_num_threads(), THREADS, calls)
 
 
 def _cores_are_free() -> bool:

@@ -14,7 +14,14 @@ from ullage.specs.dtypes import DTYPE_BYTES, SCALED
 from ullage.specs.footprint import Label, Term
 from ullage.specs.model import LayerCache, ModelSpec
 from ullage.specs.plan import Recipe
-from ullage.specs.tiles import SPLIT_PROGRAMS, TILE_TOKENS, rows_of_splits, tile_scores
+from ullage.specs.tiles import (
+    LEAST_TILE_TOKENS,
+    SPLIT_PROGRAMS,
+    THREADS,
+    TILE_TOKENS,
+    rows_of_splits,
+    tile_scores,
+)
 from ullage.specs.workload import Step
 
 _Kernel = Literal["flash", "tiled", "split"]
@@ -97,44 +104,67 @@ class _Attention:
         return self._layer_bytes() + self._row_bytes(kernels[self.kernel]())
 
     def _layer_bytes(self) -> int:
-        """What lives through all layers, residual and normed input; q, k, v and the output."""
+        """What lives through all layers, residual and normed input; q, k, v and, where a chunk is
+        read, the output beside that of the kernel."""
         model = self.model
-        width = 2 * model.hidden_size + 2 * model.num_heads * model.head_dim + self.cache.width
+        outputs = 2 if self.queries > 1 else 1
+        width = 2 * model.hidden_size + outputs * model.num_heads * model.head_dim
+        width += self.cache.width
         return self.step.new_tokens * (forward.always_width(model) + width) * self.number_bytes
 
     def _row_bytes(self, kernel_bytes: int) -> int:
         """What the row lays out for the kernel, and the kernel's own scratch."""
         execution = self.step.execution
-        tokens = self.queries * self.together
-        new = tokens * entry_bytes(self.model, self.cache.width, execution.kv_dtype)
+        new = self.queries * entry_bytes(self.model, self.cache.width, execution.kv_dtype)
         rounded = new if execution.kv_dtype != execution.dtype else 0
         if not self.laid_out:
-            return kernel_bytes + rounded
+            return kernel_bytes + (rounded if self.queries > 1 else 0)
         band = self.queries * self.entries
         span = self.entries * self.cache.width * self.number_bytes
         return span + max(band + max(kernel_bytes, band), rounded)
 
     def _flash(self) -> int:
-        """Of kernels/cpu.py: what is joined so far; K and V of a tile in the query's format and the
-        mask as what is added to the scores, then the tile's output in fp32."""
-        output = self.rows * self.model.head_dim
-        joined = 0 if self.laid_out else output * 4  # side by side there is one tile
-        widened = 0 if self.number_bytes == 4 else output * 4
-        bias = self.queries * self.entries * self.number_bytes if self.laid_out else 0
+        """Of kernels/cpu.py: K and V of a tile in the query's format and the mask as what is added
+        to the scores, then the tile's output, in fp32 where it is joined to what is joined so far.
+        Sequences that write go one by one or some on threads, which share a tile among them; what
+        each leaves is put together in the end."""
+        model, execution = self.model, self.step.execution
+        output = self.rows // self.together * model.head_dim
         tile_tokens = max(min(TILE_TOKENS, self.entries), self.queries)
-        converted = self._widened_bytes(tile_tokens, self.cache.width, self.step.execution.dtype)
-        part = output * self.number_bytes + bias + max(converted, widened)
-        return joined + part + 5 * self.rows * 4
+        converted = self._widened_bytes(tile_tokens, self.cache.width, execution.dtype)
+        bias = self.queries * self.entries * self.number_bytes if self.laid_out else 0
+        joined = widened = 0
+        if not self._one_tile:
+            joined = output * 4
+            widened = 0 if self.number_bytes == 4 else output * 4
+        at_once = min(self.together, THREADS)
+        part = at_once * (joined + output * self.number_bytes) + bias
+        part += max(converted, at_once * widened)
+        if self.queries > 1:
+            return part + 5 * self.rows * 4
+        left = self.together * output * self.number_bytes
+        return left + max(left, part) + 5 * self.rows * 4
+
+    @property
+    def _one_tile(self) -> bool:
+        """Whether kernels/cpu.py has nothing to join."""
+        if self.queries > 1:
+            return self.laid_out
+        return self.stored == self.step.execution.dtype or self.entries <= LEAST_TILE_TOKENS
 
     def _tiled(self) -> int:
-        """Of kernels/reference.py, all in fp32: what is joined so far, a tile's scores and mask;
-        the grouped queries and K of the tile, then its output and V."""
-        outputs = self.rows * (self.model.head_dim * 2 + 5) * 4
-        scores = tile_scores(self.rows, self.entries) * 4
+        """Of kernels/reference.py: what is joined so far in fp32; of one sequence, in fp32 too, a
+        tile's scores and mask, the grouped queries and K of the tile, then its output and V. In the
+        end what is joined, in the query's format."""
+        rows, head_dim = self.rows // self.together, self.model.head_dim
+        joined = self.rows * (head_dim + 1) * 4
+        scores = tile_scores(rows, self.entries) * 4
         tile_tokens = min(TILE_TOKENS, self.entries)
         mask = self.queries * tile_tokens if self.queries > 1 else 0
         converted = self._widened_bytes(tile_tokens, self.cache.width // 2, "fp32")
-        return outputs + scores + mask + converted
+        tile = rows * (head_dim + 4) * 4 + scores + mask + converted
+        rounded = 0 if self.number_bytes == 4 else self.rows * head_dim * self.number_bytes
+        return joined + max(tile, rounded)
 
     def _widened_bytes(self, tokens: int, width: int, dtype: str) -> int:
         """That many numbers of each token in `dtype`, in which they may be already; and with them
