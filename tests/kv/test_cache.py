@@ -79,6 +79,7 @@ def test_padding_takes_no_blocks(tiny_model: TinyModel) -> None:
     mask[1, :15] = 0
     paged(model)(ids, attention_mask=mask, **cache_argument(model, cache))
     assert [row.length for row in cache.paged[0].rows] == [20, 5]
+    assert (cache.live_tokens(), cache.kept()) == (25, 1)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])

@@ -222,6 +222,20 @@ class PagedCache(Cache):  # type: ignore[misc]
         """Bytes of the blocks that are taken."""
         return self.pool.taken_bytes
 
+    def live_tokens(self) -> float:
+        """Entries that a KV head holds of the sequences of this step, all together; the mean over
+        heads and layers."""
+        return sum(row.live_tokens for row in self._rows) / len(self.paged)
+
+    def kept(self) -> float:
+        """The share of the tokens seen that `live_tokens` is; 1 before there is any."""
+        seen = sum(row.length for row in self._rows) / len(self.paged)
+        return self.live_tokens() / seen if seen else 1.0
+
+    @property
+    def _rows(self) -> list[Row]:
+        return [row for layer in self.paged for row in layer.rows]
+
 
 def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
     """`cache` under the name by which the forward pass of `model` takes it: ``past_key_values``

@@ -183,6 +183,11 @@ class Row(ABC):
     def length(self) -> int:
         """Tokens seen."""
 
+    @property
+    @abstractmethod
+    def live_tokens(self) -> float:
+        """Entries that a KV head holds, the mean over the heads."""
+
     @abstractmethod
     def reserve(self, tokens: int) -> None:
         """Take the blocks that a sequence of `tokens` needs here.
@@ -229,6 +234,10 @@ class FullRow(Row):
 
     @property
     def length(self) -> int:
+        return self._length
+
+    @property
+    def live_tokens(self) -> float:
         return self._length
 
     def reserve(self, tokens: int) -> None:
@@ -333,6 +342,10 @@ class SlidingRow(Row):
     @property
     def length(self) -> int:
         return self.ring.length
+
+    @property
+    def live_tokens(self) -> float:
+        return self.ring.used
 
     def reserve(self, tokens: int) -> None:
         self.ring.reserve(tokens)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from itertools import chain
+from statistics import mean
 from typing import Protocol, Self
 
 import numpy as np
@@ -197,6 +198,10 @@ class SparseRow(Row):
     @property
     def length(self) -> int:
         return self.heads[0].ring.length
+
+    @property
+    def live_tokens(self) -> float:
+        return mean(head.held for head in self.heads)
 
     def reserve(self, tokens: int) -> None:
         try:

@@ -43,7 +43,7 @@ def logits(model: Any, cache: PagedCache, ids: torch.Tensor, *sizes: int) -> tor
     return torch.cat(parts, dim=1)
 
 
-def live_tokens(cache: PagedCache) -> list[list[int]]:
+def survivors(cache: PagedCache) -> list[list[int]]:
     """What each head of each sparse row keeps beyond the window."""
     return [
         [head.survivors.length for head in row.heads]
@@ -67,7 +67,7 @@ def test_a_text_is_the_same_however_it_is_read(
         tokens = logits(model, caches[2], ids, 100, 1)
     torch.testing.assert_close(chunks, whole, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(tokens, whole, atol=1e-4, rtol=1e-4)
-    assert live_tokens(caches[0]) == live_tokens(caches[1]) == live_tokens(caches[2])
+    assert survivors(caches[0]) == survivors(caches[1]) == survivors(caches[2])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -83,7 +83,7 @@ def test_every_family_forgets_and_goes_on(tiny_model: TinyModel, family: str) ->
     assert not torch.allclose(sparse, dense, atol=1e-3)
     torch.testing.assert_close(one_by_one, sparse, atol=2e-3, rtol=1e-3)
     left = 150 - 16
-    for heads in live_tokens(cache):
+    for heads in survivors(cache):
         assert 0 < sum(heads) <= 0.25 * (left + 64) * len(heads)
 
 
@@ -111,7 +111,7 @@ def test_the_baseline_keeps_the_first_few_and_the_window(tiny_model: TinyModel) 
     cache = cache_of(model, spec, technique)
     with technique.attach(model):
         logits(model, cache, TEXT[:1], 50)
-    assert live_tokens(cache) == [[SINKS] * spec.num_kv_heads] * spec.num_layers
+    assert survivors(cache) == [[SINKS] * spec.num_kv_heads] * spec.num_layers
 
 
 def generate(model: Any, **arguments: Any) -> torch.Tensor:
@@ -158,7 +158,7 @@ def test_generate_goes_on_from_the_cache_of_an_earlier_turn(tiny_model: TinyMode
 
 def test_bytes_fall_with_what_is_kept_and_end_with_the_text(tiny_model: TinyModel) -> None:
     model, spec = tiny_model("llama")
-    held = []
+    held, live = [], []
     ids = TEXT.flatten()[None]
     for kept in (1.0, 0.5, 0.125):
         technique = DMS(kept, 16)
@@ -166,8 +166,11 @@ def test_bytes_fall_with_what_is_kept_and_end_with_the_text(tiny_model: TinyMode
         with technique.attach(model):
             logits(model, cache, ids, 150)
         held.append(cache.nbytes())
+        live.append(cache.live_tokens())
+        assert cache.kept() == live[-1] / 450
         cache.reset()
-        assert cache.nbytes() == 0
+        assert cache.nbytes() == cache.live_tokens() == 0
+    assert live == pytest.approx([450, 16 + 434 / 2, 16 + 434 / 8], abs=1)
     assert held[1] < 0.75 * held[0]
     assert held[2] < 0.45 * held[0]
 
@@ -200,7 +203,7 @@ def test_a_given_cache_is_dense_again_afterwards(tiny_model: TinyModel) -> None:
     cache.reset()
     with DMS(0.25, 16).attach(model):
         inside = logits(model, cache, TEXT[:1], 50)
-        assert sum(map(sum, live_tokens(cache))) > 0
+        assert sum(map(sum, survivors(cache))) > 0
     cache.reset()
     assert torch.equal(logits(model, cache, TEXT[:1], 50), never)
     assert not torch.equal(inside, never)
@@ -220,7 +223,7 @@ def test_a_given_cache_is_dense_again_after_a_step_that_failed(tiny_model: TinyM
     hook.remove()
     cache.reset()
     logits(model, cache, TEXT[:1], 50)
-    assert live_tokens(cache) == []
+    assert survivors(cache) == []
 
 
 def test_a_cache_that_keeps_every_entry_is_our_error(tiny_model: TinyModel) -> None:
