@@ -4,9 +4,10 @@
     python benchmarks/decode_attention.py --device cpu    # SmolLM2-135M, 8,000 tokens, 4x
 
 A batch of random entries in several layers, taken in turns so that no cache holds them; heads keep
-between half and one and a half times the mean, beside a window. The full cache is read by torch's
-SDPA, a group's query heads packed as queries of one head: its fastest way. Medians of `--repeats`
-passes over the layers; a ratio above 1 means that the sparse rows are faster.
+between half and one and a half times the mean, each in one stretch. The full cache is read by
+torch's SDPA, a group's query heads packed as queries of one head: its fastest way. Medians of
+`--repeats` passes over the layers; a ratio above 1 means that the sparse rows are faster. On a CPU
+set GOMP_SPINCOUNT=1000, as ullage does where it is imported before torch: see kernels/threads.py.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ullage.kv.attention import kernel_for
 from ullage.kv.kernels import Piece, reference
 
-LAYERS, WINDOW_TOKENS = 4, 256
+LAYERS = 4
 # One in `times` tokens is kept.
 Size = namedtuple("Size", "heads kv_heads head_dim tokens times dtype")
 SIZES = {
@@ -33,49 +34,34 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Layer:
-    """A batch's queries [B, Hq, 1, D], its full cache [B, Hkv, T, D], and each row's pieces."""
+    """A batch's queries [B, Hq, 1, D], its full cache [B, Hkv, T, D], and what its rows keep, as
+    pieces for the rows' query heads one after the other."""
 
     query: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
-    rows: list[list[Piece]]
+    pieces: list[Piece]
 
     def full(self, scale: float) -> torch.Tensor:
         packed = self.query.view(*self.keys.shape[:2], -1, self.keys.shape[3])
         return scaled_dot_product_attention(packed, self.keys, self.values, scale=scale)
 
-    def row_by_row(self, scale: float) -> torch.Tensor:
-        """As the engine does it."""
-        kernel, rows = kernel_for(self.query.device), zip(self.query, self.rows, strict=True)
-        return torch.stack([kernel(query, pieces, scale, None) for query, pieces in rows])
-
-    def at_once(self, scale: float) -> torch.Tensor:
-        """All rows as further heads of one query."""
-        pieces, heads = [], self.query.shape[1]
-        for first, mine in zip(range(0, len(self.rows) * heads, heads), self.rows, strict=True):
-            for piece in mine:
-                own = piece.heads or slice(0, heads)
-                span = slice(first + own.start, first + own.stop)
-                pieces.append(Piece(piece.keys, piece.values, heads=span))
-        query, kernel = self.query.flatten(0, 1), kernel_for(self.query.device)
-        return kernel(query, pieces, scale, None).view(self.query.shape)
+    def sparse(self, scale: float) -> torch.Tensor:
+        return kernel_for(self.query.device)(self.query.flatten(0, 1), self.pieces, scale, None)
 
 
 def make_layer(size: Size, batch: int, device: str) -> Layer:
     def some(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, size.head_dim, device=device, dtype=size.dtype)
 
-    mean, group = size.tokens // size.times - WINDOW_TOKENS, size.heads // size.kv_heads
-    rows = []
-    for _ in range(batch):
-        pieces = [Piece(some(size.kv_heads, WINDOW_TOKENS), some(size.kv_heads, WINDOW_TOKENS))]
-        for head in range(size.kv_heads):
-            tokens = mean // 2 + head * mean // max(1, size.kv_heads - 1)
-            heads = slice(head * group, (head + 1) * group)
-            pieces.append(Piece(some(1, tokens), some(1, tokens), heads=heads))
-        rows.append(pieces)
+    mean, group = size.tokens // size.times, size.heads // size.kv_heads
+    pieces = []
+    for head in range(batch * size.kv_heads):
+        tokens = mean // 2 + head % size.kv_heads * mean // max(1, size.kv_heads - 1)
+        heads = slice(head * group, (head + 1) * group)
+        pieces.append(Piece(some(1, tokens), some(1, tokens), heads=heads))
     shape = (batch, size.kv_heads, size.tokens)
-    return Layer(some(batch, size.heads, 1), some(*shape), some(*shape), rows)
+    return Layer(some(batch, size.heads, 1), some(*shape), some(*shape), pieces)
 
 
 def timed(way: Callable[..., object], layers: list[Layer], scale: float, repeats: int) -> float:
@@ -100,16 +86,15 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.device == "cuda" and not torch.cuda.is_available():
         parser.error("this needs a CUDA GPU; --device cpu compares the CPU kernel")  # exits with 2
-    torch.set_num_threads(1)
     size = SIZES[asked.device]
     scale = size.head_dim**-0.5
     layers = [make_layer(size, asked.batch, asked.device) for _ in range(LAYERS)]
-    exact = reference.attend(layers[0].query[0], layers[0].rows[0], scale)
-    error = (layers[0].row_by_row(scale)[0] - exact).abs().max()
+    exact = reference.attend(layers[0].query.flatten(0, 1), layers[0].pieces, scale)
+    error = (layers[0].sparse(scale) - exact).abs().max()
     print(f"{size}, batch {asked.batch}; off the reference by {error:.1e} at most\n")
     print("| decode attention | ms a layer | ratio |\n|---|---|---|")
     full_s = 0.0
-    for way in (Layer.full, Layer.row_by_row, Layer.at_once):
+    for way in (Layer.full, Layer.sparse):
         taken_s = timed(way, layers, scale, asked.repeats)
         full_s = full_s or taken_s
         print(f"| {way.__name__} | {taken_s * 1e3:.3f} | {full_s / taken_s:.2f} |", flush=True)
