@@ -80,4 +80,5 @@ def _workers(threads: int) -> ThreadPoolExecutor:
     return workers
 
 
-os.register_at_fork(after_in_child=_workers.cache_clear)  # threads do not come along
+if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
+    os.register_at_fork(after_in_child=_workers.cache_clear)  # threads do not come along
