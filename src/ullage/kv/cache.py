@@ -23,6 +23,8 @@ Beside = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer of a PagedCache: a row for each sequence of the batch. Padding is never stored."""
 
+    is_croppable = True  # so that `crop` is asked, which says why not
+
     def __init__(self, pool: Blocks, num_kv_heads: int, window: int | None) -> None:
         super().__init__()
         self.pool, self.num_kv_heads, self.window = pool, num_kv_heads, window

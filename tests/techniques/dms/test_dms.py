@@ -260,14 +260,13 @@ def test_to_read_without_a_cache_is_our_error(tiny_model: TinyModel) -> None:
 
 
 def test_assisted_decoding_is_refused(tiny_model: TinyModel) -> None:
-    """By transformers for the model that is assisted, which asks the cache whether it can go back;
-    by us for the assistant."""
-    model, other = tiny_model("llama")[0], tiny_model("llama")[0]
+    """For the model that is assisted, by another or by the text itself, and for the assistant."""
+    model, _ = tiny_model("llama")
+    other, _ = tiny_model("llama")
     with DMS(0.25, 16).attach(model):
-        with pytest.raises(ValueError, match="Assisted decoding requires a cache"):
-            generate(model, inputs=TEXT[:1], assistant_model=other)
-        with pytest.raises(ValueError, match="Assisted decoding requires a cache"):
-            generate(model, inputs=TEXT[:1], prompt_lookup_num_tokens=3)
+        for words in ({"assistant_model": other}, {"prompt_lookup_num_tokens": 3}):
+            with pytest.raises(InputError, match="leave the assistant out"):
+                generate(model, inputs=TEXT[:1], **words)
         with pytest.raises(InputError, match="leave the assistant out"):
             generate(other, inputs=TEXT[:1], assistant_model=model)
 

@@ -1,5 +1,7 @@
 """Expected attention against the mean over queries that are drawn one by one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -96,3 +98,12 @@ def test_without_rotation_keys_are_taken_as_they_are() -> None:
         (key @ mean[at] + (key**2 * variance[at]).sum(-1) / 2).softmax(0) for at in range(GROUP)
     )
     assert order[0].tolist() == order_of(torch.as_tensor(worth)).tolist()
+
+
+def test_queries_that_lose_their_rotation_are_refused() -> None:
+    """As when a cache goes on after DMS was detached."""
+    new, _ = tokens_of(DIM)
+    scorer = ExpectedAttention()
+    scorer.see(new)
+    with pytest.raises(RuntimeError, match="not attached any more"):
+        scorer.see(replace(new, cos=None, sin=None))

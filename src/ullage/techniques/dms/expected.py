@@ -42,6 +42,8 @@ class ExpectedAttention:
         if not self._waiting:
             return
         queries, coses, sines = zip(*self._waiting, strict=True)
+        if coses[0] is None and self._cos is not None:
+            raise RuntimeError("queries come without their rotation: DMS is not attached any more")
         self._waiting = ()
         query = torch.cat(queries, dim=1).float()  # [Hq, N, D]
         if coses[0] is not None:
