@@ -2,7 +2,8 @@
 
     python benchmarks/dms.py --data DIR --tokens 4096 --technique kept=0.45,window=512
 
-`--technique` may be given again, to compare; the plain window is as large as the first.
+`--technique` may be given again, to compare; the plain window is as large as the first, and the
+last column says how much lower the first's perplexity is.
 
 DIR holds books/moby_dick.txt and wikitext2_test.txt. The first `--chunks` pieces of each text are
 read dense and sparse; the loss is that of the tokens beyond `--beyond`, with the standard error of
@@ -74,18 +75,21 @@ def main() -> None:
         "window": same_bytes(compared[asked.technique[0]], spec, asked.tokens),
         **compared,
     }
-    print("| text | what | live KV | of dense | perplexity | change (se) | n |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| text | what | live KV | of dense | perplexity | change (se) | n | first against it (se) |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     with ExitStack() as stack:
         model = load_model(build_plan(recipe), folder, tokenizer).model
         sides = [side(stack, model, recipe, choice) for choice in choices.values()]
         for name, pieces in texts.items():
             readings = [read(sides, piece.ids) for piece in track(pieces, name, transient=True)]
-            report(name, dict(zip(choices, zip(*readings, strict=True), strict=True)), asked.beyond)
+            found = dict(zip(choices, zip(*readings, strict=True), strict=True))
+            report(name, found, asked.technique[0], asked.beyond)
 
 
-def report(name: str, found: dict[str, tuple[Reading, ...]], beyond: int) -> None:
-    """A line a choice, the change against dense."""
+def report(name: str, found: dict[str, tuple[Reading, ...]], first: str, beyond: int) -> None:
+    """A line a choice: the change against dense, and that of the choice `first` against it."""
     losses = {
         what: np.concatenate([one.losses[beyond:].double().numpy() for one in readings])
         for what, readings in found.items()
@@ -93,11 +97,13 @@ def report(name: str, found: dict[str, tuple[Reading, ...]], beyond: int) -> Non
     dense_bytes = found["dense"][0].live_bytes
     for what, readings in found.items():
         change = figures.perplexity_change(losses["dense"], losses[what])
+        gain = figures.perplexity_change(losses[what], losses[first])
         live_bytes = readings[0].live_bytes
         print(
             f"| {name} | {what} | {live_bytes / 2**20:.1f} MiB | {live_bytes / dense_bytes:.1%} "
             f"| {figures.perplexity(losses[what]).value:.2f} "
-            f"| {change.value:+.2f}% ({change.error:.2f}%) | {change.n:,} |",
+            f"| {change.value:+.2f}% ({change.error:.2f}%) | {change.n:,} "
+            f"| {gain.value:+.2f}% ({gain.error:.2f}%) |",
             flush=True,
         )
 
