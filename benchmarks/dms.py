@@ -75,9 +75,7 @@ def main() -> None:
         "window": same_bytes(compared[asked.technique[0]], spec, asked.tokens),
         **compared,
     }
-    print(
-        "| text | what | live KV | of dense | perplexity | change (se) | n | first against it (se) |"
-    )
+    print("| text | what | live KV | of dense | perplexity | change (se) | n | first, from it |")
     print("|---|---|---|---|---|---|---|---|")
     with ExitStack() as stack:
         model = load_model(build_plan(recipe), folder, tokenizer).model
