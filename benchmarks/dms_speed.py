@@ -1,9 +1,11 @@
-"""Reading and writing with DMS, beside the full cache: whole passes of the model.
+r"""Reading and writing with DMS, beside the full cache: whole passes of the model.
 
-    python benchmarks/dms_speed.py --technique kept=0.1,window=1270,adapter=smollm2-135m
+    GOMP_SPINCOUNT=1000 python benchmarks/dms_speed.py \
+        --technique kept=0.1,window=1270,predictor=linear,adapter=smollm2-135m
 
-The same weights and kernels, the full cache in packed blocks. Prompts are read in turns, in chunks
-of 512; then a token a step is written, in turns, for one sequence and for `--batch` copies of it,
+GOMP_SPINCOUNT as ullage sets it where it is imported before torch: see kernels/threads.py. The
+same weights and kernels, the full cache in packed blocks. Prompts are read in turns, in chunks of
+512; then a token a step is written, in turns, for one sequence and for `--batch` copies of it,
 which hold their own entries. A ratio above 1 means that DMS is faster, given with its standard
 error.
 """
@@ -28,6 +30,7 @@ from ullage.specs.device import find_device
 from ullage.specs.workload import Execution
 
 MODEL = "smollm2-135m"
+WARM_UP = 2  # steps
 
 
 class Way:
@@ -110,7 +113,7 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     spec, execution = resolve(MODEL), Execution(dtype="fp32", kv_dtype="fp32")
-    work = Workload(asked.tokens, 3 * asked.steps)
+    work = Workload(asked.tokens, 2 * (asked.steps + WARM_UP))
     chosen = techniques.parse(f"dms:{asked.technique}").settled(spec, work, execution)
     recipe = Recipe(spec, find_device("cpu-16gb"), work, execution)
     sparse = Recipe(spec, recipe.device, work, execution, (techniques.choice_of(chosen),))
@@ -127,11 +130,12 @@ def main() -> None:
             f"{asked.technique}: {held[1] / held[0]:.1%} of the blocks, {asked.threads} threads\n"
         )
         print("| what | full cache ms | DMS ms | ratio (se) | n |\n|---|---|---|---|---|")
+        in_turns(ways, "read", 1, prompt[:2000])
         report(f"read {asked.tokens:,} tokens", in_turns(ways, "read", asked.prompts, prompt))
         for copies in (1, asked.batch):
             for way in ways:
                 way.multiply(copies)
-            in_turns(ways, "write", 2)
+            in_turns(ways, "write", WARM_UP)
             report(f"a step, batch {copies}", in_turns(ways, "write", asked.steps))
 
 

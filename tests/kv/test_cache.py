@@ -71,6 +71,20 @@ def test_left_padded_batch_is_transformers_own(family: str, tiny_model: TinyMode
     assert torch.equal(ours, tokens)
 
 
+def test_a_mask_is_looked_up_anew_for_other_tokens(tiny_model: TinyModel) -> None:
+    """The same tensor, in steps of three tokens and of one."""
+    model, spec = tiny_model("llama")
+    mask = torch.tensor([[True] * 4, [False] * 3 + [True]])
+    cache = paged_cache(spec, sequences=2)
+    attention.register()
+    layer = cache.paged[0]
+    for tokens in (3, 1):
+        states = [torch.randn(2, heads, tokens, spec.head_dim) for heads in (4, 2, 2)]
+        key, value = layer.update(*states[1:])
+        attention.attention_forward(model, states[0], key, value, mask)
+    assert [row.length for row in layer.rows] == [3 + 1, 1 + 1]
+
+
 def test_padding_takes_no_blocks(tiny_model: TinyModel) -> None:
     model, spec = tiny_model("llama")
     cache = paged_cache(spec, sequences=2)

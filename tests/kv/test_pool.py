@@ -184,3 +184,12 @@ def test_entries_go_where_they_are_said_to_and_nowhere_else(kind: type, dtype: t
         there = [mine[0][31], mine[1][0], mine[1][21]]
         assert torch.equal(torch.stack(there), bits(tensor)[:, 0])
         assert sum(int(part.count_nonzero()) for part in mine) == int(bits(tensor).count_nonzero())
+
+
+def test_blocks_made_in_inference_can_be_written_to_outside() -> None:
+    with torch.inference_mode():
+        heap = HeapBlocks(4, torch.int8, "cpu")
+        (run,) = heap.take(2)
+    entries = stored(torch.ones(1, 1, 4), torch.ones(1, 1, 4), torch.int8)
+    heap.store([Place(run, 5)], entries)
+    assert int(heap.entries(run).keys.flatten(0, 1)[5, 0]) == 127

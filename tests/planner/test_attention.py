@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from ullage import Device, Execution, ModelSpec, Recipe, Workload
 from ullage.kv import attention
 from ullage.kv.cache import PagedCache, cache_argument
-from ullage.kv.kernels import Kernel, reference
+from ullage.kv.kernels import Kernel, cpu, reference, threads
 from ullage.kv.pool import KVPool
 from ullage.planner.memory import explain, phase_footprints
 from ullage.runtime.load import TORCH_DTYPES
@@ -120,7 +121,8 @@ def check(recipe: Recipe, measured: dict[str, int], within: float) -> None:
             planned_bytes = footprint.activation_bytes + footprint.logits_bytes
             planned_bytes -= beside_tensors_bytes(recipe, phase)
             assert measured[phase] <= planned_bytes
-            assert planned_bytes == pytest.approx(measured[phase], rel=within, abs=2000)
+            # a token's heads are joined where they lie in several pieces, and these in one
+            assert planned_bytes == pytest.approx(measured[phase], rel=within, abs=2100)
 
 
 @pytest.mark.triton
@@ -171,6 +173,34 @@ def test_a_familys_chunk_holds_what_was_planned(
     assert 0.9 < measured / planned_bytes < 1.005
 
 
+def written_together(
+    model: Any, spec: ModelSpec, execution: Execution, tokens: int, sequences: int
+) -> Callable[[], None]:
+    """A token for each of some sequences of `tokens` in all, this one included."""
+    attention.register()
+    model.to(TORCH_DTYPES[execution.dtype]).set_attn_implementation(attention.NAME)
+    blocks = sequences * sequence_blocks(spec, tokens + 1)
+    pool = KVPool(blocks, spec.head_dim, TORCH_DTYPES[execution.kv_dtype])
+    cache = PagedCache(spec, pool)
+    opened = [cache.open(tokens + 1) for _ in range(sequences)]
+
+    def read(count: int) -> None:
+        ids = torch.zeros(sequences, count, dtype=torch.long)
+        positions = torch.arange(opened[0].length, opened[0].length + count)
+        told = {"position_ids": positions.expand(ids.shape), "logits_to_keep": 1}
+        with torch.inference_mode():
+            model(ids, **told, **cache_argument(model, cache))
+
+    cache.activate(opened)
+    read(tokens - 1)
+    return lambda: read(1)
+
+
+def together(spec: ModelSpec, device: str, execution: Execution, sequences: int) -> Recipe:
+    work = Workload(1190, 10, sequences)
+    return Recipe(spec, Device("one", device, 64 * GIB), work, execution)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(("dtype", "kv_dtype"), FORMATS)
 @pytest.mark.parametrize("device", ["cpu", "mps"])
 def test_sequences_that_write_together_hold_what_was_planned(
@@ -185,20 +215,53 @@ def test_sequences_that_write_together_hold_what_was_planned(
         monkeypatch.setattr(attention, "kernel_for", lambda _: reference.attend)
     model, spec = tiny_model("qwen3", **WIDE)
     execution = Execution(dtype=dtype, kv_dtype=kv_dtype)
-    recipe = Recipe(spec, Device("one", device, 64 * GIB), Workload(1190, 10, 40), execution)  # type: ignore[arg-type]
-    attention.register()
-    model.to(TORCH_DTYPES[dtype]).set_attn_implementation(attention.NAME)
-    pool = KVPool(40 * sequence_blocks(spec, 1200), spec.head_dim, TORCH_DTYPES[kv_dtype])
-    cache = PagedCache(spec, pool)
-    sequences = [cache.open(1200) for _ in range(40)]
+    write = written_together(model, spec, execution, 1200, 40)
+    check(together(spec, device, execution, 40), {"decode": peak_of(write)}, 0.12)
 
-    def read(ids: torch.Tensor) -> None:
-        positions = torch.arange(sequences[0].length, sequences[0].length + ids.shape[1])
-        told = {"position_ids": positions.expand(ids.shape), "logits_to_keep": 1}
-        model(ids, **told, **cache_argument(model, cache))
 
-    with torch.inference_mode():
-        cache.activate(sequences)
-        read(torch.zeros(40, 1199, dtype=torch.long))
-        measured = peak_of(lambda: read(torch.zeros(40, 1, dtype=torch.long)))
-    check(recipe, {"decode": measured}, 0.12)
+@pytest.mark.triton
+@pytest.mark.parametrize("kv_dtype", ["fp32", "int8"])
+def test_sequences_in_splits_hold_what_was_planned(
+    kv_dtype: str,
+    tiny_model: TinyModel,
+    peak_of: PeakOf,
+    triton_kernel: Kernel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, spec = tiny_model("qwen3", **WIDE)
+    execution = Execution(dtype="fp32", kv_dtype=kv_dtype)
+    write = written_together(model, spec, execution, 1200, 5)
+
+    def attend(*given: Any) -> torch.Tensor:
+        output = triton_kernel(*given)
+        gc.collect()  # Triton's interpreter leaves tensors behind in cycles
+        return output
+
+    monkeypatch.setattr(attention, "kernel_for", lambda _: attend)
+    planned = phase_footprints(together(spec, "cuda", execution, 5))["decode"]
+    planned_bytes = planned.activation_bytes + planned.logits_bytes
+    planned_bytes -= beside_tensors_bytes(together(spec, "cuda", execution, 5), "decode")
+    assert peak_of(write) <= planned_bytes
+
+
+@pytest.mark.parametrize("tokens", [100, 400, 1200])
+def test_threads_convert_no_more_than_was_planned(
+    tokens: int, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if all were at their largest tile at once."""
+    model, spec = tiny_model("qwen3", **WIDE)
+    execution = Execution(dtype="bf16", kv_dtype="int8")
+    write = written_together(model, spec, execution, tokens, 8)
+    largest, real = [0], cpu._ATTENTION
+
+    def watched(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, **rest: Any) -> Any:
+        largest.append(keys.nbytes + values.nbytes)
+        return real(query, keys, values, **rest)
+
+    monkeypatch.setattr(cpu, "_ATTENTION", watched)
+    monkeypatch.setattr(cpu, "SHARED_TOKENS", 0)
+    monkeypatch.setattr(threads, "count", lambda calls: min(8, calls))
+    write()
+    recipe = replace(together(spec, "cpu", execution, 8), workload=Workload(tokens - 10, 10, 8))
+    planned = {term.what: term.nbytes for term in explain(recipe, "decode")}
+    assert 8 * max(largest) <= planned["scratch of attention"]

@@ -48,7 +48,8 @@ def attention_forward(
 
     Raises:
         RuntimeError: no PagedCache holds the past, or one of another number of sequences.
-        BudgetExceeded: a sequence for which no room was reserved finds none in the pool.
+        BudgetExceeded: a sequence for which no room was reserved finds none in the pool; the cache
+            cannot go on.
     """
     layer: PagedLayer | None = getattr(key, "ullage_layer", None)
     if layer is None:
@@ -132,11 +133,18 @@ def _real_tokens(mask: torch.Tensor | None, new_tokens: int) -> list[torch.Tenso
     is awaited for it: the layers are given the same mask."""
     if mask is None:
         return None
-    if not hasattr(mask, "ullage_real"):
-        real = mask[:, -new_tokens:].cpu()
-        places = [row.nonzero()[:, 0].to(mask.device) for row in real]
-        mask.ullage_real = None if bool(real.all()) else places  # type: ignore[attr-defined]
-    return mask.ullage_real  # type: ignore[attr-defined, no-any-return]
+    known = getattr(mask, "ullage_real", None)
+    if known is None or known[0] != new_tokens:
+        known = new_tokens, _places(mask[:, -new_tokens:].cpu(), mask.device)
+        mask.ullage_real = known  # type: ignore[attr-defined]
+    return known[1]
+
+
+def _places(real: torch.Tensor, device: torch.device) -> list[torch.Tensor] | None:
+    """Where each row of `real`, [B, N] on the host, is True; None where all is."""
+    if bool(real.all()):
+        return None
+    return [row.nonzero()[:, 0].to(device) for row in real]
 
 
 def kernel_for(device: torch.device) -> Kernel:

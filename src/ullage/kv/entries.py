@@ -59,13 +59,15 @@ class Entries:
 
 
 def room_for(blocks: int, head_dim: int, dtype: torch.dtype, device: torch.device | str) -> Entries:
-    """Memory for `blocks` blocks, [blocks, BLOCK_TOKENS, D]; what is in it is of no meaning."""
+    """Memory for `blocks` blocks, [blocks, BLOCK_TOKENS, D]; what is in it is of no meaning. It can
+    be written to wherever it was made."""
     shape = (blocks, BLOCK_TOKENS)
-    numbers = [torch.empty(*shape, head_dim, dtype=dtype, device=device) for _ in range(2)]
-    if dtype not in _MOST:
-        return Entries(*numbers)
-    scales = [torch.empty(shape, dtype=_SCALE, device=device) for _ in range(2)]
-    return Entries(*numbers, *scales)
+    with torch.inference_mode(False):
+        numbers = [torch.empty(*shape, head_dim, dtype=dtype, device=device) for _ in range(2)]
+        if dtype not in _MOST:
+            return Entries(*numbers)
+        scales = [torch.empty(shape, dtype=_SCALE, device=device) for _ in range(2)]
+        return Entries(*numbers, *scales)
 
 
 def stored(keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> Entries:

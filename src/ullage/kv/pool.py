@@ -8,6 +8,8 @@ plain views and nothing is ever gathered.
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from typing import NamedTuple, Protocol
 
 import torch
@@ -110,10 +112,7 @@ class KVPool:
 
     def store(self, places: Sequence[Place], entries: Entries) -> None:
         """See `Blocks`; one copy of each of K and V, however many places there are."""
-        slots = [run.start * BLOCK_TOKENS + slot for run, slot in places]
-        at = sent(torch.tensor(slots), self.blocks.keys.device)
-        for mine, new in zip(self.blocks.tensors, entries.tensors, strict=True):
-            bits(mine).flatten(0, 1).index_copy_(0, at, bits(new).squeeze(1))
+        _store(self.blocks, [run.start * BLOCK_TOKENS + slot for run, slot in places], entries)
 
     def take(self, count: int, multiple: int = 1) -> list[Run]:
         """`count` blocks in as few runs as the free space allows, each a multiple of `multiple`.
@@ -230,7 +229,17 @@ class HeapBlocks:
         return self._runs[run]
 
     def store(self, places: Sequence[Place], entries: Entries) -> None:
-        """See `Blocks`."""
-        for index, (run, slot) in enumerate(places):
-            for mine, new in zip(self._runs[run].tensors, entries.tensors, strict=True):
-                mine.flatten(0, 1)[slot] = new[index, 0]
+        """See `Blocks`; a copy for each run."""
+        at = 0
+        for run, several in groupby(places, attrgetter("run")):
+            slots = [place.slot for place in several]
+            span = slice(at, at + len(slots))
+            _store(self._runs[run], slots, entries.part(slice(None), heads=span))
+            at = span.stop
+
+
+def _store(blocks: Entries, slots: list[int], entries: Entries) -> None:
+    """`entries`, [slots, 1, D], into those slots of `blocks`, [count, BLOCK_TOKENS, D]."""
+    at = sent(torch.tensor(slots), blocks.keys.device)
+    for mine, new in zip(blocks.tensors, entries.tensors, strict=True):
+        bits(mine).flatten(0, 1).index_copy_(0, at, bits(new).squeeze(1))

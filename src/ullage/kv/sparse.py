@@ -244,7 +244,7 @@ class SparseRow(Row):
 
     def _attend_span(self, new: NewTokens, attention: Attend) -> torch.Tensor:
         own = self._by_head(new)
-        self._decide(new)
+        self._decide(new, own)
         seeing = self._seeing(new.heads(0))
         pieces = [
             piece
@@ -256,8 +256,9 @@ class SparseRow(Row):
             head.store(entries)
         return output
 
-    def _decide(self, new: NewTokens) -> None:
-        """At each place of decision that `new` reaches, whoever is undecided before it."""
+    def _decide(self, new: NewTokens, own: list[Entries] | None = None) -> None:
+        """At each place of decision that `new` reaches, whoever is undecided before it. `own` are
+        the entries that are new to each head, where they are made already."""
         every, lag = self.every, self.lag
         decided = max(0, self.length - lag) // every * every
         waiting = self.length - decided
@@ -265,7 +266,7 @@ class SparseRow(Row):
         if not ends:
             self.scorer.see(new)
             return
-        keys, values = self._undecided(waiting, new)
+        keys, values = self._undecided(waiting, own or self._by_head(new), new.keys.dtype)
         seen = 0
         for end in ends:
             self.scorer.see(new.part(seen, end + lag - waiting))
@@ -285,12 +286,14 @@ class SparseRow(Row):
         for head, places, count in zip(self.heads, worthiest, counts, strict=True):
             head.decide(start, end, places[:count])
 
-    def _undecided(self, waiting: int, new: NewTokens) -> tuple[torch.Tensor, torch.Tensor]:
+    def _undecided(
+        self, waiting: int, own: list[Entries], dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values, [Hkv, waiting + N, D] each, of the entries that wait for a decision and
         of the new ones."""
         laid_out = [
-            side_by_side([*head.newest(waiting), entries], new.keys.dtype)
-            for head, entries in zip(self.heads, self._by_head(new), strict=True)
+            side_by_side([*head.newest(waiting), entries], dtype)
+            for head, entries in zip(self.heads, own, strict=True)
         ]
         keys, values = zip(*laid_out, strict=True)
         return torch.cat(keys), torch.cat(values)

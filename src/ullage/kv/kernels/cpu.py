@@ -25,7 +25,7 @@ def attend(
     if softcap is not None:  # the flash kernel has no cap
         return reference.attend(query, pieces, scale, softcap)
     apart = [(heads, list(own)) for heads, own in groupby(pieces, attrgetter("heads"))]
-    if _side_by_side([heads for heads, _ in apart], query.shape[0]):
+    if _cover_all([heads for heads, _ in apart], query.shape[0]):
         return torch.cat(_each(query, apart, scale))
     joined = Joined(query)
     for piece in pieces:
@@ -38,8 +38,8 @@ def attend(
 def _each(
     query: torch.Tensor, apart: list[tuple[slice, list[Piece]]], scale: float
 ) -> list[torch.Tensor]:
-    """Attention of some query heads after others, each over pieces of their own. A single token's
-    are too little to be shared out one by one."""
+    """Of each group of query heads over its own pieces; on threads where that pays, as a single
+    token's attention is too little to be shared out within a group."""
     sizes = [sum(piece.keys.shape[0] * len(piece) for piece in own) for _, own in apart]
     among = threads.count(len(apart)) if query.shape[1] == 1 and sum(sizes) >= SHARED_TOKENS else 1
     tile_tokens = max(LEAST_TILE_TOKENS, TILE_TOKENS // among)  # so that all have a tile's scratch
@@ -49,11 +49,11 @@ def _each(
         return _attend_all(query[heads], own, scale, tile_tokens)
 
     if among > 1:
-        return threads.side_by_side(attended, sizes, among)
+        return threads.on_threads(attended, sizes, among)
     return [attended(index) for index in range(len(apart))]
 
 
-def _side_by_side(spans: list[slice | None], heads: int) -> bool:
+def _cover_all(spans: list[slice | None], heads: int) -> bool:
     """Whether `spans` are all of `heads` query heads, each once and in order."""
     end = 0
     for span in spans:

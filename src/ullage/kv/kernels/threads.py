@@ -9,9 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from functools import cache as cached
-from threading import Barrier
+from threading import Barrier, Lock
 
 import torch
 
@@ -29,13 +27,15 @@ def count(calls: int) -> int:
 
 
 def _cores_are_free() -> bool:
-    """Whether GNU OpenMP was told to let waiting threads sleep soon (see runtime/threads.py)."""
-    with suppress(ValueError):
-        return int(os.environ.get("GOMP_SPINCOUNT", "")) <= SOON_TURNS
-    return os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
+    """Whether GNU OpenMP was told to let waiting threads sleep soon (see runtime/threads.py): it
+    reads this when torch is imported."""
+    turns = os.environ.get("GOMP_SPINCOUNT")
+    if turns is None:
+        return os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
+    return turns.isdecimal() and int(turns) <= SOON_TURNS
 
 
-def side_by_side(
+def on_threads(
     call: Callable[[int], torch.Tensor], sizes: Sequence[int], threads: int
 ) -> list[torch.Tensor]:
     """`call` of each index of `sizes`, which say how long each takes, on so many threads, without
@@ -47,7 +47,7 @@ def side_by_side(
 
     shares = shared_out(sizes, threads)
     made = dict[int, torch.Tensor]()
-    for share, outputs in zip(shares, _workers(threads).map(several, shares), strict=True):
+    for share, outputs in zip(shares, _workers.get().map(several, shares), strict=True):
         made.update(zip(share, outputs, strict=True))
     return [made[index] for index in range(len(sizes))]
 
@@ -63,10 +63,23 @@ def shared_out(sizes: Sequence[int], shares: int) -> list[list[int]]:
     return given
 
 
-@cached
-def _workers(threads: int) -> ThreadPoolExecutor:
-    """Started at once, as a thread that tells torch how many threads it has tells threads to come
-    too."""
+class _Workers:
+    """Threads that are started at once, when they are first wanted."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._started: ThreadPoolExecutor | None = None
+
+    def get(self) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._started is None:
+                self._started = _start(min(torch.get_num_threads(), THREADS))
+            return self._started
+
+
+def _start(threads: int) -> ThreadPoolExecutor:
+    """All of `threads`. What a thread tells torch of how many it has, torch tells threads to come;
+    so they come together, and then it is told what it was before."""
     ready, before = Barrier(threads), torch.get_num_threads()
 
     def alone() -> None:
@@ -75,10 +88,25 @@ def _workers(threads: int) -> ThreadPoolExecutor:
         ready.wait()
 
     workers = ThreadPoolExecutor(threads, "ullage-attention", initializer=alone)
-    list(workers.map(int, range(threads)))
-    torch.set_num_threads(before)
+    try:
+        list(workers.map(int, range(threads)))
+    except BaseException:
+        ready.abort()  # whoever waits for one that never came
+        workers.shutdown(wait=False)
+        raise
+    finally:
+        torch.set_num_threads(before)
     return workers
 
 
+_workers = _Workers()
+
+
+def _forget() -> None:
+    """In a forked process: threads do not come along, and the lock may have been held."""
+    global _workers
+    _workers = _Workers()
+
+
 if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
-    os.register_at_fork(after_in_child=_workers.cache_clear)  # threads do not come along
+    os.register_at_fork(after_in_child=_forget)

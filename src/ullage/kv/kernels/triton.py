@@ -37,7 +37,7 @@ def attend(
     partial, lse = _attend_splits(query, work, numbers, hiding, scale, softcap)
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
     rows, head_dim = partial.shape[1:]
-    join_splits[rows, work.lanes](
+    join_splits[(rows * work.lanes,)](
         partial, lse, numbers, output, work.order_at, work.bounds_at, rows, work.group,
         D=head_dim, WIDTH=_width(head_dim),
     )  # fmt: skip

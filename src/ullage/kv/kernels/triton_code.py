@@ -146,7 +146,7 @@ def join_splits(
     D: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One row of a lane over all its splits: into `output`, [Hq, N, D]."""
-    row, lane = tl.program_id(0), tl.program_id(1)
+    row, lane = tl.program_id(0) % rows, tl.program_id(0) // rows
     first = tl.load(work + bounds_at + lane).to(tl.int32)
     last = tl.load(work + bounds_at + lane + 1).to(tl.int32)
     d = tl.arange(0, WIDTH)

@@ -15,7 +15,6 @@ from ullage.specs.footprint import Label, Term
 from ullage.specs.model import LayerCache, ModelSpec
 from ullage.specs.plan import Recipe
 from ullage.specs.tiles import (
-    LEAST_TILE_TOKENS,
     SPLIT_PROGRAMS,
     THREADS,
     TILE_TOKENS,
@@ -130,27 +129,20 @@ class _Attention:
         each leaves is put together in the end."""
         model, execution = self.model, self.step.execution
         output = self.rows // self.together * model.head_dim
-        tile_tokens = max(min(TILE_TOKENS, self.entries), self.queries)
+        at_once = min(self.together, THREADS)
+        tile_tokens = max(min(TILE_TOKENS, at_once * self.entries), self.queries)
         converted = self._widened_bytes(tile_tokens, self.cache.width, execution.dtype)
         bias = self.queries * self.entries * self.number_bytes if self.laid_out else 0
         joined = widened = 0
-        if not self._one_tile:
+        if not self.laid_out:
             joined = output * 4
             widened = 0 if self.number_bytes == 4 else output * 4
-        at_once = min(self.together, THREADS)
         part = at_once * (joined + output * self.number_bytes) + bias
         part += max(converted, at_once * widened)
         if self.queries > 1:
             return part + 5 * self.rows * 4
         left = self.together * output * self.number_bytes
         return left + max(left, part) + 5 * self.rows * 4
-
-    @property
-    def _one_tile(self) -> bool:
-        """Whether kernels/cpu.py has nothing to join."""
-        if self.queries > 1:
-            return self.laid_out
-        return self.stored == self.step.execution.dtype or self.entries <= LEAST_TILE_TOKENS
 
     def _tiled(self) -> int:
         """Of kernels/reference.py: what is joined so far in fp32; of one sequence, in fp32 too, a
