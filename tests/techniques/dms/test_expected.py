@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ullage.kv.rotation import rotated
 from ullage.kv.rows import NewTokens
-from ullage.techniques.dms.expected import FUTURE_TOKENS, ExpectedAttention, rotated
+from ullage.techniques.dms.expected import FUTURE_TOKENS, ExpectedAttention
 
 HEADS, GROUP, DIM, SEEN = 2, 2, 8, 64
 SCALE = 0.3

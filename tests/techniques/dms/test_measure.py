@@ -10,10 +10,11 @@ import torch
 
 from ullage import ModelSpec
 from ullage.errors import TechniqueError
+from ullage.kv.attach import rows_in
 from ullage.kv.cache import PagedCache, cache_argument
 from ullage.kv.pool import HeapBlocks, KVPool
+from ullage.kv.sparse import SparseRow
 from ullage.specs.families import RUNNING
-from ullage.techniques.dms.attach import sparse
 from ullage.techniques.dms.measure import measure
 from ullage.techniques.dms.rows import row_maker
 from ullage.techniques.dms.settings import DMS, SINKS
@@ -41,7 +42,7 @@ def cut(model: Any, spec: ModelSpec, layer: int, head: int, window: int) -> torc
     rows = {number: row_maker(alike, of) for number, of in survivals.items()}
     rows[layer] = row_maker(alike, changed)
     pool = HeapBlocks(spec.head_dim, torch.float32, "cpu")
-    with sparse(model, rows), torch.no_grad():
+    with rows_in(model, rows, SparseRow, "DMS"), torch.no_grad():
         cache = PagedCache(spec, pool, rows)
         return model(LONG[None], **cache_argument(model, cache)).logits[0].log_softmax(-1)
 

@@ -10,6 +10,7 @@ heads: each head keeps as many entries as any other.
 
 import torch
 
+from ullage.kv.rotation import normed, rotated
 from ullage.kv.rows import NewTokens
 from ullage.techniques.dms.overhead import FUTURE_TOKENS, WAITING_TOKENS
 
@@ -47,7 +48,7 @@ class ExpectedAttention:
         self._waiting = ()
         query = torch.cat(queries, dim=1).float()  # [Hq, N, D]
         if coses[0] is not None:
-            cos, sin = _normed(torch.cat(coses).float(), torch.cat(sines).float())
+            cos, sin = normed(torch.cat(coses).float(), torch.cat(sines).float())
             query = rotated(query, cos, -sin)
             self._turn(cos, sin)
         sums, squares = query.sum(1), query.square().sum(1)
@@ -97,18 +98,3 @@ def _alone(query: torch.Tensor, *angles: torch.Tensor | None) -> _Turned:
     """In memory of their own: views of a chunk's last token would keep all of the chunk."""
     cos, sin = (None if part is None else part.clone() for part in angles)
     return query.clone(), cos, sin
-
-
-def rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """[H, N, D] turned by the angles of `cos` and `sin`, [N, rot]; the rest of D stays as it is."""
-    width = cos.shape[-1]
-    turned = states[..., :width]
-    half = torch.cat([-turned[..., width // 2 :], turned[..., : width // 2]], dim=-1)
-    turned = turned * cos + half * sin
-    return torch.cat([turned, states[..., width:]], dim=-1) if width < states.shape[-1] else turned
-
-
-def _normed(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Without the factor by which some models lengthen what they rotate."""
-    length = (cos.square() + sin.square()).sqrt()
-    return cos / length, sin / length

@@ -239,8 +239,9 @@ class DMS(Technique):
 
     @contextmanager
     def attach(self, model: "PreTrainedModel") -> Iterator[None]:
+        from ullage.kv.attach import rows_in
+        from ullage.kv.sparse import SparseRow
         from ullage.specs.families import spec_from_config
-        from ullage.techniques.dms.attach import sparse
 
         spec = spec_from_config(model.config.get_text_config().to_dict())
         self._refuse(self.unsupported(spec))
@@ -255,7 +256,7 @@ class DMS(Technique):
 
             if fingerprint(model) != load_adapter(self.adapter).fingerprint:
                 raise TechniqueError(f"dms: {self.adapter} was made for other weights than these.")
-        with sparse(model, rows):
+        with rows_in(model, rows, SparseRow, "DMS"):
             yield
 
     def rows(self, model: ModelSpec) -> "Mapping[int, MakeRow]":
