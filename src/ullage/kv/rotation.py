@@ -1,10 +1,20 @@
-"""Rotary positions: what turns queries and keys, and how far."""
+"""Rotary positions: what turns queries and keys, and how far.
+
+The angles are learned from the tokens that come by, as attention is handed their cosines and sines
+and nothing else: a model's way of scaling them is of no matter here.
+"""
+
+from math import pi
 
 import torch
 
+_LAST = 512  # position up to which a token's turn is measured ever more exactly
+Turn = tuple[torch.Tensor, torch.Tensor]  # cos and sin, [N, rot] each
+
 
 def rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """[H, N, D] turned by the angles of `cos` and `sin`, [N, rot]; the rest of D stays as it is."""
+    """[H, N, D] turned by the angles of `cos` and `sin`, [N, rot] or [H, N, rot]; the rest of D
+    stays as it is."""
     width = cos.shape[-1]
     turned = states[..., :width]
     half = torch.cat([-turned[..., width // 2 :], turned[..., : width // 2]], dim=-1)
@@ -12,7 +22,57 @@ def rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return torch.cat([turned, states[..., width:]], dim=-1) if width < states.shape[-1] else turned
 
 
-def normed(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def normed(cos: torch.Tensor, sin: torch.Tensor) -> Turn:
     """Without the factor by which some models lengthen what they rotate."""
     length = (cos.square() + sin.square()).sqrt()
     return cos / length, sin / length
+
+
+class Angles:
+    """How far one position turns, in each of the rot / 2 planes. Of one sequence: its first token
+    tells where it begins, and those at powers of two, measured modulo a whole turn, tell the angle
+    twice as exactly each. Its state is replaced, never changed in place."""
+
+    def __init__(self) -> None:
+        self._first: torch.Tensor | None = None  # [rot / 2], the first token's angle
+        self._step: torch.Tensor | None = None  # [rot / 2], from one position to the next
+        self._next = 1  # the position that is measured next
+
+    def see(self, position: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """Those of the tokens from `position` on, [N, rot] each."""
+        if position == 0:
+            self._first = _angle(cos[0], sin[0])
+        while self._next <= _LAST and position <= self._next < position + len(cos):
+            self._measure(_angle(cos[self._next - position], sin[self._next - position]))
+
+    def _measure(self, angle: torch.Tensor) -> None:
+        turn = angle - (0 if self._first is None else self._first)
+        about = torch.zeros_like(turn) if self._step is None else self._step * self._next
+        self._step = (about + torch.remainder(turn - about + pi, 2 * pi) - pi) / self._next
+        self._next *= 2
+
+    def turn(self, positions: torch.Tensor) -> Turn:
+        """What turns by so many positions, [...], in fp32: [..., rot] each.
+
+        Raises:
+            RuntimeError: fewer than two tokens were seen.
+        """
+        if self._step is None:
+            raise RuntimeError("angles are asked for before two tokens were seen")
+        angle = positions[..., None] * self._step
+        return _both_halves(angle.cos()), _both_halves(angle.sin())
+
+
+def after(first: Turn, then: Turn) -> Turn:
+    """One turn and then another."""
+    (cos, sin), (more_cos, more_sin) = first, then
+    return cos * more_cos - sin * more_sin, sin * more_cos + cos * more_sin
+
+
+def _angle(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    half = cos.shape[-1] // 2
+    return torch.atan2(sin[..., :half].float(), cos[..., :half].float())
+
+
+def _both_halves(numbers: torch.Tensor) -> torch.Tensor:
+    return torch.cat([numbers, numbers], dim=-1)

@@ -13,7 +13,7 @@ from typing import NamedTuple, Self
 import torch
 
 from ullage.errors import BudgetExceeded
-from ullage.kv.entries import Entries, side_by_side, stored
+from ullage.kv.entries import Entries, bits, side_by_side, stored
 from ullage.kv.kernels import Piece
 from ullage.kv.pool import Blocks, Place, Run
 from ullage.specs.blocks import BLOCK_TOKENS
@@ -140,6 +140,17 @@ class Slots:
                 for mine, new in zip(segment.entries.tensors, part.tensors, strict=True):
                     mine[:, at : at + count] = new
                 written += count
+            first += segment.slots
+
+    def put(self, heads: torch.Tensor, slots: torch.Tensor, entries: Entries) -> None:
+        """Copy `entries`, K and V [n, 1, D] in the pool's format, to one slot of one KV head each,
+        by `heads` and `slots`, [n]."""
+        first = 0  # the segment's first slot
+        for segment in self.segments:
+            inside = (slots >= first) & (slots < first + segment.slots)
+            at = heads[inside], slots[inside] - first
+            for mine, new in zip(segment.entries.tensors, entries.tensors, strict=True):
+                bits(mine).index_put_(at, bits(new)[inside].squeeze(1))
             first += segment.slots
 
     def places(self, slot: int) -> list[Place]:

@@ -7,7 +7,7 @@ Every kernel attends to some of the entries at a time and joins what it gets, so
 bounded however many there are; planner/engines/attention.py plans that scratch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -23,11 +23,18 @@ class Piece(Entries):
     bool [N, T], True where a query sees an entry. Neither: every query sees every entry. `heads`:
     the query heads that see them, where not all do; K and V are then of those heads' KV heads
     alone. A KV head serves as many query heads in every piece.
+
+    `bias`: [Hkv, N, T] in fp32, or [Hkv, 1, T] for all queries alike, is added to the scores; where
+    it is half of fp32's lowest, an entry is as good as hidden. `query`: what those heads ask these
+    entries, [H, N, D] in the query's format, where it is something else: the same queries seen from
+    another distance.
     """
 
     causal: bool = False
     mask: torch.Tensor | None = None
     heads: slice | None = None
+    bias: torch.Tensor | None = None
+    query: torch.Tensor | None = None
 
     @classmethod
     def of(
@@ -37,10 +44,22 @@ class Piece(Entries):
         scales = (entries.key_scales, entries.value_scales)
         return cls(entries.keys, entries.values, *scales, causal=causal, mask=mask)
 
+    def asked(self, query: torch.Tensor) -> torch.Tensor:
+        """Of `query`, [Hq, N, D], what sees this piece, [H, N, D]."""
+        if self.query is not None:
+            return self.query
+        return query if self.heads is None else query[self.heads]
+
+    def tile(self, tokens: slice) -> "Piece":
+        """Some of the entries of a piece that is neither causal nor masked, as views."""
+        bias = None if self.bias is None else self.bias[..., tokens]
+        return replace(Piece.of(self.part(tokens)), heads=self.heads, bias=bias, query=self.query)
+
 
 class Kernel(Protocol):
     """Softmax attention of `query` [Hq, N, D] over all `pieces` together, [Hq, N, D]. Scores are
-    multiplied by `scale`, then capped to softcap * tanh(score / softcap) if that is given."""
+    multiplied by `scale`, then capped to softcap * tanh(score / softcap) if that is given; a bias
+    comes last."""
 
     def __call__(
         self, query: torch.Tensor, pieces: list[Piece], scale: float, softcap: float | None

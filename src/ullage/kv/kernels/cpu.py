@@ -4,7 +4,6 @@ The operator is the one that scaled_dot_product_attention takes on CPU; called d
 the log-sum-exp too, and it takes grouped query heads without copies of K and V.
 """
 
-from dataclasses import replace
 from itertools import groupby
 from operator import attrgetter
 
@@ -29,9 +28,8 @@ def attend(
         return torch.cat(_each(query, apart, scale))
     joined = Joined(query)
     for piece in pieces:
-        seeing = query if piece.heads is None else query[piece.heads]
         for tile in _tiles(query, piece, TILE_TOKENS):
-            joined.add(piece.heads, *_part(seeing, tile, scale))
+            joined.add(piece.heads, *_part(tile.asked(query), tile, scale))
     return joined.output
 
 
@@ -69,11 +67,16 @@ def _attend_all(
     """Attention of `query`, all of whose heads see all of `pieces`."""
     tiles = [tile for piece in pieces for tile in _tiles(query, piece, tile_tokens)]
     if len(tiles) == 1:
-        return _flash(query, tiles[0], scale)[0]
+        return _flash(_own(query, tiles[0]), tiles[0], scale)[0]
     joined = Joined(query)
     for tile in tiles:
-        joined.add(None, *_part(query, tile, scale))
+        joined.add(None, *_part(_own(query, tile), tile, scale))
     return joined.output
+
+
+def _own(query: torch.Tensor, tile: Piece) -> torch.Tensor:
+    """`query`, of the heads that see the tile, or what they ask it in its place."""
+    return query if tile.query is None else tile.query
 
 
 def _part(query: torch.Tensor, tile: Piece, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,12 +87,14 @@ def _part(query: torch.Tensor, tile: Piece, scale: float) -> tuple[torch.Tensor,
 
 def _flash(query: torch.Tensor, tile: Piece, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [Hq, N, D] and log-sum-exp [Hq, N] over one tile, read in the query's format."""
-    bias = None if tile.mask is None else _bias(tile.mask, query.dtype)
+    bias = _bias(tile, query.dtype)
     packed = query.unsqueeze(0)
-    if query.shape[1] == 1 and bias is None:
+    if query.shape[1] == 1 and tile.mask is None:
         # a group's heads as queries of one head: their K and V are read once, in bf16 seven times
         # as fast
         packed = query.view(1, tile.keys.shape[0], -1, query.shape[2])  # [1, Hkv, G, D]
+    elif bias is not None and bias.dim() == 4:
+        bias = bias.repeat_interleave(query.shape[0] // bias.shape[1], dim=1)  # [1, Hq, N or 1, T]
     output, lse = _ATTENTION(
         packed,
         tile.keys_in(query.dtype).unsqueeze(0),
@@ -101,10 +106,14 @@ def _flash(query: torch.Tensor, tile: Piece, scale: float) -> tuple[torch.Tensor
     return output.view(query.shape), lse.reshape(query.shape[:2])
 
 
-def _bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What is added to a score, [N, T]: log 1 = 0 where a query sees an entry; elsewhere far below
-    any score, and yet a number, because a query may see none of a tile."""
-    return mask.to(dtype).log_().clamp_(min=torch.finfo(dtype).min / 2)
+def _bias(tile: Piece, dtype: torch.dtype) -> torch.Tensor | None:
+    """What is added to a score: the piece's bias, [1, Hkv, N or 1, T]; or of its mask, [N, T],
+    log 1 = 0 where a query sees an entry; elsewhere far below any score, and yet a number, because
+    a query may see none of a tile."""
+    least = torch.finfo(dtype).min / 2
+    if tile.bias is not None:
+        return tile.bias.clamp(min=least).to(dtype).unsqueeze(0)
+    return None if tile.mask is None else tile.mask.to(dtype).log_().clamp_(min=least)
 
 
 def _tiles(query: torch.Tensor, piece: Piece, most: int) -> list[Piece]:
@@ -112,5 +121,4 @@ def _tiles(query: torch.Tensor, piece: Piece, most: int) -> list[Piece]:
     converted at once. What has a mask is no longer than a chunk and its window."""
     if piece.keys.dtype == query.dtype or piece.causal or piece.mask is not None:
         return [piece]
-    parts = [piece.part(slice(at, at + most)) for at in range(0, len(piece), most)]
-    return [replace(Piece.of(part), heads=piece.heads) for part in parts]
+    return [piece.tile(slice(at, at + most)) for at in range(0, len(piece), most)]

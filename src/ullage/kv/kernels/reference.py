@@ -20,7 +20,7 @@ def attend(
     size = tile_tokens(query.shape[0] * query.shape[1])
     joined = Joined(query)
     for piece in pieces:
-        seeing = query if piece.heads is None else query[piece.heads]
+        seeing = piece.asked(query)
         for start in range(0, piece.keys.shape[1], size):
             tile = slice(start, start + size)
             joined.add(piece.heads, *_attend_tile(seeing, piece, tile, scale, softcap))
@@ -34,6 +34,9 @@ def _attend_tile(
     fp32's lowest for a query that sees none of them."""
     tile = piece.part(span)
     scores = _scores(query, tile, scale, softcap)  # [Hkv, G N, T]
+    if piece.bias is not None:
+        bias = piece.bias[:, None, :, span]  # [Hkv, 1, N or 1, T]
+        scores.view(len(bias), -1, query.shape[1], scores.shape[-1]).add_(bias)
     hidden = _hidden(piece, span)
     if hidden is not None:
         scores.view(*query.shape[:2], -1).masked_fill_(hidden, float("-inf"))

@@ -26,7 +26,7 @@ def attend(
     query: torch.Tensor, pieces: list[Piece], scale: float, softcap: float | None = None
 ) -> torch.Tensor:
     """See `ullage.kv.kernels.Kernel`."""
-    if any(piece.keys.dtype not in FORMATS for piece in pieces):
+    if any(map(_unknown, pieces)):
         return reference.attend(query, pieces, scale, softcap)
     query, pieces = _packed(query), [_readable(piece) for piece in pieces if piece.keys.shape[1]]
     if not pieces:
@@ -72,6 +72,12 @@ def _attend_splits(
             num_stages=2 if tile_rows * width * product.itemsize < 64 << 10 else 1,
         )  # fmt: skip
     return partial, lse
+
+
+def _unknown(piece: Piece) -> bool:
+    """Whether the kernels here have no word for it: a format, a bias, queries of its own."""
+    unlike = piece.bias is not None or piece.query is not None
+    return unlike or piece.keys.dtype not in FORMATS
 
 
 def _width(head_dim: int) -> int:

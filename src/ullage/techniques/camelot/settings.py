@@ -1,77 +1,163 @@
-"""Settings of CAMELoT and its bytes. No torch.
+"""Settings of CAMELoT, and what a sequence holds by them. No torch.
 
-The newest `segment` tokens are kept as they are. What leaves them is merged into the nearest of
-`slots` slots, or takes the place of the oldest: key, value, count and age, for each layer and KV
-head. So the bytes do not grow beyond the window.
+The newest tokens are kept as they are. What leaves them is merged into the likest of `slots`
+slots, or takes a slot of its own: the stalest's, once all are full. So bytes do not grow with a
+text.
+
+The paper's body, with its equations and settings, is in no place that could be read when this was
+written: what is established of it is that a token's key retrieves and that similar tokens are
+consolidated, novel ones have slots of their own and the stalest are replaced. All else here is a
+reconstruction.
 """
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 
 from ullage.errors import TechniqueError
-from ullage.specs.blocks import dense_layer_bytes, entry_bytes, full_layers
-from ullage.specs.dtypes import DTYPE_BYTES
+from ullage.specs.blocks import block_bytes, full_layer_numbers, full_layers
+from ullage.specs.consolidation import Consolidation, Positions
 from ullage.specs.footprint import Footprint
 from ullage.specs.model import ModelSpec
 from ullage.specs.workload import Engine, Step
 from ullage.techniques.base import Technique, with_full_layers
+from ullage.techniques.camelot.overhead import scratch_bytes, state_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-COUNT_AND_AGE_BYTES = 4 + 4  # of a slot
-SIMILARITY_BYTES = 4  # fp32, between a new key and a slot
+    from ullage.kv.cache import MakeRow
+
+SINKS = 4  # first tokens, which attention falls back on: StreamingLLM (arXiv 2309.17453)
 
 
 @dataclass(frozen=True)
 class CAMELoT(Technique):
-    """`slots` a KV head and layer, and the newest `segment` tokens exactly; no slots is the model
-    as it is."""
+    """`slots` a KV head and layer beside the current segment of `segment` tokens; no slots is the
+    model as it is. A token is merged into a slot if the cosine of their keys is at least
+    `threshold`: above 1 none is, and the bank holds the newest tokens.
+
+    A token reads the `top_k` slots that are likest to it and to those before it in its segment, or,
+    with 0, all. Slots are read at `positions`: "constant", all of them at one distance, or
+    "compact", in the order of their age. With `count_bias` a slot weighs as much as the tokens that
+    were merged into it; `count_cap`, 0 for none, bounds how many it counts, so that old slots go on
+    changing.
+
+    `recent` tokens before the segment stay as they are too, and are consolidated later: not the
+    paper's, but what helps most.
+    """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2402.13449"
     acts_on: ClassVar[Literal["context"]] = "context"
-    runs: ClassVar[bool] = False
     engines: ClassVar[tuple[Engine, ...]] = ("ullage",)
 
     slots: int = 1024
     segment: int = 512
+    threshold: float = 0.9
+    top_k: int = 0
+    recent: int = 0
+    positions: Positions = "constant"
+    count_bias: bool = False
+    count_cap: int = 0
 
     def __post_init__(self) -> None:
-        if type(self.slots) is not int or self.slots < 0:
-            raise TechniqueError(f"camelot: slots is a count, not {self.slots!r}.")
+        for name in ("slots", "top_k", "recent", "count_cap"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise TechniqueError(f"camelot: {name} is a count, not {value!r}.")
         if type(self.segment) is not int or self.segment < 1:
             raise TechniqueError(
                 f"camelot: segment is a positive count of tokens, not {self.segment!r}."
             )
+        if type(self.threshold) not in (int, float) or not -1 <= self.threshold <= 2:
+            raise TechniqueError(
+                f"camelot: threshold is a cosine, from -1 to 1, or up to 2 so that nothing is "
+                f"merged, not {self.threshold!r}."
+            )
+        if self.positions not in get_args(Positions):
+            raise TechniqueError(
+                f"camelot: positions is one of {', '.join(get_args(Positions))}, not "
+                f"{self.positions!r}."
+            )
+        if type(self.count_bias) is not bool:
+            raise TechniqueError(f"camelot: count_bias is true or false, not {self.count_bias!r}.")
 
     @classmethod
     def neutral(cls) -> Self:
         return cls(slots=0)
 
+    @property
+    def rules(self) -> Consolidation:
+        """What each row goes by."""
+        return Consolidation(
+            self.segment,
+            self.recent,
+            self.slots,
+            SINKS,
+            self.threshold,
+            self.top_k,
+            self.positions,
+            self.count_bias,
+            self.count_cap,
+        )
+
     def unsupported(self, model: ModelSpec) -> str | None:
-        if not self.slots or full_layers(model):
+        if not self.slots:
             return None
-        return "no layer of it keeps keys and values of every token, head by head."
+        if not full_layers(model):
+            return "no layer of it keeps keys and values of every token, head by head."
+        if not model.rope_tables:
+            return "its positions are not rotary, and keys hold them for good."
+        return None
 
     def footprint(self, before: Footprint, model: ModelSpec, work: Step) -> Footprint:
-        if not self.slots or work.held_tokens <= self.segment:
+        if not self.slots:
             return before
-        kv_dtype = work.execution.kv_dtype
-        window_bytes = dense_layer_bytes(model, self.segment, kv_dtype)
-        layer_bytes = window_bytes + self.bank_bytes(model, kv_dtype)
-        after = with_full_layers(before, model, work, full_layers(model) * layer_bytes)
-        # new keys beside the window, and how like each slot each of them is
-        width = 2 * model.num_kv_heads * model.head_dim
-        similarity_bytes = model.num_kv_heads * self.slots * SIMILARITY_BYTES
-        token_bytes = width * DTYPE_BYTES[work.execution.dtype] + similarity_bytes
-        scratch_bytes = work.new_tokens * token_bytes
-        return replace(after, activation_bytes=after.activation_bytes + scratch_bytes)
+        tokens = work.held_tokens
+        sequence_bytes = self.held_blocks(model, tokens) * block_bytes(
+            model, work.execution.kv_dtype
+        )
+        sequence_bytes += full_layers(model) * state_bytes(self.rules, model, tokens)
+        after = with_full_layers(before, model, work, sequence_bytes)
+        if work.phase == "load":
+            return after
+        activation_bytes = after.activation_bytes + scratch_bytes(self.rules, model, work)
+        return replace(after, activation_bytes=activation_bytes)
 
-    def bank_bytes(self, model: ModelSpec, kv_dtype: str) -> int:
-        """The memory of one layer of one sequence."""
-        slot_bytes = entry_bytes(model, 2 * model.head_dim, kv_dtype) + COUNT_AND_AGE_BYTES
-        return model.num_kv_heads * self.slots * slot_bytes
+    def held_blocks(self, model: ModelSpec, tokens: int) -> int:
+        if not self.slots:
+            return super().held_blocks(model, tokens)
+        return full_layers(model) * model.num_kv_heads * self.rules.blocks(tokens)
 
-    def attach(self, model: "PreTrainedModel") -> AbstractContextManager[None]:
-        raise TechniqueError(f"{self.name} can be planned, and is not run yet.")
+    @contextmanager
+    def attach(self, model: "PreTrainedModel") -> Iterator[None]:
+        from ullage.kv.attach import rows_in
+        from ullage.kv.bank import BankRow
+        from ullage.specs.families import spec_from_config
+
+        spec = spec_from_config(model.config.get_text_config().to_dict())
+        reason = self.unsupported(spec)
+        if reason is None and self.slots and not spec.runs:
+            reason = f"ullage plans {spec.family} models and does not run them yet."
+        if reason is not None:
+            raise TechniqueError(f"{self.name} cannot act on this model: {reason}")
+        rows = self.rows(spec)
+        if not rows:
+            yield
+            return
+        with rows_in(model, rows, BankRow, "CAMELoT"):
+            yield
+
+    def rows(self, model: ModelSpec) -> "Mapping[int, MakeRow]":
+        if not self.slots:
+            return {}
+        from ullage.kv.bank import BankRow
+        from ullage.kv.pool import Blocks
+
+        rules = self.rules
+
+        def make_row(pool: Blocks, num_kv_heads: int) -> BankRow:
+            return BankRow(pool, num_kv_heads, rules)
+
+        return dict.fromkeys(full_layer_numbers(model), make_row)

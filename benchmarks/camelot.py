@@ -1,0 +1,138 @@
+"""What CAMELoT's bank brings to a window: perplexity beside the same window alone.
+
+    python benchmarks/camelot.py --data DIR --tokens 4096 --window 128 --window 256
+
+DIR holds books/moby_dick.txt and wikitext2_test.txt. Of each text the first `--chunks` pieces are
+read; the loss is that of the tokens beyond `--beyond`, with the standard error of the difference,
+token by token. For each `--window` of w tokens:
+
+    alone     a segment of w tokens and the first four, and nothing of what is before
+    sliding   the w newest tokens and the first four
+    faithful  the segment and a bank of all that is before it, as the paper's is understood here
+    best      recent tokens exactly as well, and the bank for what is before these
+    as many   sliding, with as many bytes as `best`
+
+Changes are against `alone`. `--technique` adds settings, the segment w unless they name it.
+"""
+
+import argparse
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from rich.progress import track
+from transformers import PreTrainedModel
+
+from ullage import Recipe, Workload, build_plan, resolve, techniques
+from ullage.kv.bank import BankRow
+from ullage.kv.cache import PagedCache
+from ullage.measure.quality import figures
+from ullage.measure.quality.perplexity import Reading, prepare, read
+from ullage.measure.quality.sides import Side, attached
+from ullage.measure.quality.suite import Asked
+from ullage.measure.quality.texts import read_texts
+from ullage.runtime.checkpoint import weights_folder
+from ullage.runtime.load import load_model, load_tokenizer
+from ullage.specs.device import find_device
+from ullage.specs.model import ModelSpec
+from ullage.specs.workload import Execution
+from ullage.techniques.base import Technique
+from ullage.techniques.camelot.settings import CAMELoT
+from ullage.techniques.dms.settings import DMS, SINKS
+
+MODEL = "smollm2-135m"
+
+
+def choices(window: int, spec: ModelSpec, tokens: int, more: list[str]) -> dict[str, Technique]:
+    """What is compared with a window alone."""
+    best = CAMELoT(slots=512, segment=window, recent=2 * window)
+    added = {words: techniques.parse(f"camelot:{words}") for words in more}
+    return {
+        "sliding": DMS(window=window, predictor="window"),
+        "faithful": CAMELoT(slots=512, segment=window),
+        "best": best,
+        "as many": same_bytes(best, spec, tokens),
+        **{
+            words: made if "segment=" in words else replace(made, segment=window)
+            for words, made in added.items()
+            if isinstance(made, CAMELoT)
+        },
+    }
+
+
+def same_bytes(technique: Technique, spec: ModelSpec, tokens: int) -> DMS:
+    """The plain window that takes as many blocks in a layer as `technique`."""
+    blocks = technique.held_blocks(spec, tokens) // (spec.num_layers * spec.num_kv_heads)
+    return DMS(window=blocks * 16 - 16 * -(-SINKS // 16), predictor="window")
+
+
+def alone(model: PreTrainedModel, recipe: Recipe, window: int) -> Side:
+    """`model` with segments of `window` tokens, and nothing before them but the first few."""
+    side = Side(model, recipe)
+    row = partial(BankRow, rules=replace(CAMELoT(segment=window).rules, slots=0))
+    layers = range(recipe.model.num_layers)
+    side.cache = PagedCache(recipe.model, side.pool, dict.fromkeys(layers, row))
+    return side
+
+
+def side(stack: ExitStack, model: PreTrainedModel, recipe: Recipe, technique: Technique) -> Side:
+    """`model` with `technique` until `stack` ends."""
+    chosen = replace(recipe, techniques=(techniques.choice_of(technique),))
+    return Side(stack.enter_context(attached(model, [technique])), chosen)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--beyond", type=int, default=512)
+    parser.add_argument("--chunks", type=int, default=1)
+    parser.add_argument("--window", type=int, action="append")
+    parser.add_argument("--text", action="append", help="one of the texts; all by default")
+    parser.add_argument("--only", action="append", help="one of the lines; all by default")
+    parser.add_argument("--technique", action="append", default=[])
+    asked = parser.parse_args()
+    spec, execution = resolve(MODEL), Execution(dtype="fp32", kv_dtype="fp32")
+    recipe = Recipe(spec, find_device("cpu-16gb"), Workload(asked.tokens - 1, 1), execution)
+    folder = weights_folder(spec)
+    tokenizer = load_tokenizer(folder)
+    texts = prepare(
+        read_texts(asked.data), tokenizer, Asked(asked.tokens, asked.beyond, asked.chunks, seed=0)
+    )
+    print("| text | window | what | live KV | perplexity | change (se) | n |")
+    print("|---|---|---|---|---|---|---|")
+    model = load_model(build_plan(recipe), folder, tokenizer).model
+    for window in asked.window or (128, 256, 512):
+        known = choices(window, spec, asked.tokens, asked.technique)
+        if asked.only:
+            known = {name: known[name] for name in (*asked.only, *asked.technique)}
+        with ExitStack() as stack:
+            sides = [alone(model, recipe, window)]
+            sides += [side(stack, model, recipe, choice) for choice in known.values()]
+            for name in asked.text or texts:
+                pieces = track(texts[name], f"{name} {window}", transient=True)
+                readings = zip(*[read(sides, piece.ids) for piece in pieces], strict=True)
+                found = dict(zip(("alone", *known), readings, strict=True))
+                report(f"{name} | {window}", found, asked.beyond)
+
+
+def report(name: str, found: dict[str, tuple[Reading, ...]], beyond: int) -> None:
+    """A line a choice, the change against the window alone."""
+    losses = {
+        what: np.concatenate([one.losses[beyond:].double().numpy() for one in readings])
+        for what, readings in found.items()
+    }
+    for what, readings in found.items():
+        change = figures.perplexity_change(losses["alone"], losses[what])
+        print(
+            f"| {name} | {what} | {readings[0].live_bytes / 2**20:.1f} MiB "
+            f"| {figures.perplexity(losses[what]).value:.2f} "
+            f"| {change.value:+.2f}% ({change.error:.2f}%) | {change.n:,} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

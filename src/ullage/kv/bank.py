@@ -1,0 +1,255 @@
+"""BankRow: exact entries of the newest tokens and of the first few, and a bank for all between.
+
+A sequence is cut into segments, whose bounds hang on positions alone, so that nothing hangs on how
+a prompt is cut into chunks. As a segment begins, what left the exact entries is written to the
+bank, which then stays as it is until the next one. All entries lie in one stretch of slots: a ring
+of the exact ones, the first few tokens behind it once they left that, then the bank.
+
+The bank's keys are those before their rotation, so that tokens of unlike positions can be likened
+and averaged. They are read as if they stood at position 0 and a query as far from it as `positions`
+says: the query is turned, the keys stay where they lie.
+"""
+
+from copy import copy
+from dataclasses import replace
+from typing import Self
+
+import torch
+
+from ullage.kv.entries import Entries, side_by_side, stored
+from ullage.kv.kernels import Piece
+from ullage.kv.memory import Memory
+from ullage.kv.pool import Blocks
+from ullage.kv.rotation import Angles, Turn, after, normed, rotated
+from ullage.kv.rows import Attend, NewTokens, Ring, Row, Slots, Taken, seen_by
+from ullage.kv.sparse import Survivors
+from ullage.specs.consolidation import Consolidation
+
+_EMPTY = -(1 << 30)  # an empty slot's stamp, and its number
+_HIDDEN = torch.finfo(torch.float32).min / 2  # a score's bias
+
+
+class Bank:
+    """The slots of one row from `first` on, as a memory. State beside them is replaced, never
+    changed in place."""
+
+    def __init__(self, slots: Slots, first: int, rules: Consolidation) -> None:
+        self.slots, self.first, self.rules = slots, first, rules
+        self.size = 0  # slots that some head may have used
+        self.used = 0.0  # by a head, the mean
+        self.counts = self.stamps = torch.empty(0)  # [Hkv, size] int32, as in a `Memory`
+        self.bias: torch.Tensor | None = None  # [Hkv, 1, size], where not all weigh the same
+
+    def memory(self) -> Memory:
+        """What is in it, widened."""
+        pieces = self.slots.read(self.first, self.first + self.size)
+        keys, values = side_by_side(pieces, torch.float32)
+        return Memory(keys, values, self.counts, self.stamps)
+
+    def write(
+        self, keys: torch.Tensor, values: torch.Tensor, stamps: torch.Tensor, size: int
+    ) -> None:
+        """Take tokens in, keys before their rotation and values [Hkv, N, D] in fp32; there are
+        `size` slots now."""
+        empty = self.size == 0
+        self._grow(size, keys)
+        before = self.memory()
+        now = before.written(keys, values, stamps, self.rules.threshold, empty)
+        now = now.capped(self.rules.count_cap)
+        head, slot = (now.stamps != before.stamps).nonzero(as_tuple=True)
+        changed = stored(now.keys[head, slot, None], now.values[head, slot, None], self._dtype)
+        self.slots.put(head, self.first + slot, changed)
+        self.counts, self.stamps = now.counts, now.stamps
+        self._weigh()
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.slots.pool.dtype
+
+    def _grow(self, size: int, like: torch.Tensor) -> None:
+        """Empty slots up to `size`, zeros in them: what nobody sees must yet be a number."""
+        more = size - self.size
+        if not more:
+            return
+        heads, _, head_dim = like.shape
+        zeros = like.new_zeros(heads, more, head_dim)
+        self.slots.write(self.first + self.size, stored(zeros, zeros, self._dtype))
+        stamps = _EMPTY + torch.arange(self.size, size, device=like.device, dtype=torch.int32)
+        stamps = stamps.expand(heads, -1)
+        counts = torch.zeros_like(stamps)
+        self.counts = torch.cat([self.counts, counts], 1) if self.size else counts
+        self.stamps = torch.cat([self.stamps, stamps], 1) if self.size else stamps
+        self.size = size
+
+    def _weigh(self) -> None:
+        filled = self.stamps >= 0
+        self.used = float(filled.sum()) / len(filled)
+        self.bias = None
+        if self.rules.count_bias or self.used < self.size:
+            weight = self.counts.float().log() if self.rules.count_bias else 0.0 * self.counts
+            self.bias = torch.where(filled, weight, _HIDDEN)[:, None]
+
+    def nearest(self, keys: torch.Tensor) -> torch.Tensor:
+        """Bool [Hkv, N, size]: the slots that are likest to each of `keys`, [Hkv, N, D] before
+        their rotation."""
+        likeness = self.memory().likeness(keys)
+        likest = likeness.topk(min(self.rules.top_k, self.size)).indices
+        return torch.zeros_like(likeness, dtype=torch.bool).scatter_(2, likest, True)
+
+    def pieces(
+        self, query: torch.Tensor, bias: torch.Tensor | None, angles: Angles | None
+    ) -> list[Piece]:
+        """All slots, as `query`, [Hq, N, D], reads them under `bias`, [Hkv, N or 1, size]. With
+        `angles`, each as far back as its rank by age."""
+        if angles is not None and self.rules.positions == "compact":
+            memory = self.memory()
+            ranks = memory.stamps.argsort(1, descending=True).argsort(1)  # 0: the newest
+            keys = rotated(memory.keys, *angles.turn(-1.0 - ranks))
+            entries = Entries(keys.to(query.dtype), memory.values.to(query.dtype))
+            return [Piece(entries.keys, entries.values, bias=bias, query=query)]
+        pieces, at = [], 0
+        for piece in self.slots.read(self.first, self.first + self.size):
+            own = None if bias is None else bias[..., at : at + len(piece)]
+            pieces.append(replace(piece, bias=own, query=query))
+            at += len(piece)
+        return pieces
+
+    def copy(self, slots: Slots) -> "Bank":
+        """The same in other slots."""
+        twin = copy(self)
+        twin.slots = slots
+        return twin
+
+
+class BankRow(Row):
+    """One sequence in one layer, consolidated by `rules`."""
+
+    def __init__(self, pool: Blocks, num_kv_heads: int, rules: Consolidation) -> None:
+        self.pool, self.rules = pool, rules
+        self.slots = Slots(pool, num_kv_heads)
+        self.ring = Ring(self.slots, rules.window)
+        self.sinks = Survivors(self.slots, rules.window)
+        self.bank = Bank(self.slots, rules.bank_at, rules)
+        self.angles = Angles()
+        self._visible: torch.Tensor | None = None  # [Hkv, 1, size], retrieved in this segment
+
+    @property
+    def length(self) -> int:
+        return self.ring.length
+
+    @property
+    def live_tokens(self) -> float:
+        exact = self.length - self.rules.first_recent(max(0, self.length - 1))
+        return exact + self.sinks.length + self.bank.used
+
+    def reserve(self, tokens: int) -> None:
+        self.slots.reserve(self.rules.held(tokens))
+
+    def take(self, new: NewTokens, first_head: int = 0) -> Taken:
+        self._begin(new)
+        position = self.length
+        places = self.ring.take()
+        exact = self.ring.between(self.rules.first_recent(position), self.length)
+        pieces = [*self._far(new, position), *exact]
+        return Taken(places, seen_by(new.heads(first_head), pieces))
+
+    def attend_chunk(self, new: NewTokens, attention: Attend) -> torch.Tensor:
+        """A segment at a time."""
+        parts, at = [], 0
+        while at < len(new):
+            rest = self.rules.segment - self.length % self.rules.segment
+            parts.append(self._attend_span(new.part(at, at + rest), attention))
+            at += rest
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+    def _attend_span(self, new: NewTokens, attention: Attend) -> torch.Tensor:
+        """Tokens of one segment."""
+        self._begin(new)
+        own, position = new.stored(self.pool.dtype), self.length
+        exact = self.ring.between(self.rules.first_recent(position), position)
+        pieces = [*self._far(new, position), *exact, Piece.of(own, causal=True)]
+        output = attention(new.query, pieces)
+        self.ring.write(own)
+        return output
+
+    def _begin(self, new: NewTokens) -> None:
+        """Before the next tokens, all of one segment: where they are its first, what they see no
+        longer as it was goes to the bank."""
+        position = self.length
+        if new.cos is not None and new.sin is not None:
+            self.angles.see(position, new.cos, new.sin)
+        if position % self.rules.segment:
+            return
+        self._visible = None
+        gone = self.rules.first_recent(position)
+        seen = self.rules.first_recent(position - 1) if position else 0
+        if gone > seen:
+            self.slots.grow(self.rules.held(position + 1), self.rules.bank_at + self.rules.slots)
+            self._let_go(seen, gone, new)
+
+    def _let_go(self, start: int, stop: int, new: NewTokens) -> None:
+        """The exact entries from position `start` up to `stop` become sinks, or the bank's; `new`
+        are the tokens that come now."""
+        sinks = min(stop, max(start, self.rules.sinks))
+        for piece in self.ring.between(start, sinks):
+            self.sinks.append(piece)
+        if sinks == stop or not self.rules.slots:
+            return
+        keys, values = side_by_side(self.ring.between(sinks, stop), torch.float32)
+        positions = torch.arange(sinks, stop, dtype=torch.int32, device=keys.device)
+        if new.cos is not None and new.sin is not None:
+            first = normed(new.cos[:1].float(), new.sin[:1].float())
+            cos, sin = after(first, self.angles.turn(positions - self.length))
+            keys = rotated(keys, cos, -sin)
+        self.bank.write(keys, values, positions, self.rules.banked(self.length + 1))
+
+    def _far(self, new: NewTokens, position: int) -> list[Piece]:
+        """Sinks and bank, as the tokens from `position` on see them."""
+        if not self.bank.size:
+            return self.sinks.read()
+        bias = self._retrieved(new) if self.rules.top_k else self.bank.bias
+        if new.cos is None or new.sin is None:
+            return [*self.sinks.read(), *self.bank.pieces(new.query, bias, None)]
+        back = _opposite(normed(new.cos.float(), new.sin.float()))
+        ahead = torch.arange(len(new), device=back[0].device) + position % self.rules.segment
+        compact = self.rules.positions == "compact"
+        ahead = ahead + (self.rules.recent if compact else self.rules.window)
+        query = rotated(new.query.float(), *after(back, self.angles.turn(ahead)))
+        query = query.to(new.query.dtype)
+        return [*self.sinks.read(), *self.bank.pieces(query, bias, self.angles)]
+
+    def _retrieved(self, new: NewTokens) -> torch.Tensor:
+        """The bias, [Hkv, N, size], under which a token sees what was retrieved for the tokens of
+        its segment up to itself."""
+        keys = new.keys.float()
+        if new.cos is not None and new.sin is not None:
+            keys = rotated(keys, *_opposite(normed(new.cos.float(), new.sin.float())))
+        visible = self.bank.nearest(keys)
+        if self._visible is not None:
+            visible = torch.cat([self._visible, visible], dim=1)
+        visible = visible.cumsum(1) > 0
+        self._visible = visible[:, -1:].clone()
+        visible = visible[:, -len(new) :]
+        return torch.where(visible, 0.0 if self.bank.bias is None else self.bank.bias, _HIDDEN)
+
+    def copy(self) -> Self:
+        twin = copy(self)
+        rules, bank = self.rules, self.bank
+        far = bool(self.sinks.length) * rules.window + self.sinks.length
+        far = rules.bank_at + bank.size if bank.size else far
+        twin.slots = self.slots.copy(max(self.ring.used, far))
+        twin.ring = Ring(twin.slots, rules.window, self.ring.length)
+        twin.sinks = Survivors(twin.slots, rules.window, self.sinks.length)
+        twin.bank = bank.copy(twin.slots)
+        twin.angles = copy(self.angles)
+        return twin
+
+    def release(self) -> None:
+        self.ring.release()
+        self.sinks.length = 0
+        self.bank = Bank(self.slots, self.rules.bank_at, self.rules)
+        self.angles, self._visible = Angles(), None
+
+
+def _opposite(turn: Turn) -> Turn:
+    return turn[0], -turn[1]

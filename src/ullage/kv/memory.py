@@ -1,0 +1,109 @@
+"""An associative memory's contents, and how they change when tokens are written (CAMELoT, arXiv
+2402.13449): what is like a slot is merged into it, what is new takes a slot, the stalest if none is
+free.
+
+Each KV head by itself. Tokens are compared with the slots as they were before all of them, so that
+one product says all likenesses. Merging comes first; then what is new takes slots in the order of
+the tokens. Where the memory is empty, the first token has a slot before the others are compared.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import normalize
+
+_NONE = -2.0  # below any likeness
+
+
+@dataclass(frozen=True)
+class Memory:
+    """M slots of each KV head. An empty slot's stamp is below 0, and what is in it of no meaning;
+    another's is the position of the newest token in it. No two of a head's stamps are the same."""
+
+    keys: torch.Tensor  # [Hkv, M, D] in fp32, before their rotation
+    values: torch.Tensor  # [Hkv, M, D] in fp32
+    counts: torch.Tensor  # [Hkv, M] int32, the tokens that are merged in each
+    stamps: torch.Tensor  # [Hkv, M] int32
+
+    def likeness(self, keys: torch.Tensor) -> torch.Tensor:
+        """Cosine of each of `keys`, [Hkv, N, D], with each slot, [Hkv, N, M]; -2 with an empty
+        one."""
+        cosines = normalize(keys, dim=-1) @ normalize(self.keys, dim=-1).transpose(1, 2)
+        return cosines.clamp_(-1, 1).masked_fill_((self.stamps < 0)[:, None], _NONE)
+
+    def written(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        stamps: torch.Tensor,
+        threshold: float,
+        empty: bool,
+    ) -> "Memory":
+        """The memory after N tokens more, keys and values [Hkv, N, D], stamps [N], which ascend.
+        `empty`: nothing was ever written."""
+        if not empty:
+            likeness, slot = self.likeness(keys).max(-1)  # [Hkv, N] each
+            merging = likeness >= threshold
+            merged = self._merged(keys, values, stamps, slot, merging)
+            return merged._placed(keys, values, stamps, ~merging)
+        first, rest = slice(0, 1), slice(1, None)
+        new = torch.ones_like(keys[:, first, 0], dtype=torch.bool)
+        begun = self._placed(keys[:, first], values[:, first], stamps[first], new)
+        if keys.shape[1] == 1:
+            return begun
+        return begun.written(keys[:, rest], values[:, rest], stamps[rest], threshold, False)
+
+    def capped(self, cap: int) -> "Memory":
+        """With no count above `cap`; 0: as it is."""
+        if not cap:
+            return self
+        return Memory(self.keys, self.values, self.counts.clamp(max=cap), self.stamps)
+
+    def _merged(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        stamps: torch.Tensor,
+        slot: torch.Tensor,
+        merging: torch.Tensor,
+    ) -> "Memory":
+        """With those that are `merging`, [Hkv, N], in the slots `slot`, [Hkv, N]: running means."""
+        heads, slots = self.counts.shape
+        at = (slot + slots * torch.arange(heads, device=slot.device)[:, None]).flatten()
+        weight = merging.float()
+        added = weight.new_zeros(heads * slots).index_add_(0, at, weight.flatten())
+        before = self.counts.flatten().float()
+        total = (before + added).clamp(min=1)
+
+        def mean(mine: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+            sums = torch.zeros_like(mine).flatten(0, 1)
+            sums.index_add_(0, at, (new * weight[..., None]).flatten(0, 1))
+            moved = sums.div_(total[:, None]).add_(mine.flatten(0, 1) * (before / total)[:, None])
+            return torch.where((added > 0)[:, None], moved, mine.flatten(0, 1)).view(mine.shape)
+
+        newest = torch.where(merging, stamps, stamps.new_tensor(torch.iinfo(stamps.dtype).min))
+        last = self.stamps.flatten().scatter_reduce(0, at, newest.flatten(), "amax")
+        return Memory(
+            mean(self.keys, keys),
+            mean(self.values, values),
+            (before + added).int().view(heads, slots),
+            last.view(heads, slots),
+        )
+
+    def _placed(
+        self, keys: torch.Tensor, values: torch.Tensor, stamps: torch.Tensor, new: torch.Tensor
+    ) -> "Memory":
+        """With those that are `new`, [Hkv, N], in slots of their own: empty ones, then the stalest;
+        of more than there are slots the last stay."""
+        slots = self.counts.shape[1]
+        rank = new.cumsum(1)  # from 1
+        staying = new & (rank > rank[:, -1:] - slots)
+        head, token = staying.nonzero(as_tuple=True)
+        slot = self.stamps.argsort(1)[head, (rank[head, token] - 1) % slots]
+        at = (head, slot)
+        return Memory(
+            self.keys.index_put(at, keys[head, token]),
+            self.values.index_put(at, values[head, token]),
+            self.counts.index_put(at, self.counts.new_ones(())),
+            self.stamps.index_put(at, stamps[token]),
+        )
