@@ -15,6 +15,7 @@ from ullage.specs.tiles import TILE_TOKENS, tile_scores
 
 KERNELS: dict[str, Kernel] = {"reference": reference.attend, "cpu": cpu.attend}
 SCALE = 0.3
+HIDDEN = torch.finfo(torch.float32).min / 2  # a bias
 
 
 @pytest.fixture(params=[*KERNELS, pytest.param("triton", marks=pytest.mark.triton)])
@@ -323,3 +324,30 @@ def test_each_device_has_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cuda_has_triton() -> None:
     triton = pytest.importorskip("ullage.kv.kernels.triton")
     assert kernel_for(torch.device("cuda")) is triton.attend
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize(("new_tokens", "biases"), [(1, 1), (4, 1), (4, 4)])
+def test_a_bias_is_added_and_a_piece_may_be_asked_something_else(
+    kernel: Kernel, new_tokens: int, biases: int, softcap: float | None, dtype: torch.dtype
+) -> None:
+    """Entries as good as hidden, all of a query's too; long enough for several tiles."""
+    query, other = (entries(seed, 4, new_tokens, 8) for seed in (1, 2))
+    long = TILE_TOKENS + 9
+    bias = entries(3, 2, biases, long)
+    bias[0, 0], bias[1, -1, 3:] = HIDDEN, HIDDEN
+    far = replace(piece(4, long, dtype=dtype), bias=bias, query=other)
+    near = piece(6, 5)
+    scores = []
+    for asked, part in ((other, far), (query, near)):
+        keys = parts_of(part)[0].repeat_interleave(2, 0)
+        score = asked.double() @ keys.transpose(1, 2) * SCALE
+        scores.append(score if softcap is None else softcap * torch.tanh(score / softcap))
+    scores[0] += bias.double().repeat_interleave(2, 0)
+    values = torch.cat([parts_of(part)[1] for part in (far, near)], 1).repeat_interleave(2, 0)
+    expected = torch.cat(scores, 2).softmax(2) @ values
+    for heads in (None, slice(0, 4)):
+        seen = [replace(part, heads=heads) for part in (far, near)]
+        output = kernel(query, seen, SCALE, softcap)
+        torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-5)

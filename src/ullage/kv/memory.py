@@ -3,8 +3,8 @@
 free.
 
 Each KV head by itself. Tokens are compared with the slots as they were before all of them, so that
-one product says all likenesses. Merging comes first; then what is new takes slots in the order of
-the tokens. Where the memory is empty, the first token has a slot before the others are compared.
+one product says all likenesses. Merging comes first; then what is new takes slots, a token after
+the other, the stalest first, round and round. Where the memory is empty, the first token has a slot before the others are compared.
 """
 
 from dataclasses import dataclass
@@ -94,7 +94,7 @@ class Memory:
         self, keys: torch.Tensor, values: torch.Tensor, stamps: torch.Tensor, new: torch.Tensor
     ) -> "Memory":
         """With those that are `new`, [Hkv, N], in slots of their own: empty ones, then the stalest;
-        of more than there are slots the last stay."""
+        where there are more than slots, the last stay."""
         slots = self.counts.shape[1]
         rank = new.cumsum(1)  # from 1
         staying = new & (rank > rank[:, -1:] - slots)
