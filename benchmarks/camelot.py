@@ -12,7 +12,8 @@ token by token. For each `--window` of w tokens:
     best      recent tokens exactly as well, and the bank for what is before these
     as many   sliding, with as many bytes as `best`
 
-Changes are against `alone`. `--technique` adds settings, the segment w unless they name it.
+Changes are against `alone`. `--technique` adds settings, the segment w unless
+they name it, or another technique: as in dms:window=640,predictor=window.
 """
 
 import argparse
@@ -48,16 +49,19 @@ MODEL = "smollm2-135m"
 def choices(window: int, spec: ModelSpec, tokens: int, more: list[str]) -> dict[str, Technique]:
     """What is compared with a window alone."""
     best = CAMELoT(slots=512, segment=window, recent=2 * window)
-    added = {words: techniques.parse(f"camelot:{words}") for words in more}
+    added = {
+        words: techniques.parse(words if ":" in words else f"camelot:{words}") for words in more
+    }
     return {
         "sliding": DMS(window=window, predictor="window"),
         "faithful": CAMELoT(slots=512, segment=window),
         "best": best,
         "as many": same_bytes(best, spec, tokens),
         **{
-            words: made if "segment=" in words else replace(made, segment=window)
+            words: replace(made, segment=window)
+            if isinstance(made, CAMELoT) and "segment=" not in words
+            else made
             for words, made in added.items()
-            if isinstance(made, CAMELoT)
         },
     }
 

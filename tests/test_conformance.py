@@ -70,7 +70,8 @@ SMALL: dict[str, list[dict[str, Any]]] = {
     "dms": [
         {"kept": 0.25, "window": 4},
         {"kept": 0.25, "window": 4, "adapter": str(ADAPTER)},
-    ]
+    ],
+    "camelot": [{"slots": 8, "segment": 4}, {"slots": 5, "segment": 3, "recent": 2, "top_k": 2}],
 }
 
 

@@ -78,7 +78,6 @@ def test_a_picture_is_drawn(perplexity: Typed, tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[list[str], str]] = {
     "no technique": ([], "nothing to compare"),
     "no such technique": (["--technique", "dsm"], "Did you mean dms?"),
-    "planned only": (["--technique", "camelot"], "camelot"),
     "twice": (["--technique", DMS, "--technique", DMS], "asked for twice"),
     "suite": (["--technique", DMS, "--suite", "mmlu"], "mmlu"),
     "no folder": (["--technique", DMS, "--data", "/no/such/folder"], "no folder"),

@@ -36,6 +36,7 @@ RULES = [
     replace(PLAIN, positions="compact", recent=4),
     replace(PLAIN, positions="compact", top_k=3, count_bias=True),
     replace(PLAIN, count_bias=True, count_cap=2, slots=5),
+    replace(PLAIN, centred=True, threshold=0.6, top_k=2),
 ]
 chunk_sizes = st.lists(st.integers(1, 30), min_size=1, max_size=8)
 
@@ -115,7 +116,7 @@ def write(memory: Memory | None, text: Text, start: int, stop: int, rules: Conso
     if memory is None:
         zeros = torch.zeros(HEADS, rules.slots, DIM)
         stamps = torch.arange(rules.slots, dtype=torch.int32).expand(HEADS, -1) - (1 << 30)
-        memory = Memory(zeros, zeros, torch.zeros_like(stamps), stamps)
+        memory = Memory(zeros, zeros, torch.zeros_like(stamps), stamps, rules.centred)
     stamps = torch.arange(start, stop, dtype=torch.int32)
     empty = bool((memory.stamps < 0).all())
     keys, values = text.keys[:, start:stop], text.new.values[:, start:stop]

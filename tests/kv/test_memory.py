@@ -31,7 +31,8 @@ class Slow:
     size: int
     threshold: float
     cap: int
-    slots: list[Slot | None] = field(default_factory=list)
+    centred: bool = False
+    slots: list[Slot | None] = field(init=False)
 
     def __post_init__(self) -> None:
         self.slots = [None] * self.size
@@ -48,7 +49,10 @@ class Slow:
 
     def _merge(self, key: torch.Tensor, value: torch.Tensor, stamp: int) -> bool:
         filled = [slot for slot in self.slots if slot is not None]
-        alike = [float(cosine_similarity(key, slot.like, dim=0)) for slot in filled]
+        middle = sum(slot.like for slot in filled) / len(filled) if self.centred else 0
+        alike = [
+            float(cosine_similarity(key - middle, slot.like - middle, dim=0)) for slot in filled
+        ]
         best = max(range(len(filled)), key=alike.__getitem__)
         if max(alike[best], -1.0) < self.threshold:
             return False
@@ -66,10 +70,10 @@ class Slow:
             self.slots[order[at % self.size]] = Slot(key, value, 1, stamp, key)
 
 
-def empty(size: int) -> Memory:
+def empty(size: int, centred: bool = False) -> Memory:
     stamps = torch.arange(size, dtype=torch.int32).expand(HEADS, -1) - (1 << 30)
     zeros = torch.zeros(HEADS, size, DIM)
-    return Memory(zeros, zeros, torch.zeros_like(stamps), stamps)
+    return Memory(zeros, zeros, torch.zeros_like(stamps), stamps, centred)
 
 
 def randn(seed: int, tokens: int) -> torch.Tensor:
@@ -80,8 +84,15 @@ def randn(seed: int, tokens: int) -> torch.Tensor:
     return kinds[:, chosen] + 0.4 * torch.randn(HEADS, tokens, DIM, generator=random)
 
 
-def written(size: int, sizes: list[int], threshold: float, cap: int = 0, seed: int = 1) -> Memory:
-    memory, at = empty(size), 0
+def written(
+    size: int,
+    sizes: list[int],
+    threshold: float,
+    cap: int = 0,
+    seed: int = 1,
+    centred: bool = False,
+) -> Memory:
+    memory, at = empty(size, centred), 0
     keys, values = randn(seed, sum(sizes)), randn(seed + 1, sum(sizes))
     for tokens in sizes:
         span = slice(at, at + tokens)
@@ -98,14 +109,15 @@ def written(size: int, sizes: list[int], threshold: float, cap: int = 0, seed: i
     st.sampled_from([-1.0, 0.0, 0.7, 0.9, 0.97, 1.5]),
     st.sampled_from([0, 1, 3]),
     st.integers(0, 1000),
+    st.booleans(),
 )
 def test_a_segment_at_once_is_a_token_after_the_other(
-    size: int, sizes: list[int], threshold: float, cap: int, seed: int
+    size: int, sizes: list[int], threshold: float, cap: int, seed: int, centred: bool
 ) -> None:
-    memory = written(size, sizes, threshold, cap, seed)
+    memory = written(size, sizes, threshold, cap, seed, centred)
     keys, values = randn(seed, sum(sizes)), randn(seed + 1, sum(sizes))
     for head in range(HEADS):
-        slow, at = Slow(size, threshold, cap), 0
+        slow, at = Slow(size, threshold, cap, centred), 0
         for tokens in sizes:
             span = slice(at, at + tokens)
             slow.write(keys[head, span], values[head, span], at)

@@ -15,6 +15,7 @@ from ullage.planner.search import Freedom
 from ullage.specs.blocks import BLOCK_TOKENS, block_bytes, full_layers
 from ullage.specs.device import Device
 from ullage.specs.workload import Execution, Workload
+from ullage.techniques.camelot.settings import CAMELoT
 from ullage.techniques.dms.settings import DMS, SINKS
 from ullage.units import GIB
 
@@ -79,16 +80,20 @@ def test_what_a_sparse_row_lays_out_does_not_grow_with_the_prompt(tokens: int, m
     assert 0 < scratch_bytes(tokens) == scratch_bytes(tokens + more)
 
 
-@given(st.integers(513, 10**6), st.integers(0, 10**6), st.sampled_from([64, 1024]))
-def test_camelot_does_not_grow_beyond_its_window(tokens: int, more: int, slots: int) -> None:
+@given(st.integers(1537, 10**6), st.integers(0, 10**6), st.sampled_from([60, 1020]))
+def test_camelot_does_not_grow_beyond_its_slots(tokens: int, more: int, slots: int) -> None:
+    """A segment, four first tokens and the slots; of each of these 12 B beside it, and angles."""
     chosen = camelot(slots)
     held = kv_bytes(LLAMA, tokens, 1, chosen)
     assert kv_bytes(LLAMA, tokens + more, 1, chosen) == held
-    assert held == 32 * (512 * 4096 + slots * (4096 + 8 * 8))
+    assert held == 32 * ((512 + 4 + slots) * 4096 + 8 * 12 * slots + 128 * 4)
 
 
 def test_a_short_context_needs_no_bank() -> None:
-    assert kv_bytes(LLAMA, 512, 1, camelot(1024)) == kv_bytes(LLAMA, 512)
+    angles_bytes = 32 * 128 * 4
+    for tokens in (2, 100, 512):
+        held = kv_bytes(LLAMA, tokens, 1, camelot(1024))
+        assert held == kv_bytes(LLAMA, tokens) + angles_bytes
 
 
 def test_sliding_layers_stay_as_they_are(tiny_spec: TinySpec) -> None:
@@ -96,10 +101,9 @@ def test_sliding_layers_stay_as_they_are(tiny_spec: TinySpec) -> None:
     assert full_layers(spec) == 1
     tokens = 64 * BLOCK_TOKENS
     sliding_bytes = 2 * spec.num_kv_heads * block_bytes(spec, "bf16")
-    held = kv_bytes(spec, tokens, 1, camelot(32, 128))
-    assert held == sliding_bytes + spec.num_kv_heads * (
-        8 * block_bytes(spec, "bf16") + 32 * (2 * 8 * 2 + 8)
-    )
+    held = kv_bytes(spec, tokens, 1, camelot(28, 128))
+    bank_bytes = 10 * block_bytes(spec, "bf16") + 28 * 12
+    assert held == sliding_bytes + spec.num_kv_heads * bank_bytes + spec.head_dim * 4
 
 
 @pytest.mark.parametrize("chosen", [dms(0.5), camelot(64)])
@@ -116,8 +120,9 @@ def test_both_at_once_are_refused() -> None:
         kv_bytes(LLAMA, 100_000, 1, dms(0.125), camelot(64))
 
 
-def test_a_run_refuses_what_is_planned_only() -> None:
+def test_a_run_refuses_what_is_planned_only(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = camelot(64)
+    monkeypatch.setattr(CAMELoT, "runs", False)
     made = Recipe(LLAMA, GPU, Workload(1, 1), Execution(), (chosen,))
     with pytest.raises(TechniqueError, match="can be planned, and is not run yet"):
         fit_run(made, GPU.memory_bytes, Freedom())

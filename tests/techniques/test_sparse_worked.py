@@ -62,19 +62,27 @@ def test_a_text_inside_the_window_pays_for_the_flags_and_saves_nothing() -> None
 
 
 def test_a_layer_of_camelot() -> None:
-    """512 tokens are 32 blocks a head; a slot is a key and a value of 128 in bf16, and 8 B of
-    counts. New tokens stand beside it, with a likeness of 4 B to each slot of each head."""
-    layer = 8 * 32 * BLOCK + 8 * 1024 * (2 * 128 * 2 + 8)
+    """512 tokens, 4 first ones and 1,020 slots are 96 blocks a head; of a slot 12 B beside it; two
+    angles for each of 64 planes."""
+    layer = 8 * (96 * BLOCK + 1020 * 12) + 128 * 4
     dense = 8 * 625 * BLOCK
-    after = change(CAMELoT(1024, 512), "prefill", 10_000, new=100, sequences=2)
+    after = change(CAMELoT(1020, 512), "prefill", 10_000, new=100, sequences=2)
     assert after.kv_bytes == KV - 2 * 32 * (dense - layer)
-    assert after.activation_bytes == 100 * (2 * 8 * 128 * 2 + 8 * 1024 * 4)
 
 
-def test_a_bank_is_as_wide_as_its_format() -> None:
-    technique = CAMELoT(10, 16)
-    assert technique.bank_bytes(LLAMA, "bf16") == 8 * 10 * (256 * 2 + 8)
-    assert technique.bank_bytes(LLAMA, "fp32") == 8 * 10 * (256 * 4 + 8)
+def test_a_bank_fills_as_tokens_leave_the_exact_ones() -> None:
+    """1,300 tokens are in the third segment of 512; of the 1,024 before it 924 are not recent."""
+    technique = CAMELoT(4096, 512, recent=100)
+    assert technique.held_blocks(LLAMA, 1300) == 32 * 8 * -(-(612 + 4 + 920) // 16)
+
+
+def test_camelot_lays_out_its_bank_to_write_to_it() -> None:
+    """8 heads' K and V in fp32: seven times the slots, six times the tokens, and likenesses."""
+    writing = 8 * 4 * (7 * 1020 * 128 + 6 * 512 * 128 + 2 * 512 * 1020)
+    after = change(CAMELoT(1020, 512), "decode", 10_000)
+    assert after.activation_bytes == writing
+    retrieving = change(CAMELoT(1020, 512, top_k=1), "prefill", 10_000, new=4000)
+    assert retrieving.activation_bytes > 512 * 32 * 1020 * 4
 
 
 @pytest.mark.parametrize("technique", [DMS.neutral(), CAMELoT.neutral()])
@@ -97,7 +105,9 @@ def test_it_takes_a_layer_that_keeps_every_token_head_by_head(model: str, works:
 @pytest.mark.parametrize(
     "settings",
     [{"slots": -1}, {"slots": 1.5}, {"slots": True}, {"slots": "many"}, {"segment": 0},
-     {"segment": -5}, {"segment": None}],
+     {"segment": -5}, {"segment": None}, {"threshold": -1.1}, {"threshold": "0.9"},
+     {"threshold": float("nan")}, {"top_k": -1}, {"recent": 0.5}, {"positions": "absolute"},
+     {"count_bias": 1}, {"count_cap": -1}],
 )  # fmt: skip
 def test_settings_of_camelot_that_cannot_be(settings: dict[str, Any]) -> None:
     with pytest.raises(TechniqueError, match="camelot: "):

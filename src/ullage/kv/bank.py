@@ -44,7 +44,7 @@ class Bank:
         """What is in it, widened."""
         pieces = self.slots.read(self.first, self.first + self.size)
         keys, values = side_by_side(pieces, torch.float32)
-        return Memory(keys, values, self.counts, self.stamps)
+        return Memory(keys, values, self.counts, self.stamps, self.rules.centred)
 
     def write(
         self, keys: torch.Tensor, values: torch.Tensor, stamps: torch.Tensor, size: int

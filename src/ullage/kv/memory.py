@@ -4,10 +4,11 @@ free.
 
 Each KV head by itself. Tokens are compared with the slots as they were before all of them, so that
 one product says all likenesses. Merging comes first; then what is new takes slots, a token after
-the other, the stalest first, round and round. Where the memory is empty, the first token has a slot before the others are compared.
+the other, the stalest first, round and round. Where the memory is empty, the first token has a slot
+before the others are compared.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.functional import normalize
@@ -18,18 +19,26 @@ _NONE = -2.0  # below any likeness
 @dataclass(frozen=True)
 class Memory:
     """M slots of each KV head. An empty slot's stamp is below 0, and what is in it of no meaning;
-    another's is the position of the newest token in it. No two of a head's stamps are the same."""
+    another's is the position of the newest token in it. No two of a head's stamps are the same.
+    `centred`: keys are compared by what sets them apart from the mean of the slots' keys, as those
+    of many heads are much alike."""
 
     keys: torch.Tensor  # [Hkv, M, D] in fp32, before their rotation
     values: torch.Tensor  # [Hkv, M, D] in fp32
     counts: torch.Tensor  # [Hkv, M] int32, the tokens that are merged in each
     stamps: torch.Tensor  # [Hkv, M] int32
+    centred: bool = False
 
     def likeness(self, keys: torch.Tensor) -> torch.Tensor:
         """Cosine of each of `keys`, [Hkv, N, D], with each slot, [Hkv, N, M]; -2 with an empty
         one."""
-        cosines = normalize(keys, dim=-1) @ normalize(self.keys, dim=-1).transpose(1, 2)
-        return cosines.clamp_(-1, 1).masked_fill_((self.stamps < 0)[:, None], _NONE)
+        filled, mine = self.stamps >= 0, self.keys
+        if self.centred:
+            share = filled.float() / filled.sum(1, keepdim=True).clamp(min=1)  # [Hkv, M]
+            middle = share[:, None] @ mine  # [Hkv, 1, D]
+            keys, mine = keys - middle, mine - middle
+        cosines = normalize(keys, dim=-1) @ normalize(mine, dim=-1).transpose(1, 2)
+        return cosines.clamp_(-1, 1).masked_fill_(~filled[:, None], _NONE)
 
     def written(
         self,
@@ -57,7 +66,7 @@ class Memory:
         """With no count above `cap`; 0: as it is."""
         if not cap:
             return self
-        return Memory(self.keys, self.values, self.counts.clamp(max=cap), self.stamps)
+        return replace(self, counts=self.counts.clamp(max=cap))
 
     def _merged(
         self,
@@ -83,11 +92,12 @@ class Memory:
 
         newest = torch.where(merging, stamps, stamps.new_tensor(torch.iinfo(stamps.dtype).min))
         last = self.stamps.flatten().scatter_reduce(0, at, newest.flatten(), "amax")
-        return Memory(
-            mean(self.keys, keys),
-            mean(self.values, values),
-            (before + added).int().view(heads, slots),
-            last.view(heads, slots),
+        return replace(
+            self,
+            keys=mean(self.keys, keys),
+            values=mean(self.values, values),
+            counts=(before + added).int().view(heads, slots),
+            stamps=last.view(heads, slots),
         )
 
     def _placed(
@@ -101,9 +111,10 @@ class Memory:
         head, token = staying.nonzero(as_tuple=True)
         slot = self.stamps.argsort(1)[head, (rank[head, token] - 1) % slots]
         at = (head, slot)
-        return Memory(
-            self.keys.index_put(at, keys[head, token]),
-            self.values.index_put(at, values[head, token]),
-            self.counts.index_put(at, self.counts.new_ones(())),
-            self.stamps.index_put(at, stamps[token]),
+        return replace(
+            self,
+            keys=self.keys.index_put(at, keys[head, token]),
+            values=self.values.index_put(at, values[head, token]),
+            counts=self.counts.index_put(at, self.counts.new_ones(())),
+            stamps=self.stamps.index_put(at, stamps[token]),
         )

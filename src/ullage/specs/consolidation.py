@@ -18,6 +18,7 @@ class Consolidation:
     `top_k` slots are read for each token, 0: all. `positions`: a slot stands at one and the same
     distance from a segment, or its rank by age is its distance. `count_bias`: a slot weighs as much
     as the entries that were merged into it, which `count_cap` says it has at most, 0: no end.
+    `centred`: keys are likened by what sets them apart from the slots' mean.
     """
 
     segment: int
@@ -29,6 +30,7 @@ class Consolidation:
     positions: Positions = "constant"
     count_bias: bool = False
     count_cap: int = 0
+    centred: bool = False
 
     @property
     def window(self) -> int:

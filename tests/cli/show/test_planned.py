@@ -16,6 +16,7 @@ from ullage.planner.engines import ENGINES
 from ullage.planner.memory import explain
 from ullage.specs.device import Device
 from ullage.specs.workload import PHASES, Engine
+from ullage.techniques.camelot.settings import CAMELoT
 from ullage.units import GIB, format_bytes
 
 CARD = find_device("rtx-4090")
@@ -179,7 +180,9 @@ def test_one_pass_is_compared_inside_the_same_budget() -> None:
     )  # fmt: skip
 
 
-def test_what_is_planned_only_is_marked() -> None:
+def test_what_is_planned_only_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "planned only" not in shown(plan_of("ullage", CAMELOT))
+    monkeypatch.setattr(CAMELoT, "runs", False)
     assert "camelot is planned only" in shown(plan_of("ullage", CAMELOT))
     assert "planned only" not in shown(plan_of("ullage", DMS))
     assert "planned only" not in shown(plan_of("ullage", INT8))

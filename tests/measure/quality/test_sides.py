@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ullage.errors import TechniqueError
+from ullage.techniques.dms.settings import DMS
 
 Sides = Callable[..., tuple[Any, Any]]
 
@@ -92,6 +93,9 @@ def test_an_answer_is_greedy_where_decoding_would_write_it(sides_of: Sides) -> N
         assert [answer.greedy for answer in found] == [True, False]
 
 
-def test_a_model_that_a_technique_does_not_support_is_refused(sides_of: Sides) -> None:
-    with pytest.raises(TechniqueError):
-        sides_of("camelot")
+def test_a_model_that_a_technique_does_not_support_is_refused(
+    sides_of: Sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DMS, "unsupported", lambda *_: "it is too small.")
+    with pytest.raises(TechniqueError, match="it is too small"):
+        sides_of("dms")

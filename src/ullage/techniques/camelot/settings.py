@@ -57,9 +57,10 @@ class CAMELoT(Technique):
     threshold: float = 0.9
     top_k: int = 0
     recent: int = 0
-    positions: Positions = "constant"
+    positions: Positions = "compact"
     count_bias: bool = False
     count_cap: int = 0
+    centred: bool = False
 
     def __post_init__(self) -> None:
         for name in ("slots", "top_k", "recent", "count_cap"):
@@ -80,8 +81,11 @@ class CAMELoT(Technique):
                 f"camelot: positions is one of {', '.join(get_args(Positions))}, not "
                 f"{self.positions!r}."
             )
-        if type(self.count_bias) is not bool:
-            raise TechniqueError(f"camelot: count_bias is true or false, not {self.count_bias!r}.")
+        for name in ("count_bias", "centred"):
+            if type(getattr(self, name)) is not bool:
+                raise TechniqueError(
+                    f"camelot: {name} is true or false, not {getattr(self, name)!r}."
+                )
 
     @classmethod
     def neutral(cls) -> Self:
@@ -100,6 +104,7 @@ class CAMELoT(Technique):
             self.positions,
             self.count_bias,
             self.count_cap,
+            self.centred,
         )
 
     def unsupported(self, model: ModelSpec) -> str | None:
