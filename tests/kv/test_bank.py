@@ -96,8 +96,8 @@ def by_hand(text: Text, rules: Consolidation) -> torch.Tensor:
             if rules.count_bias:
                 score += memory.counts.float().log().repeat_interleave(GROUP, 0)
             if rules.top_k:
-                likeness = memory.likeness(text.keys[:, position : position + 1])[:, 0]
-                visible.scatter_(1, likeness.topk(min(rules.top_k, rules.slots)).indices, True)
+                key = text.keys[:, position : position + 1]
+                visible |= memory.nearest(key, rules.top_k)[:, 0]
             sees = (memory.stamps >= 0) & (visible if rules.top_k else True)
             score[~sees.repeat_interleave(GROUP, 0)] = float("-inf")
             scores.append(score)

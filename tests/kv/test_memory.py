@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
 
-from ullage.kv.memory import Memory
+from ullage.kv.memory import GRID, Memory
 
 HEADS, DIM = 2, 4
 
@@ -50,11 +50,10 @@ class Slow:
     def _merge(self, key: torch.Tensor, value: torch.Tensor, stamp: int) -> bool:
         filled = [slot for slot in self.slots if slot is not None]
         middle = sum(slot.like for slot in filled) / len(filled) if self.centred else 0
-        alike = [
-            float(cosine_similarity(key - middle, slot.like - middle, dim=0)) for slot in filled
-        ]
+        cosines = [cosine_similarity(key - middle, slot.like - middle, dim=0) for slot in filled]
+        alike = [round(float(cosine) / GRID) * GRID for cosine in cosines]
         best = max(range(len(filled)), key=alike.__getitem__)
-        if max(alike[best], -1.0) < self.threshold:
+        if alike[best] < self.threshold:
             return False
         slot = filled[best]
         slot.key = (slot.key * slot.count + key) / (slot.count + 1)
@@ -157,6 +156,18 @@ def test_an_empty_slot_is_like_nothing() -> None:
     likeness = memory.likeness(torch.zeros(HEADS, 2, DIM))
     assert likeness[:, :, 3:].eq(-2).all()
     assert likeness[:, :, :3].eq(0).all()
+
+
+def test_of_slots_equally_like_a_token_the_first_is_taken() -> None:
+    """However the model rounded their keys."""
+    key = torch.randn(HEADS, 1, DIM, generator=torch.Generator().manual_seed(1))
+    for noise in (1e-6, -1e-6):
+        memory = empty(6)
+        twins = torch.cat([-key, key * (1 + noise), key, key], 1)
+        memory = memory.written(twins, twins, torch.arange(4, dtype=torch.int32), 2.0, True)
+        assert memory.nearest(key, 2)[0, 0].tolist() == [False, True, True, False, False, False]
+        after = memory.written(key, key, torch.tensor([9], dtype=torch.int32), 0.9, False)
+        assert after.counts[0].tolist() == [1, 2, 1, 1, 0, 0]
 
 
 def test_a_write_changes_nothing_in_place() -> None:

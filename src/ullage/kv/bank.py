@@ -89,13 +89,6 @@ class Bank:
             weight = self.counts.float().log() if self.rules.count_bias else 0.0 * self.counts
             self.bias = torch.where(filled, weight, _HIDDEN)[:, None]
 
-    def nearest(self, keys: torch.Tensor) -> torch.Tensor:
-        """Bool [Hkv, N, size]: the slots that are likest to each of `keys`, [Hkv, N, D] before
-        their rotation."""
-        likeness = self.memory().likeness(keys)
-        likest = likeness.topk(min(self.rules.top_k, self.size)).indices
-        return torch.zeros_like(likeness, dtype=torch.bool).scatter_(2, likest, True)
-
     def pieces(
         self, query: torch.Tensor, bias: torch.Tensor | None, angles: Angles | None
     ) -> list[Piece]:
@@ -224,7 +217,7 @@ class BankRow(Row):
         keys = new.keys.float()
         if new.cos is not None and new.sin is not None:
             keys = rotated(keys, *_opposite(normed(new.cos.float(), new.sin.float())))
-        visible = self.bank.nearest(keys)
+        visible = self.bank.memory().nearest(keys, self.rules.top_k)
         if self._visible is not None:
             visible = torch.cat([self._visible, visible], dim=1)
         visible = visible.cumsum(1) > 0

@@ -14,6 +14,9 @@ import torch
 from torch.nn.functional import normalize
 
 _NONE = -2.0  # below any likeness
+# Likenesses are told apart this finely: two slots with the same token's key are equally like a
+# third, and rounding in the model is not to choose between them.
+GRID = 2**-10
 
 
 @dataclass(frozen=True)
@@ -30,15 +33,24 @@ class Memory:
     centred: bool = False
 
     def likeness(self, keys: torch.Tensor) -> torch.Tensor:
-        """Cosine of each of `keys`, [Hkv, N, D], with each slot, [Hkv, N, M]; -2 with an empty
-        one."""
+        """Cosine of each of `keys`, [Hkv, N, D], with each slot, [Hkv, N, M], to the nearest
+        `GRID`; -2 with an empty one."""
         filled, mine = self.stamps >= 0, self.keys
         if self.centred:
             share = filled.float() / filled.sum(1, keepdim=True).clamp(min=1)  # [Hkv, M]
             middle = share[:, None] @ mine  # [Hkv, 1, D]
             keys, mine = keys - middle, mine - middle
         cosines = normalize(keys, dim=-1) @ normalize(mine, dim=-1).transpose(1, 2)
-        return cosines.clamp_(-1, 1).masked_fill_(~filled[:, None], _NONE)
+        cosines.div_(GRID).round_().mul_(GRID)
+        return cosines.masked_fill_(~filled[:, None], _NONE)
+
+    def nearest(self, keys: torch.Tensor, count: int) -> torch.Tensor:
+        """Bool [Hkv, N, M]: the `count` slots that are likest to each of `keys`, [Hkv, N, D], of
+        those equally like it the first."""
+        likeness = self.likeness(keys)
+        order = torch.arange(likeness.shape[2], device=keys.device)
+        likest = (likeness.double() - order * (GRID / 2**32)).topk(min(count, len(order))).indices
+        return torch.zeros_like(likeness, dtype=torch.bool).scatter_(2, likest, True)
 
     def written(
         self,
