@@ -82,11 +82,15 @@ def by_hand(text: Text, rules: Consolidation) -> torch.Tensor:
                 memory = write(memory, text, banked, first, rules)
                 banked = first
         exact = [*range(min(rules.sinks, first)), *range(first, position + 1)]
-        keys, values = [text.new.keys[:, exact]], [text.new.values[:, exact]]
-        scores = [dots(text.new.query[:, position], keys[0])]
+        values = [text.new.values[:, exact]]
+        scores = [dots(text.new.query[:, position], text.new.keys[:, exact])]
         if memory is not None:
             query = text.query[:, position : position + 1]
             away = rules.recent if rules.positions == "compact" else rules.window
+            compact = rules.positions == "compact"
+            before = away + rules.sinks + (rules.banked(position + 1) if compact else 0)
+            far = text.turn(query, torch.tensor([position - start + before]))[:, 0]
+            scores[0][:, : rules.sinks] = dots(far, text.new.keys[:, : rules.sinks])
             query = text.turn(query, torch.tensor([position - start + away]))[:, 0]
             slots = memory.keys
             if rules.positions == "compact":

@@ -6,8 +6,9 @@ bank, which then stays as it is until the next one. All entries lie in one stret
 of the exact ones, the first few tokens behind it once they left that, then the bank.
 
 The bank's keys are those before their rotation, so that tokens of unlike positions can be likened
-and averaged. They are read as if they stood at position 0 and a query as far from it as `positions`
-says: the query is turned, the keys stay where they lie.
+and averaged. A query that reads them is turned to where it stands if they are at position 0, or, by
+their age, just before the exact ones, and so it is for the first few tokens, as if these stood
+before the bank: no distance grows with the text, beyond what the model was trained on.
 """
 
 from copy import copy
@@ -198,18 +199,24 @@ class BankRow(Row):
 
     def _far(self, new: NewTokens, position: int) -> list[Piece]:
         """Sinks and bank, as the tokens from `position` on see them."""
-        if not self.bank.size:
+        rules, size = self.rules, self.bank.size
+        if not size:
             return self.sinks.read()
-        bias = self._retrieved(new) if self.rules.top_k else self.bank.bias
+        bias = self._retrieved(new) if rules.top_k else self.bank.bias
         if new.cos is None or new.sin is None:
             return [*self.sinks.read(), *self.bank.pieces(new.query, bias, None)]
         back = _opposite(normed(new.cos.float(), new.sin.float()))
-        ahead = torch.arange(len(new), device=back[0].device) + position % self.rules.segment
-        compact = self.rules.positions == "compact"
-        ahead = ahead + (self.rules.recent if compact else self.rules.window)
-        query = rotated(new.query.float(), *after(back, self.angles.turn(ahead)))
-        query = query.to(new.query.dtype)
-        return [*self.sinks.read(), *self.bank.pieces(query, bias, self.angles)]
+        compact = rules.positions == "compact"
+        ahead = torch.arange(len(new), device=back[0].device) + position % rules.segment
+        ahead = ahead + (rules.recent if compact else rules.window)
+
+        def turned(turn: Turn) -> torch.Tensor:
+            return rotated(new.query.float(), *after(back, turn)).to(new.query.dtype)
+
+        before = rules.sinks + (size if compact else 0)  # they stand before the bank
+        query = turned(self.angles.turn(ahead + before, from_first=True))
+        sinks = [replace(piece, query=query) for piece in self.sinks.read()]
+        return [*sinks, *self.bank.pieces(turned(self.angles.turn(ahead)), bias, self.angles)]
 
     def _retrieved(self, new: NewTokens) -> torch.Tensor:
         """The bias, [Hkv, N, size], under which a token sees what was retrieved for the tokens of

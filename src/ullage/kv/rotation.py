@@ -51,8 +51,9 @@ class Angles:
         self._step = (about + torch.remainder(turn - about + pi, 2 * pi) - pi) / self._next
         self._next *= 2
 
-    def turn(self, positions: torch.Tensor) -> Turn:
-        """What turns by so many positions, [...], in fp32: [..., rot] each.
+    def turn(self, positions: torch.Tensor, from_first: bool = False) -> Turn:
+        """What turns by so many positions, [...], in fp32: [..., rot] each. `from_first`: to where
+        the token stands that is so many behind the first.
 
         Raises:
             RuntimeError: fewer than two tokens were seen.
@@ -60,6 +61,8 @@ class Angles:
         if self._step is None:
             raise RuntimeError("angles are asked for before two tokens were seen")
         angle = positions[..., None] * self._step
+        if from_first and self._first is not None:
+            angle = angle + self._first
         return _both_halves(angle.cos()), _both_halves(angle.sin())
 
 
