@@ -67,6 +67,17 @@ def test_texts_are_those_of_plain_generate(model_folder: ModelFolder, sequences:
     assert engine.cache.nbytes() == 0
 
 
+def test_a_text_may_be_longer_than_what_the_model_was_trained_on(
+    model_folder: ModelFolder,
+) -> None:
+    """256 tokens; its pool is not larger for it."""
+    engine = engine_for(model_folder("llama"), 1)
+    long = Request(PROMPTS[0] * 3, NEW)
+    run_all(engine, [long])
+    assert len(long.output_ids) == NEW
+    assert engine.pool.taken_bytes == 0
+
+
 @pytest.mark.parametrize("kv_dtype", ["fp32", "int8"])
 def test_the_pool_is_what_was_planned_and_smaller_than_a_dense_one(
     kv_dtype: str, model_folder: ModelFolder

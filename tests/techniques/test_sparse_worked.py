@@ -76,6 +76,25 @@ def test_a_bank_fills_as_tokens_leave_the_exact_ones() -> None:
     assert technique.held_blocks(LLAMA, 1300) == 32 * 8 * -(-(612 + 4 + 920) // 16)
 
 
+@pytest.mark.parametrize(
+    ("technique", "model", "any_length"),
+    [
+        (CAMELoT(1024, 512), "llama-3.1-8b", True),
+        (CAMELoT(1024, 512), "gemma-2-9b", True),
+        (CAMELoT(7676, 512), "smollm2-135m", True),
+        (CAMELoT(7677, 512), "smollm2-135m", False),  # further apart than it was trained on
+        (CAMELoT.neutral(), "smollm2-135m", False),
+        (DMS(0.125, 256), "smollm2-135m", False),
+    ],
+)
+def test_a_model_reads_any_length_where_nothing_stands_too_far_apart(
+    technique: Technique, model: str, any_length: bool
+) -> None:
+    spec = resolve(model)
+    assert (technique.most_tokens(spec) > 10**9) is any_length
+    assert any_length or technique.most_tokens(spec) == spec.max_context_tokens
+
+
 def test_camelot_lays_out_its_bank_to_write_to_it() -> None:
     """8 heads' K and V in fp32: seven times the slots, six times the tokens, and likenesses."""
     writing = 8 * 4 * (7 * 1020 * 128 + 6 * 512 * 128 + 2 * 512 * 1020)

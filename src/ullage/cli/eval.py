@@ -1,7 +1,7 @@
 """ullage eval: what a technique costs in quality, against the dense model in the same run."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -87,7 +87,7 @@ def eval(
         refuse_undrawable(plot)
     spec = resolve(model)
     refuse_planned_only(spec)
-    _refuse_long(asked.tokens, spec)
+    _refuse_long(asked.tokens, spec, typed)
     inputs = READERS[suite](data)
     place = device_to_run(device)
     work = Workload(asked.tokens - 1, 1)
@@ -107,11 +107,12 @@ def eval(
         show_evaluation(Console(highlight=False), done)
 
 
-def _refuse_long(tokens: int, model: ModelSpec) -> None:
-    if tokens > model.max_context_tokens:
+def _refuse_long(tokens: int, model: ModelSpec, typed: Sequence[str]) -> None:
+    """The dense side reads what is beyond the model's own context, too, as badly as it does."""
+    most = max(techniques.parse(text).most_tokens(model) for text in typed)
+    if tokens > most:
         raise InputError(
-            f"--tokens {tokens:,} is more than the {model.max_context_tokens:,} that {model.name} "
-            "can read."
+            f"--tokens {tokens:,} is more than the {most:,} that {model.name} can read."
         )
 
 

@@ -3,6 +3,7 @@
 import time
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
 
+from ullage import techniques
 from ullage.cli.asked import PlanOptions
 from ullage.cli.given import own_attention, prompt_text, refuse_beside_plan, refuse_plan
 from ullage.cli.machine import device_to_run, refuse_unusable
@@ -135,6 +137,13 @@ class _Session:
         self.device = device
         self.calibration = self.options.read_calibration()
 
+    @cached_property
+    def most_tokens(self) -> int:
+        """Of a prompt and its answer, that the model can read."""
+        if self.given is not None:
+            return techniques.most_tokens(replace(self.given.recipe, model=self.spec))
+        return techniques.most_tokens(self.options.recipe(self.spec, self.device, Workload(1, 1)))
+
     def refuse_early(self, text: str, new_tokens: int) -> None:
         """Refuse a budget too small for a prompt of one token before anything heavy is imported.
 
@@ -145,7 +154,7 @@ class _Session:
             self.plan_for(1, new_tokens)
         except DoesNotFit as error:
             most_tokens = len(text.encode()) + _TEMPLATE_TOKENS
-            room = max(1, self.spec.max_context_tokens - new_tokens)
+            room = max(1, self.most_tokens - new_tokens)
             enough_bytes = self._smallest_bytes(min(most_tokens, room), new_tokens)
             raise DoesNotFit(
                 f"{self.spec.name} with this prompt and {new_tokens:,} tokens after it does not "
@@ -172,7 +181,7 @@ class _Session:
         from ullage.runtime.prompt import refuse_long
 
         self.tokenizer = load_tokenizer(self.folder)
-        refuse_long(text, self.tokenizer, self.spec.max_context_tokens - 1)
+        refuse_long(text, self.tokenizer, self.most_tokens - 1)
         ids = _chat_ids(self.tokenizer, text) if chat else self.tokenizer(text)["input_ids"]
         return list(ids)
 
@@ -183,11 +192,11 @@ class _Session:
             PromptError: the prompt is longer than the model's context.
             DoesNotFit: no variant fits.
         """
-        room = self.spec.max_context_tokens - prompt_tokens
+        room = self.most_tokens - prompt_tokens
         if room < 1:
             raise PromptError(
                 f"The prompt has {prompt_tokens:,} tokens; {self.spec.name} reads "
-                f"{self.spec.max_context_tokens:,}, the answer included."
+                f"{self.most_tokens:,}, the answer included."
             )
         work = Workload(prompt_tokens, min(new_tokens, room))
         if self.given is not None:

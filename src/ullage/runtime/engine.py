@@ -114,11 +114,11 @@ class Engine:
                 loaded for.
             DoesNotFit: the pool could never hold it.
         """
-        model = self.plan.recipe.model
-        if request.capacity_tokens > model.max_context_tokens:
+        can_read = techniques.most_tokens(self.plan.recipe)
+        if request.capacity_tokens > can_read:
             raise PromptError(
                 f"{len(request.prompt_ids):,} prompt tokens and {request.max_new_tokens:,} new "
-                f"ones are more than the {model.max_context_tokens:,} that {model.name} can read."
+                f"ones are more than the {can_read:,} that {self.plan.recipe.model.name} can read."
             )
         most_tokens = self.loaded.max_tokens
         if most_tokens is not None and request.capacity_tokens > most_tokens:

@@ -15,7 +15,16 @@ from ullage.specs.blocks import sequence_blocks as blocks_of_all
 from ullage.specs.plan import Recipe, TechniqueChoice
 from ullage.techniques.base import Technique
 
-__all__ = ["Technique", "choice_of", "create", "names", "parse", "sequence_blocks", "settled"]
+__all__ = [
+    "Technique",
+    "choice_of",
+    "create",
+    "most_tokens",
+    "names",
+    "parse",
+    "sequence_blocks",
+    "settled",
+]
 
 
 def names() -> list[str]:
@@ -67,6 +76,13 @@ def sequence_blocks(recipe: Recipe, tokens: int) -> int:
     for choice in recipe.techniques:
         blocks += create(choice).held_blocks(model, tokens) - dense
     return blocks
+
+
+def most_tokens(recipe: Recipe) -> int:
+    """Tokens of the longest sequence that the recipe's model can read, with its techniques."""
+    model = recipe.model
+    with_them = (create(choice).most_tokens(model) for choice in recipe.techniques)
+    return max(with_them, default=model.max_context_tokens)
 
 
 def parse(text: str) -> Technique:

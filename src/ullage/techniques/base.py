@@ -85,6 +85,11 @@ class Technique(ABC):
         them, all together."""
         return full_layers(model) * model.num_kv_heads * -(-tokens // BLOCK_TOKENS)
 
+    def most_tokens(self, model: ModelSpec) -> int:
+        """Tokens of the longest sequence that `model` can read with it: as many as it was trained
+        on, unless no two entries ever stand further apart, whatever the length."""
+        return model.max_context_tokens
+
     def while_loading(
         self, model: "PreTrainedModel"
     ) -> "Mapping[str, Callable[[Module], Module]] | None":

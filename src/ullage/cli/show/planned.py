@@ -82,7 +82,7 @@ def _bar(share: float, width: int) -> str:
 
 def _context_lines(plan: Plan) -> list[str]:
     recipe = plan.recipe
-    if not recipe.beyond_context:
+    if recipe.workload.context_tokens <= techniques.most_tokens(recipe):
         return []
     return [
         f"WARNING: {recipe.workload.context_tokens:,} tokens are beyond the model's own context of "

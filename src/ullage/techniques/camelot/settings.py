@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from ullage.kv.cache import MakeRow
 
+_MOST_TOKENS = 1 << 30  # a slot's stamp is an int32
 SINKS = 4  # first tokens, which attention falls back on: StreamingLLM (arXiv 2309.17453)
 
 
@@ -134,6 +135,13 @@ class CAMELoT(Technique):
         if not self.slots:
             return super().held_blocks(model, tokens)
         return full_layers(model) * model.num_kv_heads * self.rules.blocks(tokens)
+
+    def most_tokens(self, model: ModelSpec) -> int:
+        trained = model.max_context_tokens
+        sliding = sum(cache.window is not None for cache in model.caches)
+        if not self.slots or full_layers(model) + sliding < model.num_layers:
+            return trained
+        return _MOST_TOKENS if self.rules.bank_at + self.slots <= trained else trained
 
     @contextmanager
     def attach(self, model: "PreTrainedModel") -> Iterator[None]:
