@@ -9,7 +9,8 @@ token by token. For each `--window` of w tokens:
     alone     a segment of w tokens and the first four, and nothing of what is before
     sliding   the w newest tokens and the first four
     faithful  the segment and a bank of all that is before it, as the paper's is understood here
-    best      recent tokens exactly as well, and the bank for what is before these
+    centred   the same, keys compared by what sets them apart
+    best      as centred, recent tokens exactly as well, and the bank for what is before these
     as many   sliding, with as many bytes as `best`
 
 Changes are against `alone`. `--technique` adds settings, the segment w unless
@@ -34,10 +35,11 @@ from ullage.measure.quality.perplexity import Reading, prepare, read
 from ullage.measure.quality.sides import Side, attached
 from ullage.measure.quality.suite import Asked
 from ullage.measure.quality.texts import read_texts
+from ullage.planner.memory import phase_footprints
 from ullage.runtime.checkpoint import weights_folder
 from ullage.runtime.load import load_model, load_tokenizer
+from ullage.specs.blocks import block_bytes
 from ullage.specs.device import find_device
-from ullage.specs.model import ModelSpec
 from ullage.specs.workload import Execution
 from ullage.techniques.base import Technique
 from ullage.techniques.camelot.settings import CAMELoT
@@ -46,17 +48,18 @@ from ullage.techniques.dms.settings import DMS, SINKS
 MODEL = "smollm2-135m"
 
 
-def choices(window: int, spec: ModelSpec, tokens: int, more: list[str]) -> dict[str, Technique]:
+def choices(window: int, recipe: Recipe, more: list[str]) -> dict[str, Technique]:
     """What is compared with a window alone."""
-    best = CAMELoT(slots=512, segment=window, recent=2 * window)
+    best = CAMELoT(512, window, 0.8, recent=2 * window, centred=True)
     added = {
         words: techniques.parse(words if ":" in words else f"camelot:{words}") for words in more
     }
     return {
         "sliding": DMS(window=window, predictor="window"),
-        "faithful": CAMELoT(slots=512, segment=window),
+        "faithful": CAMELoT(512, window),
+        "centred": CAMELoT(512, window, 0.8, centred=True),
         "best": best,
-        "as many": same_bytes(best, spec, tokens),
+        "as many": same_bytes(best, recipe),
         **{
             words: replace(made, segment=window)
             if isinstance(made, CAMELoT) and "segment=" not in words
@@ -66,9 +69,12 @@ def choices(window: int, spec: ModelSpec, tokens: int, more: list[str]) -> dict[
     }
 
 
-def same_bytes(technique: Technique, spec: ModelSpec, tokens: int) -> DMS:
-    """The plain window that takes as many blocks in a layer as `technique`."""
-    blocks = technique.held_blocks(spec, tokens) // (spec.num_layers * spec.num_kv_heads)
+def same_bytes(technique: Technique, recipe: Recipe) -> DMS:
+    """The plain window that holds as many bytes as `technique` with all that this keeps."""
+    chosen = replace(recipe, techniques=(techniques.choice_of(technique),))
+    held_bytes = phase_footprints(chosen)["decode"].kv_bytes
+    heads = recipe.model.num_layers * recipe.model.num_kv_heads
+    blocks = held_bytes // (heads * block_bytes(recipe.model, recipe.execution.kv_dtype))
     return DMS(window=blocks * 16 - 16 * -(-SINKS // 16), predictor="window")
 
 
@@ -109,7 +115,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     model = load_model(build_plan(recipe), folder, tokenizer).model
     for window in asked.window or (128, 256, 512):
-        known = choices(window, spec, asked.tokens, asked.technique)
+        known = choices(window, recipe, asked.technique)
         if asked.only:
             known = {name: known[name] for name in (*asked.only, *asked.technique)}
         with ExitStack() as stack:

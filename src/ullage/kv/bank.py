@@ -40,6 +40,7 @@ class Bank:
         self.used = 0.0  # by a head, the mean
         self.counts = self.stamps = torch.empty(0)  # [Hkv, size] int32, as in a `Memory`
         self.bias: torch.Tensor | None = None  # [Hkv, 1, size], where not all weigh the same
+        self.turned: Entries | None = None  # the keys where they are read, if not in their slots
 
     def memory(self) -> Memory:
         """What is in it, widened."""
@@ -60,8 +61,16 @@ class Bank:
         head, slot = (now.stamps != before.stamps).nonzero(as_tuple=True)
         changed = stored(now.keys[head, slot, None], now.values[head, slot, None], self._dtype)
         self.slots.put(head, self.first + slot, changed)
-        self.counts, self.stamps = now.counts, now.stamps
+        self.counts, self.stamps, self.turned = now.counts, now.stamps, None
         self._weigh()
+
+    @property
+    def beside_bytes(self) -> int:
+        """What is kept beside the slots."""
+        beside = [self.counts, self.stamps, self.bias]
+        if self.turned is not None:
+            beside += [self.turned.keys, self.turned.key_scales]
+        return sum(tensor.nbytes for tensor in beside if tensor is not None)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -95,18 +104,27 @@ class Bank:
     ) -> list[Piece]:
         """All slots, as `query`, [Hq, N, D], reads them under `bias`, [Hkv, N or 1, size]. With
         `angles`, each as far back as its rank by age."""
+        turned = None
         if angles is not None and self.rules.positions == "compact":
-            memory = self.memory()
-            ranks = memory.stamps.argsort(1, descending=True).argsort(1)  # 0: the newest
-            keys = rotated(memory.keys, *angles.turn(-1.0 - ranks))
-            entries = Entries(keys.to(query.dtype), memory.values.to(query.dtype))
-            return [Piece(entries.keys, entries.values, bias=bias, query=query)]
+            turned = self.turned = self.turned or self._turned(angles)
         pieces, at = [], 0
         for piece in self.slots.read(self.first, self.first + self.size):
-            own = None if bias is None else bias[..., at : at + len(piece)]
+            span = slice(at, at + len(piece))
+            own = None if bias is None else bias[..., span]
+            if turned is not None:
+                keys = turned.part(span)
+                piece = replace(piece, keys=keys.keys, key_scales=keys.key_scales)
             pieces.append(replace(piece, bias=own, query=query))
-            at += len(piece)
+            at = span.stop
         return pieces
+
+    def _turned(self, angles: Angles) -> Entries:
+        """The keys at their ranks by age, in the pool's format, for the segment that begins: the
+        slots keep them as they are, so that no rounding adds up."""
+        ranks = self.stamps.argsort(1, descending=True).argsort(1)  # 0: the newest
+        keys = rotated(self.memory().keys, *angles.turn(-1.0 - ranks))
+        made = stored(keys, keys, self._dtype)
+        return Entries(made.keys, made.keys, made.key_scales, made.key_scales)
 
     def copy(self, slots: Slots) -> "Bank":
         """The same in other slots."""
@@ -135,6 +153,11 @@ class BankRow(Row):
     def live_tokens(self) -> float:
         exact = self.length - self.rules.first_recent(max(0, self.length - 1))
         return exact + self.sinks.length + self.bank.used
+
+    @property
+    def beside_bytes(self) -> int:
+        visible = 0 if self._visible is None else self._visible.nbytes
+        return self.bank.beside_bytes + self.angles.nbytes + visible
 
     def reserve(self, tokens: int) -> None:
         self.slots.reserve(self.rules.held(tokens))
@@ -205,18 +228,17 @@ class BankRow(Row):
         bias = self._retrieved(new) if rules.top_k else self.bank.bias
         if new.cos is None or new.sin is None:
             return [*self.sinks.read(), *self.bank.pieces(new.query, bias, None)]
-        back = _opposite(normed(new.cos.float(), new.sin.float()))
+        # Where the queries stand if the bank is at position 0, and if the sinks are, before it.
         compact = rules.positions == "compact"
-        ahead = torch.arange(len(new), device=back[0].device) + position % rules.segment
-        ahead = ahead + (rules.recent if compact else rules.window)
-
-        def turned(turn: Turn) -> torch.Tensor:
-            return rotated(new.query.float(), *after(back, turn)).to(new.query.dtype)
-
-        before = rules.sinks + (size if compact else 0)  # they stand before the bank
-        query = turned(self.angles.turn(ahead + before, from_first=True))
-        sinks = [replace(piece, query=query) for piece in self.sinks.read()]
-        return [*sinks, *self.bank.pieces(turned(self.angles.turn(ahead)), bias, self.angles)]
+        away = rules.recent if compact else rules.window
+        before = rules.sinks + (size if compact else 0)
+        at = torch.arange(len(new), device=new.cos.device) + position % rules.segment + away
+        turn = self.angles.turn(torch.stack([at, at + before]), behind_first=(False, True))
+        cos, sin = after(_opposite(normed(new.cos.float(), new.sin.float())), turn)  # [2, N, rot]
+        queries = new.query.float().expand(2, *new.query.shape)
+        query, other = rotated(queries, cos[:, None], sin[:, None]).to(new.query.dtype)
+        sinks = [replace(piece, query=other) for piece in self.sinks.read()]
+        return [*sinks, *self.bank.pieces(query, bias, self.angles)]
 
     def _retrieved(self, new: NewTokens) -> torch.Tensor:
         """The bias, [Hkv, N, size], under which a token sees what was retrieved for the tokens of

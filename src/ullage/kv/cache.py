@@ -221,8 +221,8 @@ class PagedCache(Cache):  # type: ignore[misc]
             layer._waiting = False
 
     def nbytes(self) -> int:
-        """Bytes of the blocks that are taken."""
-        return self.pool.taken_bytes
+        """Bytes of the blocks that are taken, and of what rows of this step keep beside them."""
+        return self.pool.taken_bytes + sum(row.beside_bytes for row in self._rows)
 
     def live_tokens(self) -> float:
         """Entries that a KV head holds of the sequences of this step, all together; the mean over

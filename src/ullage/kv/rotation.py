@@ -4,6 +4,7 @@ The angles are learned from the tokens that come by, as attention is handed thei
 and nothing else: a model's way of scaling them is of no matter here.
 """
 
+from collections.abc import Sequence
 from math import pi
 
 import torch
@@ -13,8 +14,8 @@ Turn = tuple[torch.Tensor, torch.Tensor]  # cos and sin, [N, rot] each
 
 
 def rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """[H, N, D] turned by the angles of `cos` and `sin`, [N, rot] or [H, N, rot]; the rest of D
-    stays as it is."""
+    """[..., N, D] turned by the angles of `cos` and `sin`, [N, rot] or with as many axes; the rest
+    of D stays as it is."""
     width = cos.shape[-1]
     turned = states[..., :width]
     half = torch.cat([-turned[..., width // 2 :], turned[..., : width // 2]], dim=-1)
@@ -51,9 +52,14 @@ class Angles:
         self._step = (about + torch.remainder(turn - about + pi, 2 * pi) - pi) / self._next
         self._next *= 2
 
-    def turn(self, positions: torch.Tensor, from_first: bool = False) -> Turn:
-        """What turns by so many positions, [...], in fp32: [..., rot] each. `from_first`: to where
-        the token stands that is so many behind the first.
+    @property
+    def nbytes(self) -> int:
+        """What it remembers."""
+        return sum(part.nbytes for part in (self._first, self._step) if part is not None)
+
+    def turn(self, positions: torch.Tensor, behind_first: Sequence[bool] = ()) -> Turn:
+        """What turns by so many positions, [...], in fp32: [..., rot] each. `behind_first`, for
+        each of the first axis: to where the token stands that is so many behind the first.
 
         Raises:
             RuntimeError: fewer than two tokens were seen.
@@ -61,8 +67,9 @@ class Angles:
         if self._step is None:
             raise RuntimeError("angles are asked for before two tokens were seen")
         angle = positions[..., None] * self._step
-        if from_first and self._first is not None:
-            angle = angle + self._first
+        for at, wanted in enumerate(behind_first):
+            if wanted and self._first is not None:
+                angle[at] += self._first
         return _both_halves(angle.cos()), _both_halves(angle.sin())
 
 

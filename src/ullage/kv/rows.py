@@ -199,6 +199,11 @@ class Row(ABC):
     def live_tokens(self) -> float:
         """Entries that a KV head holds, the mean over the heads."""
 
+    @property
+    def beside_bytes(self) -> int:
+        """What it keeps beside its blocks, where that is as large as entries are."""
+        return 0
+
     @abstractmethod
     def reserve(self, tokens: int) -> None:
         """Take the blocks that a sequence of `tokens` needs here.

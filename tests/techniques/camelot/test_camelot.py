@@ -13,6 +13,7 @@ from ullage.kv.bank import BankRow
 from ullage.kv.cache import PagedCache, cache_argument
 from ullage.kv.pool import HeapBlocks
 from ullage.specs.families import RUNNING
+from ullage.techniques.camelot.overhead import state_bytes
 from ullage.techniques.camelot.settings import CAMELoT
 from ullage.techniques.dms.settings import DMS
 
@@ -192,7 +193,7 @@ def test_a_manual_is_read_once_and_asked_twice(tiny_model: TinyModel) -> None:
 
 def test_bytes_stay_however_long_a_text_is(tiny_model: TinyModel) -> None:
     model, spec = tiny_model("llama", num_hidden_layers=1)
-    technique = CAMELoT(slots=48, segment=32, recent=32)
+    technique = CAMELoT(slots=48, segment=32, recent=32, count_bias=True)
     held, live = [], []
     with technique.attach(model), torch.inference_mode():
         cache = cache_of(model, spec, technique)
@@ -202,7 +203,8 @@ def test_bytes_stay_however_long_a_text_is(tiny_model: TinyModel) -> None:
             assert output.logits.isfinite().all()
             row = cache.paged[0].rows[0]
             assert isinstance(row, BankRow)
-            held.append(cache.nbytes() + row.bank.counts.nbytes + row.bank.stamps.nbytes)
+            held.append(cache.nbytes())
+            assert row.beside_bytes == state_bytes(technique.rules, spec, 250, "fp32")
             live.append(cache.live_tokens())
     assert len(set(held)) == 1
     assert max(live) <= 32 + 32 + 4 + 48

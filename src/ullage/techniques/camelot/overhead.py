@@ -1,5 +1,6 @@
 """What CAMELoT takes beside KV entries, in bytes. No torch."""
 
+from ullage.specs.blocks import entry_bytes
 from ullage.specs.consolidation import Consolidation
 from ullage.specs.dtypes import DTYPE_BYTES
 from ullage.specs.model import ModelSpec
@@ -9,11 +10,14 @@ _FP32_BYTES = 4
 _COUNT_BYTES, _STAMP_BYTES, _BIAS_BYTES, _VISIBLE_BYTES = 4, 4, 4, 1  # of a slot
 
 
-def state_bytes(rules: Consolidation, model: ModelSpec, tokens: int) -> int:
+def state_bytes(rules: Consolidation, model: ModelSpec, tokens: int, kv_dtype: str) -> int:
     """What one layer of one sequence keeps beside its blocks: of each slot its count, its stamp and
-    what it adds to scores, whether it was retrieved, and how far a position turns, 2 [D / 2]."""
+    what it adds to scores, whether it was retrieved, and its key once more where it is read in
+    another place; and how far a position turns, 2 [D / 2]."""
     slot_bytes = _COUNT_BYTES + _STAMP_BYTES + _BIAS_BYTES
     slot_bytes += _VISIBLE_BYTES if rules.top_k else 0
+    if rules.positions == "compact":
+        slot_bytes += entry_bytes(model, model.head_dim, kv_dtype)
     angles_bytes = model.head_dim * _FP32_BYTES if tokens else 0
     return model.num_kv_heads * rules.banked(tokens) * slot_bytes + angles_bytes
 
@@ -33,14 +37,15 @@ def scratch_bytes(rules: Consolidation, model: ModelSpec, work: Step) -> int:
 def _reading_bytes(rules: Consolidation, model: ModelSpec, dtype: str, slots: int, new: int) -> int:
     """The queries turned, thrice in fp32 on the way. Each slot's bias, [Hq, 1, M]. Where slots are
     retrieved, their keys widened and normed, and what each token sees of them: likenesses, flags
-    with their sums, and biases. Where they are turned one by one, K and V widened, K thrice."""
+    with their sums, and biases. Where they are turned one by one, K and V widened, and what turns
+    them."""
     heads, head_dim = model.num_kv_heads, model.head_dim
     queries_bytes = 4 * model.num_heads * new * head_dim * _FP32_BYTES
     bias_bytes = model.num_heads * slots * (_FP32_BYTES + DTYPE_BYTES[dtype])
     bank_bytes = heads * slots * head_dim * _FP32_BYTES
     if rules.top_k:
         bias_bytes *= new
-        bias_bytes += heads * new * slots * (2 * _FP32_BYTES + 8 + 2) + 3 * bank_bytes
+        bias_bytes += heads * new * slots * (2 * _FP32_BYTES + 16 + 2) + 3 * bank_bytes
     if rules.positions == "compact":
         bias_bytes += 8 * bank_bytes
     return queries_bytes + bias_bytes

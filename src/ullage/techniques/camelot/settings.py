@@ -121,10 +121,9 @@ class CAMELoT(Technique):
         if not self.slots:
             return before
         tokens = work.held_tokens
-        sequence_bytes = self.held_blocks(model, tokens) * block_bytes(
-            model, work.execution.kv_dtype
-        )
-        sequence_bytes += full_layers(model) * state_bytes(self.rules, model, tokens)
+        kv_dtype = work.execution.kv_dtype
+        sequence_bytes = self.held_blocks(model, tokens) * block_bytes(model, kv_dtype)
+        sequence_bytes += full_layers(model) * state_bytes(self.rules, model, tokens, kv_dtype)
         after = with_full_layers(before, model, work, sequence_bytes)
         if work.phase == "load":
             return after
