@@ -6,6 +6,8 @@ from ullage.specs.dtypes import DTYPE_BYTES
 from ullage.specs.model import ModelSpec
 from ullage.specs.workload import Step
 
+# Of libraries, code that no other operator brings in: 7.5 MB measured with torch 2.13.0+cpu
+OPERATORS_BYTES = 8 << 20
 _FP32_BYTES = 4
 _COUNT_BYTES, _STAMP_BYTES, _BIAS_BYTES, _VISIBLE_BYTES = 4, 4, 4, 1  # of a slot
 

@@ -22,7 +22,7 @@ from ullage.specs.footprint import Footprint
 from ullage.specs.model import ModelSpec
 from ullage.specs.workload import Engine, Step
 from ullage.techniques.base import Technique, with_full_layers
-from ullage.techniques.camelot.overhead import scratch_bytes, state_bytes
+from ullage.techniques.camelot.overhead import OPERATORS_BYTES, scratch_bytes, state_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -127,8 +127,11 @@ class CAMELoT(Technique):
         after = with_full_layers(before, model, work, sequence_bytes)
         if work.phase == "load":
             return after
-        activation_bytes = after.activation_bytes + scratch_bytes(self.rules, model, work)
-        return replace(after, activation_bytes=activation_bytes)
+        return replace(
+            after,
+            activation_bytes=after.activation_bytes + scratch_bytes(self.rules, model, work),
+            overhead_bytes=after.overhead_bytes + OPERATORS_BYTES,
+        )
 
     def held_blocks(self, model: ModelSpec, tokens: int) -> int:
         if not self.slots:
