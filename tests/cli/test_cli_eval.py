@@ -69,6 +69,15 @@ def test_weights_as_a_technique_are_measured_against_whole_ones(perplexity: Type
     assert line["dense_bytes"] == line["compressed_bytes"]  # of KV entries, which stay
 
 
+def test_with_a_bank_texts_are_longer_than_the_model_was_trained_on(perplexity: Typed) -> None:
+    """The tiny one on 256 tokens."""
+    bank = "camelot:slots=16,segment=16"
+    done = perplexity("--technique", bank, "--tokens", "290", "--json")
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout)["comparisons"][0]
+    assert 0 < line["compressed_bytes"] < 0.3 * line["dense_bytes"]
+
+
 def test_a_picture_is_drawn(perplexity: Typed, tmp_path: Path) -> None:
     done = perplexity("--technique", DMS, "--plot", str(tmp_path / "found.svg"))
     assert done.returncode == 0, done.stderr
