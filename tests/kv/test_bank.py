@@ -226,15 +226,6 @@ def test_blocks_are_those_of_the_arithmetic_and_go_back(rules: Consolidation) ->
         pool.check_integrity(all_free=True)
 
 
-@given(st.integers(0, 3000), st.integers(0, 400), st.sampled_from(RULES))
-def test_what_is_held_never_falls_and_ends_somewhere(
-    tokens: int, more: int, rules: Consolidation
-) -> None:
-    held = rules.held(tokens)
-    assert held <= rules.held(tokens + more) <= rules.bank_at + rules.slots
-    assert held >= min(tokens, rules.recent + 1)
-
-
 def test_a_row_that_was_released_begins_anew() -> None:
     text, row = Text(40), row_of(PLAIN)
     read(row, Text(50, seed=5).new, [50])
