@@ -42,6 +42,15 @@ def test_a_plan_file_is_run_as_it_says(ullage: Ullage, tiny_folder: Path, tmp_pa
     assert "chunks of 7" in done.stderr
 
 
+def test_a_bank_reads_a_prompt_longer_than_the_context(ullage: Ullage, tiny_folder: Path) -> None:
+    words = ["run", str(tiny_folder), "--prompt", "w6 w7 w8 " * 100, "--max-new-tokens", "2"]
+    refused = ullage(*words, *SIZED)
+    assert refused.returncode == 2
+    assert "300 tokens" in refused.stderr
+    done = ullage(*words, *SIZED, "--technique", "camelot:slots=16,segment=16")
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_budget_that_cannot_work_names_one_that_does(ullage: Ullage, tiny_folder: Path) -> None:
     words = ["run", str(tiny_folder), "--prompt", "w6", "--max-new-tokens", "1", *SIZED]
     refused = ullage(*words, "--memory", "10MiB")
