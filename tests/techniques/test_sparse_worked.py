@@ -100,6 +100,8 @@ def test_camelot_lays_out_its_bank_to_write_to_it() -> None:
     writing = 8 * 4 * (7 * 1020 * 128 + 6 * 512 * 128 + 2 * 512 * 1020)
     after = change(CAMELoT(1020, 512), "decode", 10_000)
     assert after.activation_bytes == writing
+    together = change(CAMELoT(1020, 512), "decode", 10_000, sequences=3)
+    assert together.activation_bytes == writing + 2 * 2 * 32 * 128 * 4  # two queries of others
     retrieving = change(CAMELoT(1020, 512, top_k=1), "prefill", 10_000, new=4000)
     assert retrieving.activation_bytes > 512 * 32 * 1020 * 4
 

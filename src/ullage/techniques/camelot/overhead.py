@@ -25,12 +25,17 @@ def state_bytes(rules: Consolidation, model: ModelSpec, tokens: int, kv_dtype: s
 
 
 def scratch_bytes(rules: Consolidation, model: ModelSpec, work: Step) -> int:
-    """While one row of one layer attends or writes, whichever is more."""
+    """While one row of one layer attends or writes, whichever is more; and what the others ask
+    meanwhile, where sequences write together: two turned queries each, and biases."""
     slots = rules.banked(work.held_tokens)
     if not slots:
         return 0
-    new = min(rules.segment, work.new_tokens) if work.phase == "prefill" else 1
-    return max(
+    reading = work.phase == "prefill"
+    new = min(rules.segment, work.new_tokens) if reading else 1
+    waiting_numbers = 2 * model.num_heads * model.head_dim
+    waiting_numbers += model.num_kv_heads * slots if rules.top_k else 0
+    others = 0 if reading else work.sequences - 1
+    return others * waiting_numbers * _FP32_BYTES + max(
         _reading_bytes(rules, model, work.execution.dtype, slots, new),
         _writing_bytes(rules, model, slots),
     )
