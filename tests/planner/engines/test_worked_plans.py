@@ -46,9 +46,9 @@ FP32 = {"dtype": "fp32", "kv_dtype": "fp32"}
 
 def test_ullage_on_a_cpu(planned: Planned) -> None:
     """110 tokens are seven blocks of 16. Attention stands 1,600 B above the MLP: 100 x 208 numbers
-    of its layer, two outputs of 3,200 and five of 400 rows, all in fp32, less 100 x 288. A token for
-    each of three sequences has no output beside the kernel's: 3 x 176 numbers, what each leaves, its
-    joined output and its tile's, of 32 each, and five of 12 rows."""
+    of its layer, two outputs of 3,200 and five of 400 rows, all in fp32, less 100 x 288. A token
+    for each of three sequences has no output beside the kernel's: 3 x 176 numbers, what each
+    leaves, its joined output and its tile's, of 32 each, and five of 12 rows."""
     plan = planned("ullage", CPU)
     held = {
         "weights in fp32": PARAMETERS * 4,
