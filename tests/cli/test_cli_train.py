@@ -46,7 +46,7 @@ def test_what_is_made_can_be_planned_and_run(
     found = json.loads(done.stdout)
     assert found["pieces"] == [
         "books/two:0",
-        "one:0",
+        "one:0, recalling",
         "books/two:1",
     ]  # nothing to test with is among them
     assert found["windows"] == [64, 96]

@@ -96,8 +96,9 @@ def train(
     miss beyond, for `dms:adapter=FILE` and `predictor=linear`.
 
     Reads each piece once, forward and back: a minute or two a piece of 8,192 tokens on a small
-    model and two cores. With --to, a predictor is trained from there on, for `predictor=dms`;
-    broken off, the same command goes on where it was. What FILE holds is not measured again.
+    model and two cores. Every other piece says again some of what it said. With --to, a predictor
+    is trained from there on, for `predictor=dms`; broken off, the same command goes on where it
+    was. What FILE holds is not measured again.
     """
     refuse_unwritable(output)
     if plot is not None:
@@ -270,12 +271,16 @@ def _pieces(
     length: int,
     count: int,
 ) -> "dict[str, torch.Tensor]":
-    from ullage.measure.quality.tokens import pieces_in_turn
+    """Every other one recalls what it said before."""
+    from ullage.measure.quality.tokens import pieces_in_turn, recalling
 
     found = pieces_in_turn(tokenizer, texts, length, count)
     if not found:
         raise InputError(f"No text is {length:,} tokens long: ask for fewer with {option}.")
-    return found
+    return {
+        f"{name}, recalling" if at % 2 else name: recalling(ids, at) if at % 2 else ids
+        for at, (name, ids) in enumerate(found.items())
+    }
 
 
 def _show(adapter: Adapter, context: int) -> None:

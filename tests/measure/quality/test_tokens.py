@@ -2,9 +2,10 @@
 
 from typing import Any
 
+import pytest
 import torch
 
-from ullage.measure.quality.tokens import cut, pieces_in_turn
+from ullage.measure.quality.tokens import cut, pieces_in_turn, recalling
 
 
 class Letters:
@@ -33,3 +34,16 @@ def test_texts_take_turns_until_there_are_enough() -> None:
     found = pieces_in_turn(LETTERS, texts, 3, 2)
     assert list(found) == ["long:0", "short:0"]
     assert torch.equal(found["short:0"], torch.tensor([0, 120, 121]))
+
+
+@pytest.mark.parametrize("tokens", [64, 128, 1000, 8192])
+def test_every_other_span_of_the_second_half_was_said_before(tokens: int) -> None:
+    ids = torch.arange(tokens)
+    told = recalling(ids, 3)
+    assert torch.equal(told[: tokens // 2], ids[: tokens // 2])
+    assert torch.equal(told, recalling(ids, 3))
+    assert torch.equal(ids, torch.arange(tokens))
+    for at in range(tokens // 2, tokens - 31, 64):
+        again, new = told[at : at + 32], slice(at + 32, min(at + 64, tokens))
+        assert int(again.max()) < at - min(256, tokens // 4) + 32
+        assert torch.equal(told[new], ids[new])

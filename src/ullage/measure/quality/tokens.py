@@ -1,10 +1,14 @@
 """Texts as tokens, and in pieces of one length."""
 
+import random
 from collections.abc import Mapping
 from itertools import chain, islice, zip_longest
 
 import torch
 from transformers import PreTrainedTokenizerBase
+
+_SPAN_TOKENS = 32  # that are said again
+_APART_TOKENS = 256  # from where they were said first, at least
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -37,3 +41,14 @@ def pieces_in_turn(
     ]
     in_turn = filter(None, chain(*zip_longest(*by_text)))
     return {name: torch.tensor(ids) for name, ids in islice(in_turn, count)}
+
+
+def recalling(ids: torch.Tensor, seed: int) -> torch.Tensor:
+    """`ids`, [T], in whose second half every other span is one from further back once more. Running
+    prose seldom asks for what was said once, and what finds it again would look useless."""
+    draw, told = random.Random(seed), ids.clone()
+    apart = min(_APART_TOKENS, len(ids) // 4)
+    for at in range(len(ids) // 2, len(ids) - _SPAN_TOKENS + 1, 2 * _SPAN_TOKENS):
+        start = draw.randrange(1, at - apart)
+        told[at : at + _SPAN_TOKENS] = told[start : start + _SPAN_TOKENS].clone()
+    return told
