@@ -16,9 +16,11 @@ from ullage.units import MIB
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
 
 
-def touched(mib: int) -> bytearray:
-    data = bytearray(mib * MIB)
-    data[:: mmap.PAGESIZE] = b"x" * len(data[:: mmap.PAGESIZE])
+def touched(mib: int) -> mmap.mmap:
+    """Pages fresh from the system: an allocator may hand out what it holds of tests before."""
+    data = mmap.mmap(-1, mib * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for at in range(0, len(data), mmap.PAGESIZE):
+        data[at] = 1
     return data
 
 
