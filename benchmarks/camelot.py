@@ -40,10 +40,11 @@ from ullage.runtime.checkpoint import weights_folder
 from ullage.runtime.load import load_model, load_tokenizer
 from ullage.specs.blocks import block_bytes
 from ullage.specs.device import find_device
+from ullage.specs.survivors import SINKS
 from ullage.specs.workload import Execution
 from ullage.techniques.base import Technique
 from ullage.techniques.camelot.settings import CAMELoT
-from ullage.techniques.dms.settings import DMS, SINKS
+from ullage.techniques.dms.settings import DMS
 
 MODEL = "smollm2-135m"
 

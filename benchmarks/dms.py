@@ -30,8 +30,9 @@ from ullage.runtime.checkpoint import weights_folder
 from ullage.runtime.load import load_model, load_tokenizer
 from ullage.specs.device import find_device
 from ullage.specs.model import ModelSpec
+from ullage.specs.survivors import SINKS
 from ullage.specs.workload import Execution
-from ullage.techniques.dms.settings import DMS, SINKS
+from ullage.techniques.dms.settings import DMS
 
 MODEL = "smollm2-135m"
 

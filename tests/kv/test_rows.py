@@ -13,7 +13,8 @@ from ullage.errors import BudgetExceeded
 from ullage.kv.entries import side_by_side
 from ullage.kv.kernels import Piece, reference
 from ullage.kv.pool import KVPool
-from ullage.kv.rows import FullRow, NewTokens, Row, SlidingRow, Slots
+from ullage.kv.rows import FullRow, NewTokens, Row, SlidingRow
+from ullage.kv.slots import Slots
 
 HEADS, DIM = 2, 4
 chunk_sizes = st.lists(st.integers(1, 40), min_size=1, max_size=12)

@@ -14,9 +14,10 @@ from ullage.planner.memory import phase_footprints
 from ullage.planner.search import Freedom
 from ullage.specs.blocks import BLOCK_TOKENS, block_bytes, full_layers
 from ullage.specs.device import Device
+from ullage.specs.survivors import SINKS
 from ullage.specs.workload import Execution, Workload
 from ullage.techniques.camelot.settings import CAMELoT
-from ullage.techniques.dms.settings import DMS, SINKS
+from ullage.techniques.dms.settings import DMS
 from ullage.units import GIB
 
 TinySpec = Callable[..., ModelSpec]

@@ -22,7 +22,8 @@ from ullage.kv.kernels import Piece
 from ullage.kv.memory import Memory
 from ullage.kv.pool import Blocks
 from ullage.kv.rotation import Angles, Turn, after, normed, rotated
-from ullage.kv.rows import Attend, NewTokens, Ring, Row, Slots, Taken, seen_by
+from ullage.kv.rows import Attend, NewTokens, Row, Taken, seen_by
+from ullage.kv.slots import Ring, Slots
 from ullage.kv.sparse import Survivors
 from ullage.specs.consolidation import Consolidation
 

@@ -20,7 +20,8 @@ import torch
 from ullage.kv.entries import Entries, side_by_side
 from ullage.kv.kernels import Piece
 from ullage.kv.pool import Blocks
-from ullage.kv.rows import Attend, NewTokens, Ring, Row, Slots, Taken, seen_by
+from ullage.kv.rows import Attend, NewTokens, Row, Taken, seen_by
+from ullage.kv.slots import Ring, Slots
 from ullage.specs.survivors import SPAN_TOKENS, Survival
 
 Flags = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]

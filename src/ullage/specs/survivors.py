@@ -5,6 +5,7 @@ from math import floor
 
 from ullage.specs.blocks import BLOCK_TOKENS
 
+SINKS = 4  # first tokens, which attention falls back on: StreamingLLM (arXiv 2309.17453)
 SPAN_TOKENS = 512  # of a prompt, attended to at once, so that masks do not grow with it
 
 

@@ -16,7 +16,8 @@ from ullage.kv.cache import PagedCache, cache_argument
 from ullage.kv.pool import HeapBlocks
 from ullage.kv.sparse import SparseRow
 from ullage.specs.families import RUNNING
-from ullage.techniques.dms.settings import DMS, SINKS
+from ullage.specs.survivors import SINKS
+from ullage.techniques.dms.settings import DMS
 
 TinyModel = Callable[..., tuple[Any, ModelSpec]]
 TEXT = torch.randint(6, 64, (3, 150), generator=torch.Generator().manual_seed(1))

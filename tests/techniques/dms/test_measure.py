@@ -15,9 +15,10 @@ from ullage.kv.cache import PagedCache, cache_argument
 from ullage.kv.pool import HeapBlocks, KVPool
 from ullage.kv.sparse import SparseRow
 from ullage.specs.families import RUNNING
+from ullage.specs.survivors import SINKS
 from ullage.techniques.dms.measure import measure
 from ullage.techniques.dms.rows import row_maker
-from ullage.techniques.dms.settings import DMS, SINKS
+from ullage.techniques.dms.settings import DMS
 
 TinyModel = Callable[..., tuple[Any, ModelSpec]]
 LONG = torch.randint(6, 64, (2000,), generator=torch.Generator().manual_seed(2))

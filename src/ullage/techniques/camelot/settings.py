@@ -20,6 +20,7 @@ from ullage.specs.blocks import block_bytes, full_layer_numbers, full_layers
 from ullage.specs.consolidation import Consolidation, Positions
 from ullage.specs.footprint import Footprint
 from ullage.specs.model import ModelSpec
+from ullage.specs.survivors import SINKS
 from ullage.specs.workload import Engine, Step
 from ullage.techniques.base import Technique, with_full_layers
 from ullage.techniques.camelot.overhead import OPERATORS_BYTES, scratch_bytes, state_bytes
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from ullage.kv.cache import MakeRow
 
 _MOST_TOKENS = 1 << 30  # a slot's stamp is an int32
-SINKS = 4  # first tokens, which attention falls back on: StreamingLLM (arXiv 2309.17453)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from ullage.errors import SizeError, TechniqueError
 from ullage.specs.blocks import block_bytes, full_layer_numbers, full_layers
 from ullage.specs.footprint import Footprint
 from ullage.specs.model import ModelSpec
-from ullage.specs.survivors import Survival
+from ullage.specs.survivors import SINKS, Survival
 from ullage.specs.workload import Engine, Execution, Step, Workload
 from ullage.techniques.base import Technique, with_full_layers
 from ullage.techniques.dms.adapter import DECIDED_TOKENS, LEARNED, load_adapter
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 Predictor = Literal["expected-attention", "window", "linear", "dms"]
 
-SINKS = 4  # first tokens, which attention falls back on: StreamingLLM (arXiv 2309.17453)
 USUAL_KEPT = 0.5
 
 

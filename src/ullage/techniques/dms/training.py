@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
+from ullage.specs.survivors import SINKS
 from ullage.techniques.dms.gradients import (
     HEAD_TOKENS,
     LayerInput,
     differentiable,
     last_hidden,
 )
-from ullage.techniques.dms.settings import SINKS
 from ullage.techniques.dms.soft import SoftAttention
 
 if TYPE_CHECKING:
