@@ -1,5 +1,6 @@
 """The attention function and the mask function that transformers calls under the name "ullage"."""
 
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -80,31 +81,34 @@ class _Step:
     beside: "Beside"
     real: list[torch.Tensor] | None
 
-    def new(self, index: int) -> NewTokens:
-        """Of one row."""
-        told = (None if part is None else part[min(index, len(part) - 1)] for part in self.beside)
-        own = self.query[index], self.keys[index], self.values[index]
-        new = NewTokens(*own, self.scale, *told)
-        return new if self.real is None else new.at(self.real[index])
-
-    @property
-    def reading(self) -> list[int]:
-        """The rows that have a new token."""
-        return [at for at in range(len(self.query)) if self.real is None or len(self.real[at])]
+    def reading(self) -> Iterator[tuple[int, NewTokens]]:
+        """The rows that have new tokens, and these."""
+        batch = len(self.query)
+        own = (part.unbind() for part in (self.query, self.keys, self.values))
+        told = (
+            [None] * batch if part is None else part.expand(batch, -1, -1).unbind()
+            for part in self.beside
+        )
+        for index, (query, keys, values, *rest) in enumerate(zip(*own, *told, strict=True)):
+            new = NewTokens(query, keys, values, self.scale, *rest)
+            if self.real is None:
+                yield index, new
+            elif len(self.real[index]):
+                yield index, new.at(self.real[index])
 
     def together(self, rows: list[Row], attend: Attend) -> torch.Tensor:
         """A token a row, in one call of the kernel, for which they are further heads of one query:
         [B, 1, Hq, D]."""
         batch, heads, _, head_dim = self.query.shape
-        reading = self.reading
-        if not reading:
+        new = list(self.reading())
+        if not new:
             return self._zeros()
-        whole = len(reading) == batch
+        reading, whole = [index for index, _ in new], len(new) == batch
         query, keys, values = (
             (part if whole else part[reading]).flatten(0, 1)
             for part in (self.query, self.keys, self.values)
         )
-        taken = [rows[index].take(self.new(index), at * heads) for at, index in enumerate(reading)]
+        taken = [rows[index].take(one, at * heads) for at, (index, one) in enumerate(new)]
         places, pieces = zip(*taken, strict=True)
         pool = rows[0].pool
         pool.store(list(chain(*places)), stored(keys, values, pool.dtype))
@@ -118,9 +122,9 @@ class _Step:
     def one_by_one(self, rows: list[Row], attend: Attend) -> torch.Tensor:
         """Each row by itself, so that what is laid out for it is there once: [B, N, Hq, D]."""
         output = self._zeros()
-        for index in self.reading:
+        for index, new in self.reading():
             places = slice(None) if self.real is None else self.real[index]
-            output[index, places] = rows[index].attend(self.new(index), attend).transpose(0, 1)
+            output[index, places] = rows[index].attend(new, attend).transpose(0, 1)
         return output
 
     def _zeros(self) -> torch.Tensor:

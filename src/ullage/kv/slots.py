@@ -26,11 +26,7 @@ class Slots:
     def __init__(self, pool: Blocks, num_kv_heads: int) -> None:
         self.pool, self.num_kv_heads = pool, num_kv_heads
         self.segments: list[Segment] = []
-
-    @property
-    def capacity(self) -> int:
-        """Slots in the blocks taken so far."""
-        return sum(segment.slots for segment in self.segments)
+        self.capacity = 0  # slots in the blocks taken so far
 
     def reserve(self, slots: int) -> None:
         """Take blocks until there are `slots`.
@@ -42,7 +38,9 @@ class Slots:
         if missing > 0:
             blocks = self.num_kv_heads * -(-missing // BLOCK_TOKENS)
             runs = self.pool.take(blocks, multiple=self.num_kv_heads)
-            self.segments += [Segment(self.pool, run, self.num_kv_heads) for run in runs]
+            more = [Segment(self.pool, run, self.num_kv_heads) for run in runs]
+            self.segments += more
+            self.capacity += sum(segment.slots for segment in more)
 
     def grow(self, slots: int, most: int | None = None) -> None:
         """Room for `slots` and a quarter more, `most` at most, so that a sequence nobody sized in
@@ -75,7 +73,7 @@ class Slots:
     def release(self) -> None:
         """Give all blocks back."""
         self.pool.give_back([segment.run for segment in self.segments])
-        self.segments = []
+        self.segments, self.capacity = [], 0
 
     def write(self, slot: int, entries: Entries) -> None:
         """Copy `entries`, in the pool's format, to as many slots from `slot` on."""

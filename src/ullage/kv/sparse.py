@@ -70,7 +70,8 @@ class SparseHead:
         # Who stays of what is decided and not yet beyond the window, from position `_since` on. On
         # the host: who leaves is known long before it does.
         self._stays, self._since = np.ones(0, dtype=np.bool_), 0
-        self._pieces: list[Piece] = []  # all entries, as they were last read
+        # As last read: how many entries, the query heads that saw them, and all entries
+        self._read: tuple[int, slice, list[Piece]] | None = None
 
     @property
     def held(self) -> int:
@@ -93,14 +94,14 @@ class SparseHead:
         twin.slots = self.slots.copy(self.held)
         twin.ring = Ring(twin.slots, ring.window, ring.length)
         twin.survivors = Survivors(twin.slots, ring.window, self.survivors.length)
-        twin._pieces = []
+        twin._read = None
         return twin
 
     def release(self) -> None:
         """Give all blocks back; the head is empty."""
         self.ring.release()
         self.survivors.length = 0
-        self._stays, self._since, self._pieces = self._stays[:0], 0, []
+        self._stays, self._since, self._read = self._stays[:0], 0, None
 
     def newest(self, tokens: int) -> list[Piece]:
         """The newest entries, oldest first; `tokens` is at most the window."""
@@ -127,9 +128,10 @@ class SparseHead:
         if leaving >= 0 and self._stays[leaving - self._since]:
             self.survivors.append(ring.between(leaving, leaving + 1)[0])
         places = ring.take()
-        if sum(map(len, self._pieces)) != self.held or self._pieces[0].heads != heads:
-            self._pieces = seen_by(heads, self.slots.read(0, self.held))
-        return Taken(places, self._pieces)
+        held, known = self.held, self._read
+        if known is None or known[:2] != (held, heads):
+            known = self._read = held, heads, seen_by(heads, self.slots.read(0, held))
+        return Taken(places, known[2])
 
     def pieces(self, own: Entries) -> list[Piece]:
         """What the queries of new entries attend to before those are stored: survivors and window
