@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--device", choices=SIZES, default="cuda")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--numba", action="store_true", help="its kernel too: pip install numba")
     asked = parser.parse_args()
     if asked.device == "cuda" and not torch.cuda.is_available():
         parser.error("this needs a CUDA GPU; --device cpu compares the CPU kernel")  # exits with 2
@@ -92,9 +93,17 @@ def main() -> None:
     exact = reference.attend(layers[0].query.flatten(0, 1), layers[0].pieces, scale)
     error = (layers[0].sparse(scale) - exact).abs().max()
     print(f"{size}, batch {asked.batch}; off the reference by {error:.1e} at most\n")
+    full_s, ways = 0.0, [Layer.full, Layer.sparse]
+    if asked.numba:
+        from numba_kernel import attend
+
+        def numba(layer: Layer, scale: float) -> torch.Tensor:
+            return attend(layer.query.flatten(0, 1), layer.pieces, scale)
+
+        print(f"numba is off by {(numba(layers[0], scale) - exact).abs().max():.1e} at most\n")
+        ways.append(numba)
     print("| decode attention | ms a layer | ratio |\n|---|---|---|")
-    full_s = 0.0
-    for way in (Layer.full, Layer.sparse):
+    for way in ways:
         taken_s = timed(way, layers, scale, asked.repeats)
         full_s = full_s or taken_s
         print(f"| {way.__name__} | {taken_s * 1e3:.3f} | {full_s / taken_s:.2f} |", flush=True)
