@@ -36,7 +36,7 @@ class Event:
     @classmethod
     def following(cls, head: "Event | None", **what: Any) -> Self:
         """The event after `head`, now, with its hashes."""
-        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        now = stamp(datetime.now(UTC))
         time = now if head is None else max(now, head.time)  # clocks are set back
         bare = cls(
             number=1 if head is None else head.number + 1, time=time,
@@ -67,6 +67,11 @@ class Event:
 
     def _fact(self, content: str | None) -> Fact | None:
         return None if content is None or self.fact is None else Fact.from_json(content)
+
+
+def stamp(time: datetime) -> str:
+    """An event's `time`: in the order of these texts is the order of times."""
+    return time.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def content_hash(content: str | None) -> str:

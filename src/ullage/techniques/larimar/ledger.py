@@ -8,14 +8,14 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from ullage.errors import FactError, LedgerError
 from ullage.techniques.larimar.database import connect, our_errors, transaction
-from ullage.techniques.larimar.event import START, Action, Event, content_hash
+from ullage.techniques.larimar.event import START, Action, Event, content_hash, stamp
 from ullage.techniques.larimar.fact import Fact, plain
 
 _COLUMNS = ", ".join(Event.__annotations__)
@@ -92,7 +92,7 @@ class Ledger:
                 if standing is None:
                     standing, new = self._next_number, new + 1
                     self._append("add", who, standing, None, fact)
-                elif not fact.says(self._current(standing)):
+                elif not fact.says(self.fact(standing)):
                     raise FactError(self._contradiction(fact, standing, first))
                 numbers.append(standing)
         return Added(numbers, new)
@@ -104,12 +104,12 @@ class Ledger:
             FactError: no such fact stands, or another says this already or contradicts it.
         """
         with self._writing():
-            before = self._current(number)
+            before = self.fact(number)
             if before == fact:
                 return None
             other = self._standing(fact)
             if other is not None and other != number:
-                if fact.says(self._current(other)):
+                if fact.says(self.fact(other)):
                     raise FactError(f"Fact {other} says that already.")
                 raise FactError(self._contradiction(fact, other, self._next_number))
             return self._append("edit", who, number, before, fact)
@@ -121,7 +121,7 @@ class Ledger:
         """
         with self._writing():
             return [
-                self._append("forget", who, number, self._current(number), None)
+                self._append("forget", who, number, self.fact(number), None)
                 for number in dict.fromkeys(numbers)
             ]
 
@@ -171,6 +171,19 @@ class Ledger:
         found = self._one(f"SELECT {_COLUMNS} FROM events ORDER BY number DESC LIMIT 1")
         return None if found is None else Event(*found)
 
+    def fact(self, number: int) -> Fact:
+        """
+        Raises:
+            FactError: no such fact stands.
+        """
+        found = self._one("SELECT after FROM facts WHERE fact = ?", number)
+        if found is not None:
+            return Fact.from_json(found[0])
+        was = self._one("SELECT max(number) FROM events WHERE fact = ?", number)
+        if was is None or was[0] is None:
+            raise FactError(f"{self.path} has no fact {number}.")
+        raise FactError(f"Fact {number} does not stand: event {was[0]} took it away.")
+
     def facts(self, as_of: Moment | None = None) -> dict[int, Fact]:
         """The facts that stand, or stood at `as_of`, by number.
 
@@ -202,8 +215,7 @@ class Ledger:
             if not 0 <= moment <= last:
                 raise LedgerError(f"{self.path} has no event {moment}: its last is {last}.")
             return moment
-        time = moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-        found = self._one("SELECT max(number) FROM events WHERE time <= ?", time)
+        found = self._one("SELECT max(number) FROM events WHERE time <= ?", stamp(moment))
         return int((found and found[0]) or 0)
 
     def verify(self) -> None:
@@ -265,18 +277,9 @@ class Ledger:
         found = self._one("SELECT fact FROM facts WHERE asks = ?", fact.asks)
         return None if found is None else int(found[0])
 
-    def _current(self, number: int) -> Fact:
-        found = self._one("SELECT after FROM facts WHERE fact = ?", number)
-        if found is not None:
-            return Fact.from_json(found[0])
-        was = self._one("SELECT max(number) FROM events WHERE fact = ?", number)
-        if was is None or was[0] is None:
-            raise FactError(f"{self.path} has no fact {number}.")
-        raise FactError(f"Fact {number} does not stand: event {was[0]} took it away.")
-
     def _contradiction(self, fact: Fact, number: int, first: int) -> str:
         """`first`: the number that the first of those that are written together has."""
-        said = self._current(number).text
+        said = self.fact(number).text
         if number >= first:
             return f'"{fact.text}" contradicts another that is to be written, "{said}".'
         return (
