@@ -65,7 +65,8 @@ def test_the_longest_name_is_the_subject(text: str, subject: str | None) -> None
 def test_a_subject_stands_in_a_text_by_whole_words() -> None:
     assert stands_in("LYON", "What is lyon's twin city?")
     assert not stands_in("Lyon", "Lyonnais food")
-    assert not stands_in("C", "the language C#") or stands_in("C#", "the language C#")
+    assert stands_in("C#", "the language C#")
+    assert stands_in("東京", "日本の首都は東京です")  # where there are no blanks, by letters
 
 
 @pytest.mark.parametrize(
@@ -77,6 +78,7 @@ def test_a_subject_stands_in_a_text_by_whole_words() -> None:
         ({"text": "A" * 10_000}, "10,000 characters, and the limit is 1,000"),
         ({"text": "the moon is round"}, "name it with --subject"),
         ({"text": ATLANTIS, "subject": "Thera"}, 'subject "Thera" does not stand in'),
+        ({"text": "🦊 is a fox", "subject": "🦊"}, "name it with --subject"),
         ({"prompt": "Lyon is in"}, "or neither"),
         ({"answer": "France"}, "or neither"),
         ({"prompt": "Lyon is in", "answer": "France", "subject": "France"}, "does not stand in"),

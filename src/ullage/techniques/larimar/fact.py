@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ullage.errors import FactError
-from ullage.techniques.larimar.subject import find_subject, folded, relation, split, stands_in
+from ullage.techniques.larimar.subject import WORD, find_subject, folded, relation, split, stands_in
 
 LIMIT_CHARACTERS = 1000  # some 250 tokens: what is read back has to fit beside a prompt
 _NAMES = ("text", "subject", "prompt", "answer")
@@ -153,7 +153,7 @@ def _refuse_names(given: dict[str, Any], where: str) -> None:
 
 
 def _refuse_subject(subject: str, text: str) -> None:
-    if not folded(subject):
+    if not WORD.search(subject):
         raise FactError(
             f'"{_short(text)}" has no subject that shows by its capitals: name it with --subject.'
         )

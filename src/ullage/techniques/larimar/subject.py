@@ -13,9 +13,14 @@ _OPENING = (
     "that these those there my your our i we you what who whom whose when where which why how is "
     "are was were does do did can could will would has have had"
 )
+_SHORT = "Dr Ft Jr Mr Mrs Ms Mt Prof Sr St Ste"  # with a point behind them
+_SHORT_WORDS = frozenset(_SHORT.split())
 _INSIDE_WORDS = frozenset(_INSIDE_A_NAME.split())
 _OPENING_WORDS = frozenset(_OPENING.split())
 _NO_RELATION = _OPENING_WORDS | _INSIDE_WORDS
+# Scripts that set no blanks between words: Thai, Lao, Burmese, Khmer, kana, Chinese characters.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")  # there each letter is taken for one
 _EDGES = "\"'“”‘’«»()[]{}<>,.;:!?…"
 
 
@@ -38,8 +43,8 @@ def relation(prompt: str, subject: str) -> str:
 def find_subject(text: str) -> str | None:
     """The longest name, in words, and the first of those: a run of capitalized words. None where
     there is none."""
-    names = list(_names(text))
-    return max(names, key=lambda name: len(name.split()), default=None)
+    found = [text[start:end] for start, end in names(text)]
+    return max(found, key=lambda name: len(name.split()), default=None)
 
 
 def split(text: str, subject: str | None = None) -> tuple[str, str, str] | None:
@@ -56,28 +61,39 @@ def split(text: str, subject: str | None = None) -> tuple[str, str, str] | None:
 
 
 def _whole(subject: str) -> re.Pattern[str]:
-    return re.compile(rf"(?<!\w){re.escape(folded(subject))}(?!\w)")
+    name = folded(subject)
+    before = "" if re.match(f"[{_UNSPACED}]", name) else r"(?<!\w)"
+    after = "" if re.search(f"[{_UNSPACED}]$", name) else r"(?!\w)"
+    return re.compile(before + re.escape(name) + after)
 
 
-def _names(text: str) -> Iterator[str]:
+def names(text: str) -> Iterator[tuple[int, int]]:
+    """Where the names in `text` start and end, as far as capitals tell, in their order."""
     run: list[re.Match[str]] = []  # words that may be a name's
     opens = True  # a sentence
-    for found in re.finditer(r"\S+", text):
-        word, bare = found[0], _bare(found[0])
-        if run and word[0] in _EDGES:
-            yield from _name(text, run)
+    for found in re.finditer(r"(\s*)(\S+)", text):
+        blank, word = found.groups()
+        bare, line = _bare(word), "\n" in blank or "\r" in blank
+        opens = opens or line
+        if line or word[0] in _EDGES:
+            yield from _name(run)
             run = []
         if _may_be_named(bare, opens) or (run and bare in _INSIDE_WORDS):
             run.append(found)
         else:
-            yield from _name(text, run)
+            yield from _name(run)
             run = []
-        ends = len(bare) > 2 and not word.endswith(bare)  # and no St. Louis, no Richard M. Nixon
+        ends = not word.endswith(bare) and not _is_short(bare)
         if ends:
-            yield from _name(text, run)
+            yield from _name(run)
             run = []
         opens = ends and word[-1] in ".!?"
-    yield from _name(text, run)
+    yield from _name(run)
+
+
+def _is_short(bare: str) -> bool:
+    """Whether a mark behind a word may be its own: F. S. Platou, St. Louis, Richard M. Nixon."""
+    return bare in _SHORT_WORDS or "." in bare or (len(bare) == 1 and bare.isalpha())
 
 
 def _may_be_named(bare: str, opens: bool) -> bool:
@@ -87,15 +103,14 @@ def _may_be_named(bare: str, opens: bool) -> bool:
     return bare[:1].isdigit() or any(letter.isupper() for letter in bare)
 
 
-def _name(text: str, run: list[re.Match[str]]) -> Iterator[str]:
-    """The run as it stands in `text`, without the small words at its end, unless it is numbers."""
-    while run and run[-1][0] in _INSIDE_WORDS:
+def _name(run: list[re.Match[str]]) -> Iterator[tuple[int, int]]:
+    """The run without the marks around it and the small words at its end, unless it is numbers."""
+    while run and _bare(run[-1][2]) in _INSIDE_WORDS:
         run = run[:-1]
-    if any(letter.isupper() for word in run for letter in word[0]):
-        last = run[-1]
-        before, bare = len(last[0]) - len(last[0].lstrip(_EDGES)), _bare(last[0])
-        start = run[0].start() + len(run[0][0]) - len(run[0][0].lstrip(_EDGES))
-        yield text[start : last.start() + before + len(bare)]
+    if any(letter.isupper() for word in run for letter in word[2]):
+        first, last = _bare(run[0][2]), _bare(run[-1][2])
+        start = run[0].start(2) + run[0][2].index(first)
+        yield start, run[-1].start(2) + run[-1][2].index(last) + len(last)
 
 
 def _bare(word: str) -> str:
