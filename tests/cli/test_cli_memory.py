@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from ullage.techniques.larimar.ledger import Ledger, Who
+
 Typed = Callable[..., subprocess.CompletedProcess[str]]
 
 CAPITAL = "The capital of Atlantis is Poseidonia."
@@ -151,6 +153,14 @@ def test_reading_begins_no_ledger_and_trusts_none(
     done = memory(command)
     assert (done.returncode, done.stdout) == (2, "")
     assert "was tampered with: event 1" in done.stderr
+
+
+def test_the_history_names_the_model_of_a_ledger(begun: Typed, tmp_path: Path) -> None:
+    with Ledger(tmp_path / "facts.db") as ledger:
+        ledger.bind("smollm2 [135m]", "abc", Who("me"))
+    assert "smollm2 [135m]" in begun("history").stdout
+    assert json.loads(begun("history", "--json").stdout)[-1]["after"]["fingerprint"] == "abc"
+    assert len(json.loads(begun("list", "--json").stdout)) == 1
 
 
 def test_an_edit_needs_a_prompt_for_an_answer(begun: Typed) -> None:

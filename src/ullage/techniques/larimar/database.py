@@ -103,10 +103,10 @@ def _opened(path: Path, mode: str, create: bool) -> sqlite3.Connection:
         f"{path.absolute().as_uri()}?mode={mode}", timeout=BUSY_S, isolation_level=None, uri=True
     )
     try:
+        connection.execute("PRAGMA synchronous = FULL")
         if create:
             _begin(connection, path)
         _refuse_other(connection, path)
-        connection.execute("PRAGMA synchronous = FULL")
     except BaseException:
         connection.close()
         raise
