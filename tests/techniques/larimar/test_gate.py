@@ -69,11 +69,15 @@ def test_the_longest_and_rarest_subject_counts() -> None:
     gate = Gate({
         1: Fact.make("Lyon is far"),
         2: Fact.make("Lyon Opera House is near", subject="Lyon Opera House"),
-        3: Fact.make("Lyon was old"),
+        3: Fact.make("The port of Lyon was old", subject="Lyon"),
         4: Fact.make("Thera is far"),
     })  # fmt: skip
     assert gate.scope("Where is the Lyon Opera House?") == 2
     assert gate.scope("From Thera to Lyon it is") == 4
+    for number in (2, 3):
+        gate.forget(number)
+    assert gate.scope("From Lyon to Thera it is") == 4
+    assert gate.scope("From Thera to Lyon it is") == 1  # no rarer than that: the last
     gate.write(5, Fact.make("C is old", subject="C"))
     gate.write(6, Fact.make("C# is new", subject="C#"))
     assert [gate.scope(f"{name} is") for name in ("C", "C#", "C++")] == [5, 6, None]

@@ -171,11 +171,12 @@ def test_facts_of_one_key_share_what_is_read() -> None:
     assert torch.equal(memory.read(KEYS[:1]), VALUES[2:3])
 
 
-def test_no_byte_of_what_is_forgotten_is_left() -> None:
+@pytest.mark.parametrize("fact", [0, 3, 9])
+def test_no_byte_of_what_is_forgotten_is_left(fact: int) -> None:
     memory = filled("gauss", range(10))
-    memory.forget(3)
-    held = memory._rows._values
-    assert not (held == VALUES[3]).all(1).any()
+    memory.forget(fact)
+    assert not (memory._rows._keys == KEYS[fact]).all(1).any()
+    assert not (memory._rows._values == VALUES[fact]).all(1).any()
     assert memory.nbytes == 64 * 8 * (WIDTH + VALUE)
 
 

@@ -1,6 +1,7 @@
 """What a ledger is: events that stay, and the facts that stand after them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from ullage.errors import FactError, LedgerError
 from ullage.techniques.larimar import event as event_module
+from ullage.techniques.larimar.event import Event
 from ullage.techniques.larimar.fact import Fact
 from ullage.techniques.larimar.ledger import Ledger, Who
 
@@ -125,6 +127,7 @@ def test_a_ledger_is_of_one_model(ledger: Ledger, capital: Capital, me: Who) -> 
     assert ledger.model == ("smol", "abc")
     with pytest.raises(LedgerError, match="facts for smol, not for this model, other"):
         ledger.bind("other", "def", me)
+    assert ledger.facts(2) == {1: capital(1)}
     ledger.rollback(0, me)
     assert ledger.model == ("smol", "abc")
     ledger.verify()
@@ -169,6 +172,25 @@ def test_tampering_shows(ledger: Ledger, capital: Capital, me: Who, change: str)
     ledger._connection.execute(change)
     with pytest.raises(LedgerError, match="was tampered with: event"):
         ledger.verify()
+
+
+def test_an_event_that_does_not_follow_shows_though_it_is_chained(
+    ledger: Ledger, capital: Capital, me: Who
+) -> None:
+    ledger.add([capital(1)], me)
+    first = ledger.head
+    assert first is not None
+    of_one = {"fact": 1, "asks": None, "actor": "me", "reason": "", "action": "edit"}
+    other = capital(1, "Ys").content
+    event = Event.following(first, before=other, after=other, **of_one)
+    hashed = Event.following(first, before=capital(1).content, after=other, **of_one)
+    for wrong in (event, replace(hashed, content_hash="0").chained(first.chain_hash)):
+        values = tuple(wrong.record.values())
+        ledger._all(f"INSERT INTO events VALUES ({', '.join('?' * len(values))})", *values)
+        with pytest.raises(LedgerError, match="event 2 is not as it was written"):
+            ledger.verify()
+        ledger._all("DROP TRIGGER IF EXISTS events_last")
+        ledger._all("DELETE FROM events WHERE number = 2")
 
 
 def test_who_is_said_in_text() -> None:

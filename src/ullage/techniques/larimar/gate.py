@@ -34,10 +34,6 @@ class _Place:
     end: int
     subject: str
 
-    def inside(self, other: "_Place") -> bool:
-        """Whether it is a part of `other`."""
-        return other != self and other.start <= self.start and self.end <= other.end
-
 
 class Gate:
     """The subjects of facts. To write and to forget take as long whatever is held, and a prompt is
@@ -80,12 +76,11 @@ class Gate:
     def scope(self, prompt: str) -> int | None:
         """The number of the fact that `prompt` is about; None if it is about none that is held.
 
-        Of several subjects the one of the rarest words counts, of several facts about it the one
-        whose prompt is likest.
+        Of several subjects the one of the rarest words counts, then the last; of several facts
+        about it the one whose prompt is likest, then the newest.
         """
         text = unicodedata.normalize("NFKC", prompt)
         places = list(self._places(text))
-        places = [place for place in places if not any(map(place.inside, places))]
         if not places:
             return None
         chosen = max(

@@ -225,10 +225,9 @@ class Ledger:
             LedgerError: one was changed, taken out or put in after it was written; says which.
         """
         chain, standing = START, dict[int | None, str]()
-        for number, event in enumerate(self.events(), 1):
+        for event in self.events():
             if (
                 event != event.chained(chain)
-                or event.number != number
                 or event.content_hash != content_hash(event.after)
                 or (event.fact is not None and event.before != standing.get(event.fact))
             ):
