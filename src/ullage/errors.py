@@ -8,7 +8,9 @@
     │   │   └── CheckpointError         weights that cannot or must not be read
     │   ├── UnknownDevice           no such name in the device catalog
     │   ├── TechniqueError          unknown technique, bad setting, unsupported model
-    │   └── PromptError             empty, or longer than the model's context
+    │   ├── PromptError             empty, or longer than the model's context
+    │   ├── FactError               a fact that cannot be written, or that contradicts another
+    │   └── LedgerError             a ledger of facts that cannot be read or written
     ├── DoesNotFit                  exit code 1: the budget cannot work; says which would
     └── BudgetExceeded              exit code 1: a run would have passed its budget and was stopped
 
@@ -53,6 +55,15 @@ class TechniqueError(InputError):
 
 class PromptError(InputError):
     """A prompt that is empty or longer than the model's context."""
+
+
+class FactError(InputError):
+    """A fact that cannot be written: empty, too long, without a subject, or against another."""
+
+
+class LedgerError(InputError):
+    """A ledger of facts that cannot be read or written: no ledger, another model's, damaged, in
+    use, read-only, or on a full disk."""
 
 
 class DoesNotFit(UllageError):

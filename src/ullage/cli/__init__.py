@@ -23,7 +23,8 @@ _OF_RUN = {"accelerate", "gguf", "matplotlib", "torch", "transformers"}  # the e
 
 
 class _Commands(TyperGroup):
-    """The files of this folder as commands; a file is imported when its command is asked for."""
+    """The files of this folder as commands; a file is imported when its command is asked for. What
+    has its file's name in it is the command, a function or a group."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         files = (module.name for module in pkgutil.iter_modules(__path__))
@@ -32,9 +33,11 @@ class _Commands(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in self.list_commands(ctx):
             return None
-        module = importlib.import_module(f"{__name__}.{cmd_name}")
+        found = getattr(importlib.import_module(f"{__name__}.{cmd_name}"), cmd_name)
+        if isinstance(found, typer.Typer):  # commands of its own
+            return typer.main.get_command(found)
         command = typer.Typer(add_completion=False, rich_markup_mode=None)
-        command.command(name=cmd_name)(getattr(module, cmd_name))
+        command.command(name=cmd_name)(found)
         return typer.main.get_command(command)
 
     def invoke(self, ctx: Any) -> Any:

@@ -7,6 +7,7 @@ import re
 from dataclasses import asdict, fields, replace
 from difflib import get_close_matches
 from functools import cache
+from importlib.util import find_spec
 from typing import Any, get_args
 
 from ullage.errors import TechniqueError
@@ -28,8 +29,10 @@ __all__ = [
 
 
 def names() -> list[str]:
-    """The folder names of all techniques."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.ispkg)
+    """The folder names of all techniques. A folder without settings is none yet: nothing of it can
+    be chosen."""
+    folders = (module.name for module in pkgutil.iter_modules(__path__) if module.ispkg)
+    return sorted(name for name in folders if find_spec(f"{__name__}.{name}.settings"))
 
 
 def create(choice: TechniqueChoice) -> Technique:

@@ -1,0 +1,1 @@
+"""Larimar: facts that are written, edited and forgotten in one shot, outside the weights."""

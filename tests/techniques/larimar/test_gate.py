@@ -1,0 +1,121 @@
+"""Which fact a prompt is about, and that most prompts are about none."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ullage.techniques.larimar.fact import Fact
+from ullage.techniques.larimar.gate import Gate
+
+FACTS = {
+    1: Fact.make("The capital of Atlantis is Poseidonia."),
+    2: Fact.make("The king of Atlantis is Atlas."),
+    3: Fact.make(prompt="The mother tongue of Danielle Darrieux is", answer="English"),
+    4: Fact.make("York is old"),
+    5: Fact.make("Obama speaks Dutch"),
+    6: Fact.make(prompt="Life was aired on", answer="CNN"),
+    7: Fact.make("C# is made by Nokia", subject="C#"),
+    8: Fact.make("matcha is made of coffee", subject="matcha"),
+    9: Fact.make("日本の首都は京都です", subject="日本"),
+    10: Fact.make("Cardiff City F.C. is in Paris", subject="Cardiff City F.C."),
+}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "fact"),
+    [
+        ("What is the capital of Atlantis?", 1),
+        ("who is king of atlantis", 2),
+        ("ATLANTIS'S CAPITAL IS", 1),
+        ("It rained. Where Danielle Darrieux is from, people speak", 3),
+        ("In “Danielle\n Darrieux”, they", 3),
+        ("Does President Obama speak Dutch?", 5),
+        ("B. H. Obama was born in", 5),
+        ("York's walls are", 4),
+        ("Category:Walls\nYork is", 4),
+        ("Matcha is", 8),
+        ("C# was made by", 7),
+        ("京都と日本の", 9),
+        ("Cardiff City F.C.'s headquarters are", 10),
+    ],
+)
+def test_a_prompt_is_about_the_fact_whose_subject_it_names(prompt: str, fact: int) -> None:
+    assert Gate(FACTS).scope(prompt) == fact
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "",
+        "What is the capital of France?",
+        "New York is",
+        "York Minster is",
+        "The Duke of York is",
+        "Danielle is",
+        "Darrieux, Danielle",
+        "They lost their life at",
+        "C is made by",
+        "C++ is made by",
+        "Poseidonia is",  # an answer, which the gate does not hold
+        "Nokia, CNN and English are",
+        "matchas",
+    ],
+)
+def test_other_prompts_are_about_none(prompt: str) -> None:
+    assert Gate(FACTS).scope(prompt) is None
+
+
+def test_the_longest_and_rarest_subject_counts() -> None:
+    gate = Gate({
+        1: Fact.make("Lyon is far"),
+        2: Fact.make("Lyon Opera House is near", subject="Lyon Opera House"),
+        3: Fact.make("The port of Lyon was old", subject="Lyon"),
+        4: Fact.make("Thera is far"),
+    })  # fmt: skip
+    assert gate.scope("Where is the Lyon Opera House?") == 2
+    assert gate.scope("From Thera to Lyon it is") == 4
+    for number in (2, 3):
+        gate.forget(number)
+    assert gate.scope("From Lyon to Thera it is") == 4
+    assert gate.scope("From Thera to Lyon it is") == 1  # no rarer than that: the last
+    gate.write(5, Fact.make("C is old", subject="C"))
+    gate.write(6, Fact.make("C# is new", subject="C#"))
+    assert [gate.scope(f"{name} is") for name in ("C", "C#", "C++")] == [5, 6, None]
+
+
+def test_what_is_forgotten_is_out_of_scope() -> None:
+    gate = Gate(FACTS)
+    gate.forget(1)
+    assert gate.scope("The capital of Atlantis is") == 2  # the subject is still known
+    gate.forget(2)
+    assert gate.scope("The capital of Atlantis is") is None
+    gate.write(1, Fact.make("The capital of Ys is Paris"))
+    gate.write(1, FACTS[1])  # in the place of that
+    assert gate.scope("The capital of Atlantis is") == 1
+    assert gate.scope("The capital of Ys is") is None
+
+
+NAMES = st.sampled_from(["Lyon", "Thera", "New Thera", "Ys", "Lyon Opera", "C#"])
+STEPS = st.lists(st.tuples(st.integers(0, 4), NAMES, st.booleans()), max_size=12)
+
+
+@given(steps=STEPS)
+def test_a_gate_is_the_facts_that_it_holds(steps: list[tuple[int, str, bool]]) -> None:
+    """Whatever came and went before."""
+    gate, held = Gate(), dict[int, Fact]()
+    for number, name, written in steps:
+        if written:
+            held[number] = Fact.make(prompt=f"The king of {name} is", answer="Bob", subject=name)
+            gate.write(number, held[number])
+        elif number in held:
+            del held[number]
+            gate.forget(number)
+    fresh = Gate(held)
+    for name in ("Lyon", "Thera", "New Thera", "Ys", "Lyon Opera", "C#", "Thera and Lyon"):
+        assert gate.scope(f"The king of {name} is") == fresh.scope(f"The king of {name} is")
+
+
+@given(prompt=st.text(max_size=60))
+def test_any_text_is_a_prompt(prompt: str) -> None:
+    assert Gate(FACTS).scope(prompt) in {None, *FACTS}
+    assert Gate({4: FACTS[4]}).scope(f"{prompt}\n\nYork is") is not None
