@@ -120,7 +120,7 @@ class Bank:
         return pieces
 
     def _turned(self, angles: Angles) -> Entries:
-        """The keys at their ranks by age, in the pool's format, for the segment that begins: the
+        """The keys at their ranks by age, in the pool's format, until they or `angles` change: the
         slots keep them as they are, so that no rounding adds up."""
         ranks = self.stamps.argsort(1, descending=True).argsort(1)  # 0: the newest
         keys = rotated(self.memory().keys, *angles.turn(-1.0 - ranks))
@@ -195,7 +195,9 @@ class BankRow(Row):
         longer as it was goes to the bank."""
         position = self.length
         if new.cos is not None and new.sin is not None:
-            self.angles.see(position, new.cos, new.sin)
+            known_better = self.angles.see(position, new.cos, new.sin)
+            if known_better:
+                self.bank.turned = None
         if position % self.rules.segment:
             return
         self._visible = None

@@ -39,12 +39,14 @@ class Angles:
         self._step: torch.Tensor | None = None  # [rot / 2], from one position to the next
         self._next = 1  # the position that is measured next
 
-    def see(self, position: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        """Those of the tokens from `position` on, [N, rot] each."""
+    def see(self, position: int, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+        """Those of the tokens from `position` on, [N, rot] each; whether more is known for it."""
+        before = self._next
         if position == 0:
             self._first = _angle(cos[0], sin[0])
         while self._next <= _LAST and position <= self._next < position + len(cos):
             self._measure(_angle(cos[self._next - position], sin[self._next - position]))
+        return self._next > before
 
     def _measure(self, angle: torch.Tensor) -> None:
         turn = angle - (0 if self._first is None else self._first)
