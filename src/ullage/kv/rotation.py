@@ -9,6 +9,8 @@ from math import pi
 
 import torch
 
+from ullage.kv.state import State, held
+
 _LAST = 512  # position up to which a token's turn is measured ever more exactly
 Turn = tuple[torch.Tensor, torch.Tensor]  # cos and sin, [N, rot] each
 
@@ -58,6 +60,22 @@ class Angles:
     def nbytes(self) -> int:
         """What it remembers."""
         return sum(part.nbytes for part in (self._first, self._step) if part is not None)
+
+    def state(self) -> State:
+        """All that it remembers."""
+        known = {"angles.first": self._first, "angles.step": self._step}
+        return {name: angles for name, angles in known.items() if angles is not None}
+
+    def restore(self, state: State, tokens: int, device: torch.device) -> None:
+        """What `state` gave after `tokens` tokens; raises what `held` does."""
+        if "angles.first" not in state:  # of a model without
+            return
+        shape = tuple(state["angles.first"].shape[:1])
+        self._first = held(state, "angles.first", torch.float32, shape).to(device)
+        if tokens > 1:
+            self._step = held(state, "angles.step", torch.float32, shape).to(device)
+        while self._next < tokens and self._next <= _LAST:
+            self._next *= 2
 
     def turn(self, positions: torch.Tensor, behind_first: Sequence[bool] = ()) -> Turn:
         """What turns by so many positions, [...], in fp32: [..., rot] each. `behind_first`, for
