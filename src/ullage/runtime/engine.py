@@ -6,8 +6,8 @@ step.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -18,43 +18,12 @@ from ullage.kv.pool import KVPool
 from ullage.runtime.budget import Budget
 from ullage.runtime.load import TORCH_DTYPES, LoadedModel, device_of
 from ullage.runtime.memory import held_bytes
-from ullage.runtime.temperature import refuse_temperature
+from ullage.runtime.request import Request
 from ullage.specs.blocks import block_bytes
 from ullage.specs.plan import Plan, Recipe
 from ullage.units import format_bytes
 
-OnPrefill = Callable[[int, int], None]  # tokens read, tokens of the prompt
-
-
-@dataclass(eq=False)
-class Request:
-    """A prompt and how to go on from it. `temperature` 0 takes the likeliest token each time.
-
-    Raises:
-        PromptError: no prompt, or no new token.
-        InputError: a temperature that no token can be drawn at.
-    """
-
-    prompt_ids: list[int]
-    max_new_tokens: int
-    temperature: float = 0.0
-    seed: int = 0
-    on_prefill: OnPrefill | None = None
-    output_ids: list[int] = field(default_factory=list)
-    finished: bool = False
-    broken: bool = False  # by a step that failed, perhaps for another request's sake
-
-    def __post_init__(self) -> None:
-        if not self.prompt_ids:
-            raise PromptError("The prompt is empty: there is nothing to go on from.")
-        if self.max_new_tokens < 1:
-            raise PromptError("Ask for one new token at least.")
-        refuse_temperature(self.temperature)
-
-    @property
-    def capacity_tokens(self) -> int:
-        """Tokens that the sequence holds at its full length."""
-        return len(self.prompt_ids) + self.max_new_tokens
+__all__ = ["Engine", "Request", "rows_of"]
 
 
 @dataclass(eq=False)
