@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ullage.errors import PromptError
+from ullage.kv.cache import Start
 from ullage.runtime.temperature import refuse_temperature
 
 OnPrefill = Callable[[int, int], None]  # tokens read, tokens of the prompt
@@ -12,6 +13,7 @@ OnPrefill = Callable[[int, int], None]  # tokens read, tokens of the prompt
 @dataclass(eq=False)
 class Request:
     """A prompt and how to go on from it. `temperature` 0 takes the likeliest token each time.
+    `start`: what was read before the prompt, which stays as it is.
 
     Raises:
         PromptError: no prompt, or no new token.
@@ -23,6 +25,7 @@ class Request:
     temperature: float = 0.0
     seed: int = 0
     on_prefill: OnPrefill | None = None
+    start: Start | None = None
     output_ids: list[int] = field(default_factory=list)
     finished: bool = False
     broken: bool = False  # by a step that failed, perhaps for another request's sake
@@ -37,4 +40,5 @@ class Request:
     @property
     def capacity_tokens(self) -> int:
         """Tokens that the sequence holds at its full length."""
-        return len(self.prompt_ids) + self.max_new_tokens
+        read_tokens = 0 if self.start is None else self.start.length
+        return read_tokens + len(self.prompt_ids) + self.max_new_tokens
