@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn
 
 from ullage.cli.asked import PlanOptions
-from ullage.cli.given import prompt_text, refuse_beside_plan
+from ullage.cli.given import options_behind, prompt_text, refuse_beside_plan
 from ullage.cli.options import (
     AttentionOption,
     CalibrationOption,
@@ -23,15 +23,16 @@ from ullage.cli.options import (
     TechniqueOption,
     WeightsOption,
 )
-from ullage.cli.session import Session, progress_bar
+from ullage.cli.session import Session, peaks, progress_bar
 from ullage.runtime import out_of_memory
 from ullage.runtime.checkpoint import refuse_planned_only
 from ullage.runtime.temperature import refuse_temperature
-from ullage.specs.plan import Plan, read_plan
+from ullage.specs.plan import read_plan
+from ullage.specs.saved import SavedText, read_saved
 from ullage.specs.sources import resolve
-from ullage.units import format_bytes
 
 if TYPE_CHECKING:
+    from ullage.kv.cache import Start
     from ullage.runtime.engine import Engine, Request
 
 _LARGEST_SEED = (1 << 63) - 1
@@ -59,6 +60,13 @@ def run(
     plan: Annotated[
         Path | None, typer.Option(help="Run as this plan says, written by `ullage plan --json`.")
     ] = None,
+    bank: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="BANK",
+            help="Go on from what `ullage read` kept of a text; the prompt comes behind it.",
+        ),
+    ] = None,
     device: DeviceOption = None,
     weights: WeightsOption = None,
     kv_cache_dtype: KvOption = None,
@@ -82,9 +90,12 @@ def run(
     refuse_planned_only(spec)
     text = prompt_text(source, prompt, prompt_file)
     if plan is not None:
-        refuse_beside_plan(options, recipe)
+        refuse_beside_plan(options, recipe, bank)
+    saved = None if bank is None else read_saved(bank)
+    if saved is not None:
+        options = options_behind(saved, options)
     session = Session(
-        spec, options.with_recipe(recipe, spec), None if plan is None else read_plan(plan)
+        spec, options.with_recipe(recipe, spec), None if plan is None else read_plan(plan), saved
     )
     session.refuse_early(text, max_new_tokens)
     ids = session.tokenize(text, chat)
@@ -93,17 +104,28 @@ def run(
     with out_of_memory.explained():
         engine = session.load(made)
         with closing(engine.loaded):
-            _stream(engine, ids, output_tokens, temperature, seed, made)
+            start = None if saved is None else _start(saved, engine)
+            _stream(engine, ids, output_tokens, temperature, seed, start)
+
+
+def _start(saved: SavedText, engine: "Engine") -> "Start":
+    from ullage.runtime.banks import saved_start
+
+    return saved_start(saved, engine)
 
 
 def _stream(
-    engine: "Engine", ids: list[int], new_tokens: int, temperature: float, seed: int, plan: Plan
+    engine: "Engine",
+    ids: list[int],
+    new_tokens: int,
+    temperature: float,
+    seed: int,
+    start: "Start | None",
 ) -> None:
     import torch
     from transformers import TextStreamer
 
     from ullage.runtime.engine import Request
-    from ullage.runtime.memory import peak_bytes
 
     streamer = TextStreamer(engine.loaded.tokenizer, skip_special_tokens=True)
     start_s = time.perf_counter()
@@ -112,7 +134,7 @@ def _stream(
         task = progress.add_task("", total=len(ids))
         request = Request(
             ids, new_tokens, temperature, seed,
-            on_prefill=lambda done, _: progress.update(task, completed=done),
+            on_prefill=lambda done, _: progress.update(task, completed=done), start=start,
         )  # fmt: skip
         tokens = engine.generate(request)
         first = next(tokens)
@@ -121,20 +143,16 @@ def _stream(
     for token in tokens:
         streamer.put(torch.tensor([token]))
     streamer.end()
-    _summary(
-        plan, request, first_s - start_s, time.perf_counter() - first_s, peak_bytes(engine.device)
-    )
+    _summary(engine, request, first_s - start_s, time.perf_counter() - first_s)
 
 
-def _summary(
-    plan: Plan, request: "Request", first_s: float, rest_s: float, measured_bytes: int
-) -> None:
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+def _summary(engine: "Engine", request: "Request", first_s: float, rest_s: float) -> None:
+    from ullage.runtime.memory import peak_bytes
+
     rest = len(request.output_ids) - 1
     rate = f", then {rest / rest_s:.1f} tokens/s" if rest and rest_s > 0 else ""
-    console.print(
-        f"{len(request.prompt_ids):,} prompt tokens read in {first_s:.1f} s{rate}; planned peak "
-        f"{format_bytes(plan.peak_bytes)}, measured {format_bytes(measured_bytes)} "
-        f"({measured_bytes / plan.peak_bytes - 1:+.1%} of planned), "
-        f"budget {format_bytes(plan.budget_bytes)}"
+    behind = "" if request.start is None else f" behind {request.start.length:,}"
+    Console(stderr=True, highlight=False, soft_wrap=True).print(
+        f"{len(request.prompt_ids):,} prompt tokens{behind} read in {first_s:.1f} s{rate}; "
+        f"{peaks(engine.plan, peak_bytes(engine.device))}"
     )

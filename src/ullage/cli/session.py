@@ -9,7 +9,7 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 
 from ullage import techniques
 from ullage.cli.asked import PlanOptions
-from ullage.cli.given import own_attention, refuse_plan
+from ullage.cli.given import own_attention, refuse_bank, refuse_plan
 from ullage.cli.machine import device_to_run, refuse_unusable
 from ullage.errors import DoesNotFit, InputError, PromptError
 from ullage.planner import build_plan, fit_run
@@ -17,6 +17,7 @@ from ullage.planner.search import Freedom, as_memory_option, describe
 from ullage.runtime.process import obtainable_bytes
 from ullage.specs.model import ModelSpec
 from ullage.specs.plan import Plan
+from ullage.specs.saved import SavedText
 from ullage.specs.workload import Workload
 from ullage.units import format_bytes
 
@@ -35,9 +36,12 @@ class Session:
 
     spec: ModelSpec
     options: PlanOptions
-    given: Plan | None
+    given: Plan | None = None
+    bank: SavedText | None = None  # what was read before the prompt
 
     def __post_init__(self) -> None:
+        if self.bank is not None:
+            refuse_bank(self.bank, self.spec)
         asked = self.options.attention
         if asked is not None and asked != "sdpa":
             raise InputError(own_attention("--attention", asked))
@@ -59,10 +63,16 @@ class Session:
 
     @cached_property
     def most_tokens(self) -> int:
-        """Of a prompt and its answer, that the model can read."""
+        """Of a prompt and its answer, that the model can read behind what it has read."""
         if self.given is not None:
             return techniques.most_tokens(replace(self.given.recipe, model=self.spec))
-        return techniques.most_tokens(self.options.recipe(self.spec, self.device, Workload(1, 1)))
+        recipe = self.options.recipe(self.spec, self.device, Workload(1, 1))
+        return techniques.most_tokens(recipe) - self.past_tokens
+
+    @property
+    def past_tokens(self) -> int:
+        """Read before the prompt."""
+        return 0 if self.bank is None else self.bank.record.tokens
 
     def refuse_early(self, text: str, new_tokens: int) -> None:
         """Refuse a budget too small for a prompt of one token before anything heavy is imported.
@@ -90,8 +100,9 @@ class Session:
         except DoesNotFit as error:
             return error.needed_bytes
 
-    def tokenize(self, text: str, chat: bool) -> list[int]:
-        """Token ids of the prompt; the folder and the tokenizer are ready afterwards."""
+    def tokenize(self, text: str, chat: bool = False) -> list[int]:
+        """Token ids of the prompt, without what begins a text behind what was read before; the
+        folder and the tokenizer are ready afterwards."""
         from ullage.runtime.allocator import return_freed_memory
         from ullage.runtime.checkpoint import weights_folder
 
@@ -102,11 +113,14 @@ class Session:
 
         self.tokenizer = load_tokenizer(self.folder)
         refuse_long(text, self.tokenizer, self.most_tokens - 1)
-        ids = _chat_ids(self.tokenizer, text) if chat else self.tokenizer(text)["input_ids"]
-        return list(ids)
+        if chat:
+            ids = _chat_ids(self.tokenizer, text)
+            return ids if self.bank is None else _without_beginning(self.tokenizer, ids)
+        return list(self.tokenizer(text, add_special_tokens=self.bank is None)["input_ids"])
 
     def plan_for(self, prompt_tokens: int, new_tokens: int) -> Plan:
-        """The plan that runs: the given one at this size, or the first variant that fits.
+        """The plan that runs: the given one at this size, or the first variant that fits. What was
+        read before is counted as if it were read again, which is no less.
 
         Raises:
             PromptError: the prompt is longer than the model's context.
@@ -114,11 +128,12 @@ class Session:
         """
         room = self.most_tokens - prompt_tokens
         if room < 1:
+            behind = "" if self.bank is None else f" behind the {self.past_tokens:,} of its bank"
             raise PromptError(
                 f"The prompt has {prompt_tokens:,} tokens; {self.spec.name} reads "
-                f"{self.most_tokens:,}, the answer included."
+                f"{max(0, self.most_tokens):,}{behind}, the answer included."
             )
-        work = Workload(prompt_tokens, min(new_tokens, room))
+        work = Workload(self.past_tokens + prompt_tokens, min(new_tokens, room))
         if self.given is not None:
             recipe = replace(self.given.recipe, model=self.spec, workload=work)
             freedom = Freedom(weights=False, kv_dtype=False, prefill_chunk=False)
@@ -162,6 +177,15 @@ class Session:
         return Engine(loaded, plan)
 
 
+def peaks(plan: Plan, measured_bytes: int) -> str:
+    """Planned and measured, in words."""
+    return (
+        f"planned peak {format_bytes(plan.peak_bytes)}, measured {format_bytes(measured_bytes)} "
+        f"({measured_bytes / plan.peak_bytes - 1:+.1%} of planned), "
+        f"budget {format_bytes(plan.budget_bytes)}"
+    )
+
+
 def progress_bar(
     what: str, column: MofNCompleteColumn | DownloadColumn, tokens: int | None = None
 ) -> Progress:
@@ -182,3 +206,11 @@ def _chat_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     messages = [{"role": "user", "content": text}]
     encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
     return list(encoded["input_ids"])
+
+
+def _without_beginning(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> list[int]:
+    """Chat templates write themselves what a tokenizer puts before any text; where it puts nothing
+    there, the same token begins a turn, and stays."""
+    beginning = tokenizer.bos_token_id
+    begins_texts = tokenizer("a")["input_ids"][:1] == [beginning]
+    return ids[1:] if begins_texts and ids[:1] == [beginning] else ids
