@@ -4,12 +4,13 @@ A sequence is let in when the pool has room for its prompt and all it may write;
 waits. Prompts are read one at a time in chunks, sequences that write go together, a token each a
 step.
 
-A text that is read once, many questions asked of it, each alone; a sequence that begins with
-nothing is a reset:
+A text that is read once, and many questions that are asked of it, each by itself; a request without
+`start` remembers nothing, which is all that a reset is:
 
     with engine.reading(manual_ids) as manual:
         for question_ids in questions:
             answer = list(engine.generate(Request(question_ids, 50, start=manual)))
+    fresh = list(engine.generate(Request(question_ids, 50)))
 """
 
 from collections import deque
