@@ -109,14 +109,14 @@ class Session:
         return_freed_memory()
         self.folder = weights_folder(self.spec)
         from ullage.runtime.load import load_tokenizer
-        from ullage.runtime.prompt import refuse_long
+        from ullage.runtime.prompt import refuse_long, token_ids
 
         self.tokenizer = load_tokenizer(self.folder)
         refuse_long(text, self.tokenizer, self.most_tokens - 1)
         if chat:
             ids = _chat_ids(self.tokenizer, text)
             return ids if self.bank is None else _without_beginning(self.tokenizer, ids)
-        return list(self.tokenizer(text, add_special_tokens=self.bank is None)["input_ids"])
+        return token_ids(text, self.tokenizer, begins=self.bank is None)
 
     def plan_for(self, prompt_tokens: int, new_tokens: int) -> Plan:
         """The plan that runs: the given one at this size, or the first variant that fits. What was
