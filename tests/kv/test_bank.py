@@ -278,3 +278,15 @@ def test_what_nobody_wrote_is_not_read() -> None:
     row = BankRow(pool, HEADS, replace(PLAIN, slots=100, threshold=0.5))
     row.reserve(200)
     assert read(row, Text(60).new, [5, 1]).isfinite().all()
+
+
+def test_keys_are_turned_by_the_best_that_is_known_of_angles() -> None:
+    """Also where more becomes known within a segment: what a row sees hangs on what it holds."""
+    text, row = Text(400), row_of(replace(PLAIN, segment=100, positions="compact"))
+    read(row, text.new.part(0, 256), [1])
+    before = row.bank.turned
+    read(row, text.new.part(256, 257), [1])
+    assert before is not None
+    assert row.bank.turned is not None
+    assert not torch.equal(row.bank.turned.keys, before.keys)
+    assert torch.equal(row.bank.turned.keys, row.bank._turned(row.angles).keys)

@@ -20,7 +20,6 @@ from ullage.cli.written import refuse_undrawable
 from ullage.errors import InputError
 from ullage.measure.quality.suite import READERS, Asked, Found
 from ullage.planner import build_plan
-from ullage.planner.search import as_typed
 from ullage.runtime import out_of_memory
 from ullage.runtime.checkpoint import refuse_planned_only, weights_folder
 from ullage.specs.evaluation import Evaluation, Suite
@@ -150,7 +149,8 @@ def _as_run(typed: tuple[str, ...], settled: Recipe) -> tuple[str, ...]:
     ran = {choice.name: choice for choice in settled.techniques}
     asked = [(text, techniques.choice_of(techniques.parse(text))) for text in typed]
     return tuple(
-        text if choice == ran[choice.name] else as_typed(ran[choice.name]) for text, choice in asked
+        text if choice == ran[choice.name] else techniques.as_typed(ran[choice.name])
+        for text, choice in asked
     )
 
 

@@ -4,12 +4,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from ullage import techniques
 from ullage.cli.asked import PlanOptions
 from ullage.cli.options import NamedRecipe
 from ullage.errors import InputError, PromptError
 from ullage.planner.engines import ENGINES
+from ullage.specs.dtypes import kv_dtype_name
 from ullage.specs.model import ModelSpec
 from ullage.specs.plan import Plan
+from ullage.specs.saved import SavedText
 
 
 def prompt_text(source: str | None, prompt: str | None, file: Path | None) -> str:
@@ -33,6 +36,15 @@ def prompt_text(source: str | None, prompt: str | None, file: Path | None) -> st
     return text
 
 
+def document_text(doc: str) -> str:
+    """The text in the file `doc`, or, with -, of stdin.
+
+    Raises:
+        PromptError: the file cannot be read, or it is empty.
+    """
+    return prompt_text("-", None, None) if doc == "-" else prompt_text(None, None, Path(doc))
+
+
 def _read(file: Path | None) -> str:
     if file is not None:
         return file.read_text(encoding="utf-8")
@@ -42,7 +54,7 @@ def _read(file: Path | None) -> str:
         return stdin.read()
 
 
-def refuse_beside_plan(options: PlanOptions, recipe: NamedRecipe | None) -> None:
+def refuse_beside_plan(options: PlanOptions, recipe: NamedRecipe | None, bank: Path | None) -> None:
     """`options` as they were typed, without what `recipe` stands for.
 
     Raises:
@@ -56,6 +68,7 @@ def refuse_beside_plan(options: PlanOptions, recipe: NamedRecipe | None) -> None
         "--prefill-chunk": options.prefill_chunk,
         "--technique": options.technique or None,
         "--recipe": recipe,
+        "--bank": bank,
     }
     for option, value in given.items():
         if value is not None:
@@ -76,6 +89,41 @@ def refuse_plan(plan: Plan, spec: ModelSpec) -> None:
         raise InputError(f"The plan's KV entries are {execution.kv_dtype}: ullage has no such.")
     if replace(model, source="") != replace(spec, source=""):
         raise InputError(f"The plan is for {model.name}, not this model.")
+
+
+def options_behind(bank: SavedText, options: PlanOptions) -> PlanOptions:
+    """`options` as they were typed, and how what was read before is kept.
+
+    Raises:
+        InputError: an option that says something else.
+    """
+    record = bank.record
+    others = []
+    for text in options.technique:
+        technique = techniques.parse(text)
+        if technique.acts_on not in ("kv", "context"):
+            others.append(text)
+        elif techniques.as_typed(techniques.choice_of(technique)) != record.technique:
+            raise InputError(_decided(f"--technique {text}", bank, record.technique))
+    asked = options.kv_cache_dtype
+    if asked not in (None, "auto") and kv_dtype_name(asked) != record.kv_dtype:
+        raise InputError(_decided(f"--kv-cache-dtype {asked}", bank, record.kv_dtype))
+    chosen = (*others, record.technique)
+    return replace(options, technique=chosen, kv_cache_dtype=record.kv_dtype)
+
+
+def _decided(option: str, bank: SavedText, kept: str) -> str:
+    return f"{option} and --bank: {bank.path} was read with {kept}. Leave the option out."
+
+
+def refuse_bank(bank: SavedText, spec: ModelSpec) -> None:
+    """
+    Raises:
+        InputError: a bank of another model, as far as its shape says.
+    """
+    reason = bank.record.unsuited(spec)
+    if reason is not None:
+        raise InputError(f"{bank.path} cannot be gone on from: {reason}")
 
 
 def own_attention(what: str, attention: str) -> str:

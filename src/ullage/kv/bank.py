@@ -25,6 +25,7 @@ from ullage.kv.rotation import Angles, Turn, after, normed, rotated
 from ullage.kv.rows import Attend, NewTokens, Row, Taken, seen_by
 from ullage.kv.slots import Ring, Slots
 from ullage.kv.sparse import Survivors
+from ullage.kv.state import State, held, packed
 from ullage.specs.consolidation import Consolidation
 
 _EMPTY = -(1 << 30)  # an empty slot's stamp, and its number
@@ -120,12 +121,31 @@ class Bank:
         return pieces
 
     def _turned(self, angles: Angles) -> Entries:
-        """The keys at their ranks by age, in the pool's format, for the segment that begins: the
+        """The keys at their ranks by age, in the pool's format, until they or `angles` change: the
         slots keep them as they are, so that no rounding adds up."""
         ranks = self.stamps.argsort(1, descending=True).argsort(1)  # 0: the newest
         keys = rotated(self.memory().keys, *angles.turn(-1.0 - ranks))
         made = stored(keys, keys, self._dtype)
         return Entries(made.keys, made.keys, made.key_scales, made.key_scales)
+
+    def state(self) -> State:
+        """The slots as they are, and what is known of each."""
+        if not self.size:
+            return {}
+        state = packed("bank", self.slots.read(self.first, self.first + self.size))
+        return {**state, "bank.counts": self.counts, "bank.stamps": self.stamps}
+
+    def restore(self, state: State, size: int) -> None:
+        """What `state` gave of `size` slots; raises what `held` does."""
+        if not size:
+            return
+        self.slots.restore(self.first, state, "bank", size)
+        device = self.slots.segments[0].entries.keys.device
+        shape = (self.slots.num_kv_heads, size)
+        self.counts = held(state, "bank.counts", torch.int32, shape).to(device)
+        self.stamps = held(state, "bank.stamps", torch.int32, shape).to(device)
+        self.size = size
+        self._weigh()
 
     def copy(self, slots: Slots) -> "Bank":
         """The same in other slots."""
@@ -195,7 +215,9 @@ class BankRow(Row):
         longer as it was goes to the bank."""
         position = self.length
         if new.cos is not None and new.sin is not None:
-            self.angles.see(position, new.cos, new.sin)
+            known_better = self.angles.see(position, new.cos, new.sin)
+            if known_better:
+                self.bank.turned = None
         if position % self.rules.segment:
             return
         self._visible = None
@@ -266,6 +288,27 @@ class BankRow(Row):
         twin.bank = bank.copy(twin.slots)
         twin.angles = copy(self.angles)
         return twin
+
+    def state(self) -> State:
+        state = self.ring.state() | packed("sinks", self.sinks.read())
+        state |= self.bank.state() | self.angles.state()
+        if self._visible is not None:
+            state["visible"] = self._visible
+        return state
+
+    def restore(self, state: State, tokens: int) -> None:
+        rules = self.rules
+        size = rules.banked(tokens)
+        self.slots.grow(rules.held(tokens), rules.bank_at + rules.slots)
+        self.ring.restore(state, tokens)
+        self.sinks.length = min(rules.sinks, rules.first_recent(tokens - 1))
+        self.slots.restore(rules.window, state, "sinks", self.sinks.length)
+        self.bank.restore(state, size)
+        device = self.slots.segments[0].entries.keys.device
+        self.angles.restore(state, tokens, device)
+        if rules.top_k and size:
+            shape = (self.slots.num_kv_heads, 1, size)
+            self._visible = held(state, "visible", torch.bool, shape).to(device)
 
     def release(self) -> None:
         self.ring.release()

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from functools import cache as cached
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -175,10 +175,43 @@ class Sequence:
             raise
         return twin
 
+    def opened(self, cache: "PagedCache", tokens: int) -> "Sequence":
+        """See `Start`.
+
+        Raises:
+            InputError: the sequence was closed, or is not of this cache's pool.
+        """
+        if not self.length or self.rows[0].pool is not cache.pool:
+            raise InputError("A sequence goes on while it is open, in the engine that read it.")
+        twin = self.copy()
+        try:
+            for row in twin.rows:
+                row.reserve(tokens)
+        except BaseException:
+            twin.close()
+            raise
+        return twin
+
     def close(self) -> None:
         """Give all blocks back."""
         for row in self.rows:
             row.release()
+
+
+class Start(Protocol):
+    """What a sequence can begin with: all that is held of a text that was read before."""
+
+    @property
+    def length(self) -> int:
+        """Tokens seen."""
+
+    def opened(self, cache: "PagedCache", tokens: int) -> Sequence:
+        """A sequence of `cache` that holds the same and goes its own way from here, with room for
+        `tokens` in all.
+
+        Raises:
+            BudgetExceeded: the pool has too few blocks; nothing is taken.
+        """
 
 
 class PagedCache(Cache):  # type: ignore[misc]

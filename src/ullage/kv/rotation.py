@@ -9,6 +9,8 @@ from math import pi
 
 import torch
 
+from ullage.kv.state import State, held
+
 _LAST = 512  # position up to which a token's turn is measured ever more exactly
 Turn = tuple[torch.Tensor, torch.Tensor]  # cos and sin, [N, rot] each
 
@@ -39,12 +41,14 @@ class Angles:
         self._step: torch.Tensor | None = None  # [rot / 2], from one position to the next
         self._next = 1  # the position that is measured next
 
-    def see(self, position: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        """Those of the tokens from `position` on, [N, rot] each."""
+    def see(self, position: int, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+        """Those of the tokens from `position` on, [N, rot] each; whether more is known for it."""
+        before = self._next
         if position == 0:
             self._first = _angle(cos[0], sin[0])
         while self._next <= _LAST and position <= self._next < position + len(cos):
             self._measure(_angle(cos[self._next - position], sin[self._next - position]))
+        return self._next > before
 
     def _measure(self, angle: torch.Tensor) -> None:
         turn = angle - (0 if self._first is None else self._first)
@@ -56,6 +60,22 @@ class Angles:
     def nbytes(self) -> int:
         """What it remembers."""
         return sum(part.nbytes for part in (self._first, self._step) if part is not None)
+
+    def state(self) -> State:
+        """All that it remembers."""
+        known = {"angles.first": self._first, "angles.step": self._step}
+        return {name: angles for name, angles in known.items() if angles is not None}
+
+    def restore(self, state: State, tokens: int, device: torch.device) -> None:
+        """What `state` gave after `tokens` tokens; raises what `held` does."""
+        if "angles.first" not in state:  # of a model without
+            return
+        shape = tuple(state["angles.first"].shape[:1])
+        self._first = held(state, "angles.first", torch.float32, shape).to(device)
+        if tokens > 1:
+            self._step = held(state, "angles.step", torch.float32, shape).to(device)
+        while self._next < tokens and self._next <= _LAST:
+            self._next *= 2
 
     def turn(self, positions: torch.Tensor, behind_first: Sequence[bool] = ()) -> Turn:
         """What turns by so many positions, [...], in fp32: [..., rot] each. `behind_first`, for

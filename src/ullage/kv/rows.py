@@ -12,10 +12,12 @@ from typing import NamedTuple, Self
 
 import torch
 
+from ullage.errors import TechniqueError
 from ullage.kv.entries import Entries, side_by_side, stored
 from ullage.kv.kernels import Piece
 from ullage.kv.pool import Blocks, Place
 from ullage.kv.slots import Ring, Slots
+from ullage.kv.state import State
 
 Attend = Callable[[torch.Tensor, list[Piece]], torch.Tensor]  # query and output [Hq, N, D]
 
@@ -125,6 +127,25 @@ class Row(ABC):
     def release(self) -> None:
         """Give all blocks back; the row is empty."""
 
+    def state(self) -> State:
+        """All that it holds, as it lies: good until the row goes on.
+
+        Raises:
+            TechniqueError: rows of this kind are not saved.
+        """
+        raise TechniqueError("Only what is read with camelot can be saved.")
+
+    def restore(self, state: State, tokens: int) -> None:
+        """Hold what `state` gave of a row like this after `tokens` tokens, one at least; the row is
+        empty before.
+
+        Raises:
+            InputError: `state` is of a row that is not like this.
+            BudgetExceeded: the pool has too few blocks.
+            TechniqueError: rows of this kind are not saved.
+        """
+        raise TechniqueError("Only what is read with camelot can be saved.")
+
 
 class FullRow(Row):
     """Full attention: all entries are kept; entry p lies in slot p."""
@@ -212,6 +233,12 @@ class SlidingRow(Row):
 
     def release(self) -> None:
         self.ring.release()
+
+    def state(self) -> State:
+        return self.ring.state()
+
+    def restore(self, state: State, tokens: int) -> None:
+        self.ring.restore(state, tokens)
 
 
 def seen_by(heads: slice, pieces: list[Piece]) -> list[Piece]:

@@ -7,6 +7,7 @@ from ullage.errors import BudgetExceeded
 from ullage.kv.entries import Entries, bits
 from ullage.kv.kernels import Piece
 from ullage.kv.pool import Blocks, Place, Run
+from ullage.kv.state import State, packed, unpacked
 from ullage.specs.blocks import BLOCK_TOKENS
 
 
@@ -100,6 +101,13 @@ class Slots:
                 bits(mine).index_put_(at, bits(new)[inside].squeeze(1))
             first += segment.slots
 
+    def restore(self, slot: int, state: State, name: str, count: int) -> None:
+        """`count` entries that were packed as `name`, to the slots from `slot` on, which are there;
+        raises what `unpacked` does."""
+        if count:
+            like = self.segments[0].entries
+            self.write(slot, unpacked(state, name, count, like))
+
     def places(self, slot: int) -> list[Place]:
         """Where the entries of one slot lie, one for each KV head."""
         first = 0  # the segment's first slot
@@ -142,6 +150,18 @@ class Ring:
     def reserve(self, tokens: int) -> None:
         """Room for a sequence of `tokens`; raises what `Slots.reserve` does."""
         self.slots.reserve(min(tokens, self.window))
+
+    def state(self) -> State:
+        """All entries, in the order in which they lie."""
+        return packed("ring", self.read())
+
+    def restore(self, state: State, tokens: int) -> None:
+        """What `state` gave after `tokens` tokens, where nothing is yet; raises what `Slots.grow`
+        and `Slots.restore` do."""
+        used = min(tokens, self.window)
+        self.slots.grow(used, self.window)
+        self.slots.restore(0, state, "ring", used)
+        self.length = tokens
 
     def copy(self) -> "Ring":
         """The same entries in blocks of their own; raises what `Slots.copy` does."""

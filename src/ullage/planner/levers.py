@@ -14,7 +14,7 @@ from ullage.planner.costs import (
     weights_cost,
 )
 from ullage.planner.engines import ENGINES
-from ullage.planner.search import Freedom, as_typed
+from ullage.planner.search import Freedom
 from ullage.specs.device import Device
 from ullage.specs.dtypes import DTYPE_BYTES, KV_BITS
 from ullage.specs.gguf_mixtures import TERNARY
@@ -196,7 +196,9 @@ def _sparsity(recipe: Recipe) -> Iterator[Setting]:
         here = recipe.execution.engine in technique.engines
         if here and technique.unsupported(recipe.model) is None:
             cost = sparsity_cost(recipe.model, choice)
-            yield Setting(f"--technique {as_typed(choice)}", _with(choice), cost, technique.runs)
+            yield Setting(
+                f"--technique {techniques.as_typed(choice)}", _with(choice), cost, technique.runs
+            )
 
 
 def _with(choice: TechniqueChoice) -> Callable[[Recipe], Recipe]:

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from ullage.specs.plan import Recipe, TechniqueChoice
+from ullage.specs.plan import Recipe
+from ullage.techniques import as_typed
 from ullage.units import MIB
 
 
@@ -21,13 +22,6 @@ class Freedom:
 def as_memory_option(size_bytes: int) -> str:
     """The option that sets a budget of `size_bytes`, rounded up."""
     return f"--memory {-(-size_bytes // MIB)}MiB"
-
-
-def as_typed(choice: TechniqueChoice) -> str:
-    """The choice as ``--technique`` takes it."""
-    given = {key: value for key, value in choice.settings.items() if value not in (None, "")}
-    settings = ",".join(f"{key}={value}" for key, value in given.items())
-    return f"{choice.name}:{settings}" if settings else choice.name
 
 
 def describe(recipe: Recipe) -> str:

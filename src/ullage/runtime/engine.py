@@ -3,58 +3,36 @@
 A sequence is let in when the pool has room for its prompt and all it may write; until then it
 waits. Prompts are read one at a time in chunks, sequences that write go together, a token each a
 step.
+
+A text that is read once, and many questions that are asked of it, each by itself; a request without
+`start` remembers nothing, which is all that a reset is:
+
+    with engine.reading(manual_ids) as manual:
+        for question_ids in questions:
+            answer = list(engine.generate(Request(question_ids, 50, start=manual)))
+    fresh = list(engine.generate(Request(question_ids, 50)))
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
 from ullage import techniques
 from ullage.errors import BudgetExceeded, DoesNotFit, PromptError, UllageError
-from ullage.kv.cache import MakeRow, PagedCache, Sequence, cache_argument
+from ullage.kv.cache import MakeRow, PagedCache, Sequence, Start, cache_argument
 from ullage.kv.pool import KVPool
 from ullage.runtime.budget import Budget
 from ullage.runtime.load import TORCH_DTYPES, LoadedModel, device_of
 from ullage.runtime.memory import held_bytes
-from ullage.runtime.temperature import refuse_temperature
+from ullage.runtime.request import OnPrefill, Request
 from ullage.specs.blocks import block_bytes
 from ullage.specs.plan import Plan, Recipe
 from ullage.units import format_bytes
 
-OnPrefill = Callable[[int, int], None]  # tokens read, tokens of the prompt
-
-
-@dataclass(eq=False)
-class Request:
-    """A prompt and how to go on from it. `temperature` 0 takes the likeliest token each time.
-
-    Raises:
-        PromptError: no prompt, or no new token.
-        InputError: a temperature that no token can be drawn at.
-    """
-
-    prompt_ids: list[int]
-    max_new_tokens: int
-    temperature: float = 0.0
-    seed: int = 0
-    on_prefill: OnPrefill | None = None
-    output_ids: list[int] = field(default_factory=list)
-    finished: bool = False
-    broken: bool = False  # by a step that failed, perhaps for another request's sake
-
-    def __post_init__(self) -> None:
-        if not self.prompt_ids:
-            raise PromptError("The prompt is empty: there is nothing to go on from.")
-        if self.max_new_tokens < 1:
-            raise PromptError("Ask for one new token at least.")
-        refuse_temperature(self.temperature)
-
-    @property
-    def capacity_tokens(self) -> int:
-        """Tokens that the sequence holds at its full length."""
-        return len(self.prompt_ids) + self.max_new_tokens
+__all__ = ["Engine", "Request", "rows_of"]
 
 
 @dataclass(eq=False)
@@ -84,6 +62,7 @@ class Engine:
         self._waiting: deque[Request] = deque()
         self._reading: _Running | None = None
         self._writing: list[_Running] = []
+        self._held: list[Sequence] = []  # by `reading`
 
     def _new_pool(self) -> KVPool:
         """The budget less what is there and less the largest workspace; no larger than the plan's
@@ -114,6 +93,37 @@ class Engine:
                 loaded for.
             DoesNotFit: the pool could never hold it.
         """
+        self._refuse(request)
+        self._waiting.append(request)
+
+    @contextmanager
+    def reading(
+        self, ids: list[int], start: Start | None = None, on_prefill: OnPrefill | None = None
+    ) -> Iterator[Sequence]:
+        """Read `ids`, behind `start`, and hold the sequence, to save it or to begin others with it:
+        of the plan's `sequences` it is one. Meanwhile no other request goes on.
+
+        Raises:
+            PromptError: it is empty, or longer than the model's context, or than it was loaded for.
+            DoesNotFit: the pool could never hold it.
+            BudgetExceeded: others have too many of its blocks.
+        """
+        request = Request(ids, 1, on_prefill=on_prefill, start=start)
+        self._refuse(request)
+        sequence = self._opened(request)
+        self._held.append(sequence)
+        try:
+            running = _Running(request, sequence, torch.Generator(self.device))
+            with torch.inference_mode():
+                while running.read_tokens < len(ids):
+                    self._read_chunk(running)
+            yield sequence
+        finally:
+            self._held.remove(sequence)
+            sequence.close()
+
+    def _refuse(self, request: Request) -> None:
+        """Raises what `submit` does."""
         can_read = techniques.most_tokens(self.plan.recipe)
         if request.capacity_tokens > can_read:
             raise PromptError(
@@ -134,7 +144,6 @@ class Engine:
                 f"pool has {format_bytes(pool.nbytes)} in all.",
                 needed_bytes=blocks * pool.block_bytes,
             )
-        self._waiting.append(request)
 
     @property
     def idle(self) -> bool:
@@ -149,6 +158,8 @@ class Engine:
         Raises:
             Exception: whatever stops a forward pass, as torch.OutOfMemoryError or KeyboardInterrupt
                 do. The requests in that pass are `broken`, their blocks free; the others go on.
+            BudgetExceeded: what `reading` holds leaves no room for a request, which is `broken`.
+            InputError: what a request starts with cannot be read; the request is `broken`.
             RuntimeError: blocks that are lost or free twice once nothing runs: a bug.
         """
         self._admit()
@@ -158,7 +169,7 @@ class Engine:
         if writing:
             self._decode(writing)
         if self.idle:
-            self.pool.check_integrity(all_free=True)
+            self.pool.check_integrity(all_free=not self._held)
 
     def generate(self, request: Request) -> Iterator[int]:
         """The new tokens of `request` as they come, its end token included. Blocks go back when the
@@ -194,22 +205,40 @@ class Engine:
 
     def _admit(self) -> None:
         """Let the longest-waiting request in when nobody reads and the pool has room; where nothing
-        runs, it has."""
+        runs or is held, it has."""
         if self._reading is not None or not self._waiting:
             return
         request = self._waiting[0]
         blocks = techniques.sequence_blocks(self.plan.recipe, request.capacity_tokens)
         batch_full = len(self._writing) >= self.plan.recipe.workload.sequences
-        if batch_full or blocks > self.pool.free_blocks:
+        if batch_full or (self._writing and blocks > self.pool.free_blocks):
             return
         try:
-            sequence = self.cache.open(request.capacity_tokens)
-        except BudgetExceeded:  # enough is free, in pieces too small: those that write end one day
-            return
+            sequence = self._opened(request)
+        except BaseException as error:
+            if isinstance(error, BudgetExceeded) and self._writing:
+                return  # enough is free, in pieces too small: those that write end one day
+            request.broken = True
+            self.cancel(request)
+            raise
         generator = torch.Generator(self.device).manual_seed(request.seed)
         self._reading = _Running(self._waiting.popleft(), sequence, generator)
 
+    def _opened(self, request: Request) -> Sequence:
+        """Raises what `PagedCache.open` and `Start.opened` do."""
+        if request.start is None:
+            return self.cache.open(request.capacity_tokens)
+        return request.start.opened(self.cache, request.capacity_tokens)
+
     def _prefill(self, running: _Running) -> None:
+        logits = self._read_chunk(running)
+        if running.read_tokens == len(running.request.prompt_ids):
+            self._reading = None
+            self._writing.append(running)
+            self._take(running, _sample(logits[0], running.request.temperature, running.generator))
+
+    def _read_chunk(self, running: _Running) -> torch.Tensor:
+        """The next tokens of its prompt: logits, [1, V], of the last."""
         request, start = running.request, running.read_tokens
         chunk = self.plan.recipe.execution.prefill_chunk or len(request.prompt_ids)
         ids = request.prompt_ids[start : start + chunk]
@@ -217,10 +246,7 @@ class Engine:
         running.read_tokens += len(ids)
         if request.on_prefill is not None:
             request.on_prefill(running.read_tokens, len(request.prompt_ids))
-        if running.read_tokens == len(request.prompt_ids):
-            self._reading = None
-            self._writing.append(running)
-            self._take(running, _sample(logits[0], request.temperature, running.generator))
+        return logits
 
     def _decode(self, batch: list[_Running]) -> None:
         logits = self._forward(batch, [running.request.output_ids[-1:] for running in batch])

@@ -14,6 +14,7 @@ from typing import Any
 from ullage.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
+_METADATA = "__metadata__"
 _SINGLE = "model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _MOST_HEADER_BYTES = 100 * 10**6
@@ -80,6 +81,7 @@ def read_header(file: Path) -> Iterator[StoredTensor]:
         CheckpointError: unreadable, cut short, or something in the header cannot be true.
     """
     header, start, data_bytes = _read_json(file)
+    header.pop(_METADATA, None)
     entries = [_entry(file, name, entry) for name, entry in header.items()]
     at = 0
     for name, dtype, shape, begin, end in sorted(entries, key=lambda entry: entry[3:]):
@@ -89,6 +91,18 @@ def read_header(file: Path) -> Iterator[StoredTensor]:
         yield StoredTensor(name, dtype, shape, file, start + begin, start + end)
     if at != data_bytes:
         raise _damaged(file, f"{data_bytes - at} bytes at its end belong to no tensor")
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """What one .safetensors file says beside its tensors.
+
+    Raises:
+        CheckpointError: unreadable, cut short, or no map of texts.
+    """
+    metadata = _read_json(file)[0].get(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
+        raise _damaged(file, "its metadata are no texts by name")
+    return metadata
 
 
 def same_data(one: StoredTensor, other: StoredTensor) -> bool:
@@ -183,7 +197,6 @@ def _read_json(file: Path) -> tuple[dict[str, Any], int, int]:
         raise _damaged(file, f"its header is not JSON ({str(error)[:80]})") from error
     if not isinstance(header, dict):
         raise _damaged(file, "its header is no JSON object")
-    header.pop("__metadata__", None)
     return header, 8 + header_bytes, file_bytes - 8 - header_bytes
 
 

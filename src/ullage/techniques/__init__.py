@@ -18,6 +18,7 @@ from ullage.techniques.base import Technique
 
 __all__ = [
     "Technique",
+    "as_typed",
     "choice_of",
     "create",
     "most_tokens",
@@ -108,6 +109,13 @@ def parse(text: str) -> Technique:
             raise TechniqueError(f"{name}: {key} is given twice: once is enough.")
         settings[key] = _cast(name, key, value, types[key])
     return cls(**settings)
+
+
+def as_typed(choice: TechniqueChoice) -> str:
+    """The choice as ``--technique`` and `parse` take it."""
+    given = {key: value for key, value in choice.settings.items() if value not in (None, "")}
+    settings = ",".join(f"{key}={value}" for key, value in given.items())
+    return f"{choice.name}:{settings}" if settings else choice.name
 
 
 @cache  # a search asks thousands of times

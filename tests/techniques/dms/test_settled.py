@@ -22,10 +22,10 @@ from ullage import (
 )
 from ullage.errors import TechniqueError
 from ullage.planner.explore import best_plan, cheapest_change, explore
-from ullage.planner.search import Freedom, as_typed
+from ullage.planner.search import Freedom
 from ullage.specs.blocks import block_bytes
 from ullage.specs.families import spec_from_config
-from ullage.techniques import choice_of, create, parse
+from ullage.techniques import as_typed, choice_of, create, parse
 from ullage.techniques.dms.adapter import DECIDED_TOKENS, Adapter
 from ullage.techniques.dms.budget import KEPT_STEPS
 from ullage.techniques.dms.settings import DMS
