@@ -57,6 +57,11 @@ class Angles:
         """What it remembers."""
         return sum(part.nbytes for part in (self._first, self._step) if part is not None)
 
+    @property
+    def exactness(self) -> int:
+        """Grows as what it knows becomes more exact."""
+        return self._next
+
     def turn(self, positions: torch.Tensor, behind_first: Sequence[bool] = ()) -> Turn:
         """What turns by so many positions, [...], in fp32: [..., rot] each. `behind_first`, for
         each of the first axis: to where the token stands that is so many behind the first.
