@@ -50,6 +50,10 @@ class Bank:
         keys, values = side_by_side(self._slots(self.size), torch.float32)
         return Memory(keys, values, self.counts, self.stamps, self.rules.centred)
 
+    def _slots(self, count: int) -> list[Piece]:
+        """The first ones, as they are."""
+        return self.slots.read(self.first, self.first + count)
+
     def write(
         self, keys: torch.Tensor, values: torch.Tensor, stamps: torch.Tensor, size: int
     ) -> None:
@@ -139,10 +143,6 @@ class Bank:
         keys = rotated(keys, cos[ranks], sin[ranks])
         made = stored(keys, keys, self._dtype)
         return Entries(made.keys, made.keys, made.key_scales, made.key_scales)
-
-    def _slots(self, count: int) -> list[Piece]:
-        """The first ones, as they are."""
-        return self.slots.read(self.first, self.first + count)
 
     def copy(self, slots: Slots) -> "Bank":
         """The same in other slots."""

@@ -53,14 +53,14 @@ class Angles:
         self._next *= 2
 
     @property
-    def nbytes(self) -> int:
-        """What it remembers."""
-        return sum(part.nbytes for part in (self._first, self._step) if part is not None)
-
-    @property
     def exactness(self) -> int:
         """Grows as what it knows becomes more exact."""
         return self._next
+
+    @property
+    def nbytes(self) -> int:
+        """What it remembers."""
+        return sum(part.nbytes for part in (self._first, self._step) if part is not None)
 
     def turn(self, positions: torch.Tensor, behind_first: Sequence[bool] = ()) -> Turn:
         """What turns by so many positions, [...], in fp32: [..., rot] each. `behind_first`, for
