@@ -265,9 +265,10 @@ def triton_kernel() -> Any:
         return triton.attend
 
     def on_gpu(piece: Piece) -> Piece:
-        mask = None if piece.mask is None else piece.mask.cuda()
-        entries = piece.each(lambda tensor: tensor.cuda())
-        return replace(Piece.of(entries, piece.causal, mask), heads=piece.heads)
+        beside = {"mask": piece.mask, "bias": piece.bias, "query": piece.query}
+        there = {name: None if part is None else part.cuda() for name, part in beside.items()}
+        entries = Piece.of(piece.each(lambda tensor: tensor.cuda()), piece.causal)
+        return replace(entries, heads=piece.heads, **there)
 
     def attend(query: Any, pieces: list[Piece], *how: Any) -> Any:
         return triton.attend(query.cuda(), [on_gpu(piece) for piece in pieces], *how).cpu()

@@ -19,8 +19,10 @@ BF16 = FORMATS[torch.bfloat16]
 ATTEND = {
     "D": 128, "WIDTH": 128, "ROWS": 16, "TOKENS": 64, "STORED": BF16, "PRODUCT": BF16,
     "ALIGNED": True, "HIDING": False, "CAPPED": False,
+    "BIASED": False, "ASKED": False,
 }  # fmt: skip
 CHUNK = ATTEND | {"ROWS": 64, "HIDING": True, "CAPPED": True}
+BANK = {"BIASED": True, "ASKED": True}
 INT8 = {"STORED": FORMATS[torch.int8]}
 FP8 = {"STORED": FORMATS[torch.float8_e4m3fn]}
 CASES = {
@@ -30,6 +32,8 @@ CASES = {
     "chunk int8": (attend_split, CHUNK | INT8),
     "decode fp8": (attend_split, ATTEND | FP8),
     "chunk fp8": (attend_split, CHUNK | FP8),
+    "decode bank": (attend_split, ATTEND | BANK),
+    "chunk bank int8": (attend_split, CHUNK | BANK | INT8),
     "join": (join_splits, {"D": 128, "WIDTH": 128}),
 }
 POINTERS = {

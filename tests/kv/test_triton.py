@@ -21,6 +21,7 @@ from ullage.specs.tiles import LEAST_SPLIT_TOKENS, SPLIT_PROGRAMS, rows_of_split
 HEAD_DIM = 8
 STORED = [torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn]
 CASES = [f"{step}{of}" for step in ("decode", "chunk") for of in ("", " int8", " fp8")]
+CASES += ["decode bank", "chunk bank int8", "join"]
 
 
 def some(generator: torch.Generator, *shape: int) -> torch.Tensor:
@@ -30,7 +31,7 @@ def some(generator: torch.Generator, *shape: int) -> torch.Tensor:
 @st.composite
 def attentions(draw: st.DrawFn) -> tuple[torch.Tensor, list[Piece]]:
     """A query and pieces as rows hand them over: of all heads, of one, masked, causal, views of
-    something wider, in several formats, some empty."""
+    something wider, in several formats, some empty, some with a bias or asked something else."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     kv_heads, group = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 7, 17]))
     queries = draw(st.sampled_from([1, 1, 2, 9, 33]))
@@ -45,7 +46,14 @@ def attentions(draw: st.DrawFn) -> tuple[torch.Tensor, list[Piece]]:
         entries = stored(*numbers, dtype).part(slice(3, None))
         mask = some(generator, queries, tokens) > 0 if draw(st.booleans()) else None
         heads = None if own is None else slice(own * group, (own + 1) * group)
-        pieces.append(replace(Piece.of(entries, mask=mask), heads=heads))
+        piece = replace(Piece.of(entries, mask=mask), heads=heads)
+        if draw(st.booleans()):
+            shape = (len(entries.keys), draw(st.sampled_from([1, queries])), tokens + 2)
+            piece = replace(piece, bias=some(generator, *shape)[..., 2:])
+        if draw(st.booleans()):
+            asked = some(generator, queries, len(entries.keys) * group, dims).transpose(0, 1)
+            piece = replace(piece, query=asked)
+        pieces.append(piece)
     new = (some(generator, kv_heads, queries, dims) for _ in range(2))
     pieces.insert(draw(st.integers(0, len(pieces))), Piece(*new, causal=True))
     query = some(generator, queries, kv_heads * group, dims).transpose(0, 1)
@@ -65,7 +73,7 @@ def test_it_is_the_reference(
 
 
 def segments_of(work: Work) -> list[list[int]]:
-    return work.numbers[: work.splits_at].reshape(-1, 12).tolist()
+    return work.numbers[: work.splits_at].reshape(-1, 17).tolist()
 
 
 def splits_of(work: Work) -> list[list[int]]:
@@ -77,7 +85,7 @@ def read_by(work: Work, split: int) -> list[tuple[int, int]]:
     _, number, first, last = splits_of(work)[split]
     read = []
     for segment in range(first, last):
-        _, tokens, before, keys, _, _, _, _, step, *_ = segments_of(work)[segment]
+        _, tokens, before, keys, _, _, _, _, _, _, step, *_ = segments_of(work)[segment]
         start = max(number * work.split_size - before, 0)
         stop = min((number + 1) * work.split_size - before, tokens)
         read += [(keys + token * step * 4, segment) for token in range(start, stop)]
@@ -148,7 +156,7 @@ def test_entries_off_a_boundary_of_16_bytes_are_not_read_as_if_on_one() -> None:
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("case", [*CASES, "join"])
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("capability", ["80", "90"])
 def test_it_compiles_for_a_gpu(case: str, capability: str, tmp_path: Path) -> None:
     """To machine code of an A100 and an H100, with their matrix instructions, and entries copied 16

@@ -12,7 +12,7 @@ from ullage.planner.engines import ENGINES
 from ullage.planner.reach import MOST_SEQUENCES, longest_context, most_sequences
 from ullage.specs.device import Device, catalog
 from ullage.specs.latency import Latency
-from ullage.specs.plan import Plan
+from ullage.specs.plan import Plan, TechniqueChoice
 from ullage.specs.workload import Engine
 from ullage.units import GIB
 
@@ -131,6 +131,17 @@ def test_the_models_own_context_ends_what_is_searched_for() -> None:
     assert longest_context(asked, 1, 10**9, lambda made: made.workload.prompt_tokens) == 8192
     longer = replace(asked, workload=Workload(20_000, 24))  # asked for, so that it is not less
     assert longest_context(longer, 1, 10**9, lambda made: made.workload.prompt_tokens) == 20_024
+
+
+def test_a_bank_reads_on_beyond_the_models_own_context() -> None:
+    """To the end of the memory; 600 slots of a text's past, but no 9,000, are trained distances."""
+    asked = plan(SMOL, H100, Workload(1000, 24)).recipe
+    for slots, reached in ((600, 10**6 + 24), (9000, 8192)):
+        bank = TechniqueChoice("camelot", {"slots": slots})
+        recipe = replace(asked, techniques=(bank,))
+        assert (
+            longest_context(recipe, 1, 10**6, lambda made: made.workload.prompt_tokens) == reached
+        )
 
 
 @pytest.mark.parametrize(

@@ -84,11 +84,11 @@ def test_what_a_sparse_row_lays_out_does_not_grow_with_the_prompt(tokens: int, m
 @given(st.integers(1537, 10**6), st.integers(0, 10**6), st.sampled_from([60, 1020]))
 def test_camelot_does_not_grow_beyond_its_slots(tokens: int, more: int, slots: int) -> None:
     """A segment, four first tokens and the slots; of each of these 12 B and its key again, turned,
-    beside it; and angles."""
+    beside it; and angles, of a position and of queries."""
     chosen = camelot(slots)
     held = kv_bytes(LLAMA, tokens, 1, chosen)
     assert kv_bytes(LLAMA, tokens + more, 1, chosen) == held
-    assert held == 32 * ((512 + 4 + slots) * 4096 + 8 * (12 + 256) * slots + 128 * 4)
+    assert held == 32 * ((512 + 4 + slots) * 4096 + 8 * (12 + 256) * slots + 5 * 128 * 4)
 
 
 def test_a_short_context_needs_no_bank() -> None:
@@ -105,7 +105,7 @@ def test_sliding_layers_stay_as_they_are(tiny_spec: TinySpec) -> None:
     sliding_bytes = 2 * spec.num_kv_heads * block_bytes(spec, "bf16")
     held = kv_bytes(spec, tokens, 1, camelot(28, 128))
     bank_bytes = 10 * block_bytes(spec, "bf16") + 28 * (12 + 2 * spec.head_dim)
-    assert held == sliding_bytes + spec.num_kv_heads * bank_bytes + spec.head_dim * 4
+    assert held == sliding_bytes + spec.num_kv_heads * bank_bytes + 5 * spec.head_dim * 4
 
 
 @pytest.mark.parametrize("chosen", [dms(0.5), camelot(64)])

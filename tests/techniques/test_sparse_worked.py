@@ -63,8 +63,8 @@ def test_a_text_inside_the_window_pays_for_the_flags_and_saves_nothing() -> None
 
 def test_a_layer_of_camelot() -> None:
     """512 tokens, 4 first ones and 1,020 slots are 96 blocks a head; beside each slot 12 B and a
-    key of 128; two angles for each of 64 planes."""
-    layer = 8 * (96 * BLOCK + 1020 * (12 + 256)) + 128 * 4
+    key of 128; two angles for each of 64 planes, and what turns queries to two places."""
+    layer = 8 * (96 * BLOCK + 1020 * (12 + 256)) + 5 * 128 * 4
     dense = 8 * 625 * BLOCK
     after = change(CAMELoT(1020, 512), "prefill", 10_000, new=100, sequences=2)
     assert after.kv_bytes == KV - 2 * 32 * (dense - layer)

@@ -39,16 +39,21 @@ class Bank:
     def __init__(self, slots: Slots, first: int, rules: Consolidation) -> None:
         self.slots, self.first, self.rules = slots, first, rules
         self.size = 0  # slots that some head may have used
+        self.filled = 0  # the first of them, that some head has used
         self.used = 0.0  # by a head, the mean
         self.counts = self.stamps = torch.empty(0)  # [Hkv, size] int32, as in a `Memory`
-        self.bias: torch.Tensor | None = None  # [Hkv, 1, size], where not all weigh the same
+        self.bias: torch.Tensor | None = None  # [Hkv, 1, filled], where not all weigh the same
         self.turned: Entries | None = None  # the keys where they are read, if not in their slots
+        self._laid: list[Piece] | None = None  # what is read in this segment
 
     def memory(self) -> Memory:
         """What is in it, widened."""
-        pieces = self.slots.read(self.first, self.first + self.size)
-        keys, values = side_by_side(pieces, torch.float32)
+        keys, values = side_by_side(self._slots(self.size), torch.float32)
         return Memory(keys, values, self.counts, self.stamps, self.rules.centred)
+
+    def _slots(self, count: int) -> list[Piece]:
+        """The first ones, as they are."""
+        return self.slots.read(self.first, self.first + count)
 
     def write(
         self, keys: torch.Tensor, values: torch.Tensor, stamps: torch.Tensor, size: int
@@ -63,7 +68,7 @@ class Bank:
         head, slot = (now.stamps != before.stamps).nonzero(as_tuple=True)
         changed = stored(now.keys[head, slot, None], now.values[head, slot, None], self._dtype)
         self.slots.put(head, self.first + slot, changed)
-        self.counts, self.stamps, self.turned = now.counts, now.stamps, None
+        self.counts, self.stamps, self.turned, self._laid = now.counts, now.stamps, None, None
         self._weigh()
 
     @property
@@ -94,37 +99,49 @@ class Bank:
         self.size = size
 
     def _weigh(self) -> None:
-        filled = self.stamps >= 0
-        self.used = float(filled.sum()) / len(filled)
+        used = (self.stamps >= 0).sum(1).tolist()  # of each head the first, as empty ones go
+        self.filled, self.used = max(used), sum(used) / len(used)
         self.bias = None
-        if self.rules.count_bias or self.used < self.size:
-            weight = self.counts.float().log() if self.rules.count_bias else 0.0 * self.counts
-            self.bias = torch.where(filled, weight, _HIDDEN)[:, None]
+        if self.rules.count_bias or self.used < self.filled:
+            counts = self.counts[:, : self.filled]
+            weight = counts.float().log() if self.rules.count_bias else 0.0 * counts
+            self.bias = torch.where(self.stamps[:, : self.filled] >= 0, weight, _HIDDEN)[:, None]
 
     def pieces(
-        self, query: torch.Tensor, bias: torch.Tensor | None, angles: Angles | None
+        self, query: torch.Tensor, angles: Angles | None, bias: torch.Tensor | None
     ) -> list[Piece]:
-        """All slots, as `query`, [Hq, N, D], reads them under `bias`, [Hkv, N or 1, size]. With
-        `angles`, each as far back as its rank by age."""
-        turned = None
-        if angles is not None and self.rules.positions == "compact":
-            turned = self.turned = self.turned or self._turned(angles)
+        """All slots that are filled, as `query`, [Hq, N, D], reads them under `bias`,
+        [Hkv, N, filled], or its own. With `angles`, each as far back as its rank by age."""
+        if angles is not None and self.rules.positions == "compact" and self.turned is None:
+            self.turned, self._laid = self._turned(angles), None
+        if self._laid is None:
+            self._laid = self._laid_out()
+        if bias is None:
+            return [replace(piece, query=query) for piece in self._laid]
+        biases = torch.split(bias, [len(piece) for piece in self._laid], dim=-1)
+        together = zip(self._laid, biases, strict=True)
+        return [replace(piece, query=query, bias=own) for piece, own in together]
+
+    def _laid_out(self) -> list[Piece]:
+        """All slots that are filled, as they are read until something changes."""
         pieces, at = [], 0
-        for piece in self.slots.read(self.first, self.first + self.size):
+        for piece in self._slots(self.filled):
             span = slice(at, at + len(piece))
-            own = None if bias is None else bias[..., span]
-            if turned is not None:
-                keys = turned.part(span)
+            if self.turned is not None:
+                keys = self.turned.part(span)
                 piece = replace(piece, keys=keys.keys, key_scales=keys.key_scales)
-            pieces.append(replace(piece, bias=own, query=query))
+            pieces.append(replace(piece, bias=None if self.bias is None else self.bias[..., span]))
             at = span.stop
         return pieces
 
     def _turned(self, angles: Angles) -> Entries:
         """The keys at their ranks by age, in the pool's format, until they or `angles` change: the
         slots keep them as they are, so that no rounding adds up."""
-        ranks = self.stamps.argsort(1, descending=True).argsort(1)  # 0: the newest
-        keys = rotated(self.memory().keys, *angles.turn(-1.0 - ranks))
+        pieces, stamps = self._slots(self.filled), self.stamps[:, : self.filled]
+        keys, _ = side_by_side(pieces, torch.float32)
+        ranks = stamps.argsort(1, descending=True).argsort(1)  # 0: the newest
+        cos, sin = angles.turn(-1.0 - torch.arange(self.filled, device=ranks.device))
+        keys = rotated(keys, cos[ranks], sin[ranks])
         made = stored(keys, keys, self._dtype)
         return Entries(made.keys, made.keys, made.key_scales, made.key_scales)
 
@@ -150,7 +167,7 @@ class Bank:
     def copy(self, slots: Slots) -> "Bank":
         """The same in other slots."""
         twin = copy(self)
-        twin.slots = slots
+        twin.slots, twin._laid = slots, None
         return twin
 
 
@@ -164,6 +181,7 @@ class BankRow(Row):
         self.sinks = Survivors(self.slots, rules.window)
         self.bank = Bank(self.slots, rules.bank_at, rules)
         self.angles = Angles()
+        self._turn: tuple[tuple[int, int], Turn] | None = None  # of queries, and for how long
         self._visible: torch.Tensor | None = None  # [Hkv, 1, size], retrieved in this segment
 
     @property
@@ -177,8 +195,9 @@ class BankRow(Row):
 
     @property
     def beside_bytes(self) -> int:
-        visible = 0 if self._visible is None else self._visible.nbytes
-        return self.bank.beside_bytes + self.angles.nbytes + visible
+        beside = [self._visible, *(self._turn[1] if self._turn else ())]
+        nbytes: int = sum(tensor.nbytes for tensor in beside if tensor is not None)
+        return self.bank.beside_bytes + self.angles.nbytes + nbytes
 
     def reserve(self, tokens: int) -> None:
         self.slots.reserve(self.rules.held(tokens))
@@ -245,26 +264,35 @@ class BankRow(Row):
 
     def _far(self, new: NewTokens, position: int) -> list[Piece]:
         """Sinks and bank, as the tokens from `position` on see them."""
-        rules, size = self.rules, self.bank.size
-        if not size:
+        if not self.bank.size:
             return self.sinks.read()
-        bias = self._retrieved(new) if rules.top_k else self.bank.bias
+        bias = self._retrieved(new) if self.rules.top_k else None
         if new.cos is None or new.sin is None:
-            return [*self.sinks.read(), *self.bank.pieces(new.query, bias, None)]
-        # Where the queries stand if the bank is at position 0, and if the sinks are, before it.
-        compact = rules.positions == "compact"
-        away = rules.recent if compact else rules.window
-        before = rules.sinks + (size if compact else 0)
-        at = torch.arange(len(new), device=new.cos.device) + position % rules.segment + away
-        turn = self.angles.turn(torch.stack([at, at + before]), behind_first=(False, True))
-        cos, sin = after(_opposite(normed(new.cos.float(), new.sin.float())), turn)  # [2, N, rot]
+            return [*self.sinks.read(), *self.bank.pieces(new.query, None, bias)]
         queries = new.query.float().expand(2, *new.query.shape)
-        query, other = rotated(queries, cos[:, None], sin[:, None]).to(new.query.dtype)
+        turn = self._query_turn(position, (new.cos[:1].float(), new.sin[:1].float()))
+        query, other = rotated(queries, *turn).to(new.query.dtype)
         sinks = [replace(piece, query=other) for piece in self.sinks.read()]
-        return [*sinks, *self.bank.pieces(query, bias, self.angles)]
+        return [*sinks, *self.bank.pieces(query, self.angles, bias)]
+
+    def _query_turn(self, position: int, first: Turn) -> Turn:
+        """What turns queries to where they stand if the bank is at position 0, and if the sinks
+        are, before it: [2, 1, 1, rot] each. One and the same for all of a segment, as both stand
+        still meanwhile. Found by a token of it, the `first` that asks, at `position`: what `angles`
+        know is not exact enough for distances as long as a text."""
+        rules = self.rules
+        known = position // rules.segment, self.angles.exactness
+        if self._turn is None or self._turn[0] != known:
+            compact = rules.positions == "compact"
+            away = position % rules.segment + (rules.recent if compact else rules.window)
+            before = rules.sinks + (self.bank.size if compact else 0)
+            at = torch.tensor([away, away + before], device=first[0].device)
+            turn = self.angles.turn(at[:, None, None], behind_first=(False, True))
+            self._turn = known, after(_opposite(normed(*first)), turn)
+        return self._turn[1]
 
     def _retrieved(self, new: NewTokens) -> torch.Tensor:
-        """The bias, [Hkv, N, size], under which a token sees what was retrieved for the tokens of
+        """The bias, [Hkv, N, filled], under which a token sees what was retrieved for the tokens of
         its segment up to itself."""
         keys = new.keys.float()
         if new.cos is not None and new.sin is not None:
@@ -274,7 +302,7 @@ class BankRow(Row):
             visible = torch.cat([self._visible, visible], dim=1)
         visible = visible.cumsum(1) > 0
         self._visible = visible[:, -1:].clone()
-        visible = visible[:, -len(new) :]
+        visible = visible[:, -len(new) :, : self.bank.filled]
         return torch.where(visible, 0.0 if self.bank.bias is None else self.bank.bias, _HIDDEN)
 
     def copy(self) -> Self:
@@ -314,7 +342,7 @@ class BankRow(Row):
         self.ring.release()
         self.sinks.length = 0
         self.bank = Bank(self.slots, self.rules.bank_at, self.rules)
-        self.angles, self._visible = Angles(), None
+        self.angles, self._turn, self._visible = Angles(), None, None
 
 
 def _opposite(turn: Turn) -> Turn:

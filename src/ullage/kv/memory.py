@@ -35,14 +35,18 @@ class Memory:
     def likeness(self, keys: torch.Tensor) -> torch.Tensor:
         """Cosine of each of `keys`, [Hkv, N, D], with each slot, [Hkv, N, M], to the nearest
         `GRID`; -2 with an empty one."""
+        return self._likeness(keys).mul_(GRID)
+
+    def _likeness(self, keys: torch.Tensor) -> torch.Tensor:
+        """The same in steps of `GRID`. As it is large, it is gone through as seldom as can be."""
         filled, mine = self.stamps >= 0, self.keys
         if self.centred:
             share = filled.float() / filled.sum(1, keepdim=True).clamp(min=1)  # [Hkv, M]
             middle = share[:, None] @ mine  # [Hkv, 1, D]
             keys, mine = keys - middle, mine - middle
-        cosines = normalize(keys, dim=-1) @ normalize(mine, dim=-1).transpose(1, 2)
-        cosines.div_(GRID).round_().mul_(GRID)
-        return cosines.masked_fill_(~filled[:, None], _NONE)
+        mine = normalize(mine, dim=-1) * (filled[..., None] / GRID)
+        least = torch.where(filled, 0.0, _NONE / GRID)[:, None]  # [Hkv, 1, M]
+        return torch.baddbmm(least, normalize(keys, dim=-1), mine.transpose(1, 2)).round_()
 
     def nearest(self, keys: torch.Tensor, count: int) -> torch.Tensor:
         """Bool [Hkv, N, M]: the `count` slots that are likest to each of `keys`, [Hkv, N, D], of
@@ -63,8 +67,8 @@ class Memory:
         """The memory after N tokens more, keys and values [Hkv, N, D], stamps [N], which ascend.
         `empty`: nothing was ever written."""
         if not empty:
-            likeness, slot = self.likeness(keys).max(-1)  # [Hkv, N] each
-            merging = likeness >= threshold
+            steps, slot = self._likeness(keys).max(-1)  # [Hkv, N] each
+            merging = steps * GRID >= threshold
             merged = self._merged(keys, values, stamps, slot, merging)
             return merged._placed(keys, values, stamps, ~merging)
         first, rest = slice(0, 1), slice(1, None)

@@ -57,6 +57,11 @@ class Angles:
         self._next *= 2
 
     @property
+    def exactness(self) -> int:
+        """Grows as what it knows becomes more exact."""
+        return self._next
+
+    @property
     def nbytes(self) -> int:
         """What it remembers."""
         return sum(part.nbytes for part in (self._first, self._step) if part is not None)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ullage.specs.plan import Recipe
+from ullage.techniques import most_tokens
 
 MOST_SEQUENCES = 1 << 16
 _NEAR = (0, 1, 20, -20)  # sizes around a guess: blocks of 16 tokens make stairs of the line
@@ -16,14 +17,14 @@ Peak = Callable[[Recipe], int]
 
 
 def longest_context(recipe: Recipe, at_bytes: int, budget_bytes: int, peak: Peak) -> int:
-    """Tokens of the longest context that fits, the model's own at most. `recipe` fits and its peak
+    """Tokens of the longest context that fits and that can be read. `recipe` fits and its peak
     is `at_bytes`."""
     work = recipe.workload
 
     def bytes_at(prompt_tokens: int) -> int:
         return peak(replace(recipe, workload=replace(work, prompt_tokens=prompt_tokens)))
 
-    most = max(work.prompt_tokens, recipe.model.max_context_tokens - work.output_tokens)
+    most = max(work.prompt_tokens, most_tokens(recipe) - work.output_tokens)
     found = last_that_fits(bytes_at, work.prompt_tokens, at_bytes, most, budget_bytes)
     return found + work.output_tokens
 

@@ -13,6 +13,7 @@ from ullage.planner.candidates import Candidate
 from ullage.planner.engines import ENGINES
 from ullage.planner.explore import Exploration
 from ullage.specs.plan import Cliff, Recipe
+from ullage.techniques import most_tokens
 from ullage.units import format_bytes
 
 TOP = 10
@@ -182,10 +183,10 @@ def change_line(change: Candidate) -> str:
 
 
 def size_line(cliff: Cliff, recipe: Recipe) -> str | None:
-    """The size that fits without any other change, the model's own context at most; None where
-    none does."""
+    """The size that fits without any other change, no longer than can be read; None where none
+    does."""
     work = recipe.workload
-    longest_tokens = min(cliff.max_model_len or 0, recipe.model.max_context_tokens)
+    longest_tokens = min(cliff.max_model_len or 0, most_tokens(recipe))
     if longest_tokens > work.output_tokens:
         return f"Or {longest_tokens:,} tokens instead of {work.context_tokens:,}."
     if cliff.max_num_seqs:

@@ -26,15 +26,20 @@ def attend(
     query: torch.Tensor, pieces: list[Piece], scale: float, softcap: float | None = None
 ) -> torch.Tensor:
     """See `ullage.kv.kernels.Kernel`."""
-    if any(map(_unknown, pieces)):
+    if any(piece.keys.dtype not in FORMATS for piece in pieces):
         return reference.attend(query, pieces, scale, softcap)
     query, pieces = _packed(query), [_readable(piece) for piece in pieces if piece.keys.shape[1]]
     if not pieces:
         raise ValueError("attention over no entries at all")
     work = work_of(query, pieces)
     numbers = sent(torch.from_numpy(work.numbers), query.device)
-    hiding = any(piece.causal or piece.mask is not None for piece in pieces)
-    partial, lse = _attend_splits(query, work, numbers, hiding, scale, softcap)
+    words = {
+        "HIDING": any(piece.causal or piece.mask is not None for piece in pieces),
+        "BIASED": any(piece.bias is not None for piece in pieces),
+        "ASKED": work.asked,
+        "CAPPED": softcap is not None,
+    }
+    partial, lse = _attend_splits(query, work, numbers, words, scale, softcap)
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
     rows, head_dim = partial.shape[1:]
     join_splits[(rows * work.lanes,)](
@@ -48,11 +53,12 @@ def _attend_splits(
     query: torch.Tensor,
     work: Work,
     numbers: torch.Tensor,
-    hiding: bool,
+    words: dict[str, bool],
     scale: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every split's output [S, G N, D] and log-sum-exp [S, G N], in fp32."""
+    """Every split's output [S, G N, D] and log-sum-exp [S, G N], in fp32. `words` say what the
+    program must know of."""
     rows, head_dim = work.group * query.shape[1], query.shape[2]
     partial = query.new_empty((work.splits, rows, head_dim), dtype=torch.float32)
     lse = query.new_empty((work.splits, rows), dtype=torch.float32)
@@ -67,17 +73,11 @@ def _attend_splits(
             D=head_dim, WIDTH=width, ROWS=tile_rows,
             TOKENS=_tile_tokens(width * max(stored.itemsize, product.itemsize)),
             STORED=FORMATS[stored], PRODUCT=FORMATS[product],
-            ALIGNED=work.aligned, HIDING=hiding, CAPPED=softcap is not None,
+            ALIGNED=work.aligned, **words,
             num_warps=8 if tile_rows * width > 8192 else 4,
             num_stages=2 if tile_rows * width * product.itemsize < 64 << 10 else 1,
         )  # fmt: skip
     return partial, lse
-
-
-def _unknown(piece: Piece) -> bool:
-    """Whether the kernels here have no word for it: a format, a bias, queries of its own."""
-    unlike = piece.bias is not None or piece.query is not None
-    return unlike or piece.keys.dtype not in FORMATS
 
 
 def _width(head_dim: int) -> int:
@@ -96,8 +96,9 @@ def _packed(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _readable(piece: Piece) -> Piece:
-    mask = piece.mask
-    if all(tensor is None or tensor.stride(-1) == 1 for tensor in (*piece.tensors, mask)):
+    mask, bias, query = beside = (piece.mask, piece.bias, piece.query)
+    if all(tensor is None or tensor.stride(-1) == 1 for tensor in (*piece.tensors, *beside)):
         return piece
-    mask = None if mask is None else _packed(mask)
-    return replace(Piece.of(piece.each(_packed), piece.causal, mask), heads=piece.heads)
+    mask, bias, query = (None if part is None else _packed(part) for part in (mask, bias, query))
+    entries = Piece.of(piece.each(_packed), piece.causal, mask)
+    return replace(entries, heads=piece.heads, bias=bias, query=query)

@@ -17,7 +17,7 @@ _AT_ONCE = tl.constexpr(16)  # splits joined
 # Of weights multiplied by the scales of V: they are then no larger than V, which fp16 can hold, and
 # no smaller than half of it. fp8 needs none: the 256 that `_real` leaves out does as much.
 _LIFT = tl.constexpr(64.0)
-_FP8 = tl.constexpr(tl.float8e4nv)
+_FP8, _INT8 = tl.constexpr(tl.float8e4nv), tl.constexpr(tl.int8)
 _FP8_UNIT = tl.constexpr(256.0)
 
 
@@ -28,17 +28,19 @@ def attend_split(
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     STORED: tl.constexpr, PRODUCT: tl.constexpr,
     ALIGNED: tl.constexpr, HIDING: tl.constexpr, CAPPED: tl.constexpr,
+    BIASED: tl.constexpr, ASKED: tl.constexpr,
 ):  # fmt: skip
     """A tile of a lane's rows over one split: output [S, G N, D] and log-sum-exp [S, G N]. Zeros
     and a number near fp32's lowest for a row that sees nothing.
 
     Scales are applied to scores and weights: of these there are fewer than numbers in K and V, and
-    no format of the arithmetic rounds a number of int8 or fp8."""
+    no format of the arithmetic rounds a number of int8 or fp8. ASKED: each segment says where the
+    queries lie."""
     scaled: tl.constexpr = STORED.primitive_bitwidth == 8
     is_fp8: tl.constexpr = STORED == _FP8
     loaded: tl.constexpr = tl.int8 if is_fp8 else STORED
     unit: tl.constexpr = _FP8_UNIT if is_fp8 else 1.0
-    lift: tl.constexpr = 1.0 if is_fp8 else _LIFT
+    lift: tl.constexpr = _LIFT if STORED == _INT8 else 1.0
     line: tl.constexpr = 128 // STORED.primitive_bitwidth  # numbers in 16 bytes
     split = first_split + tl.program_id(0)
     lane = tl.load(work + splits_at + 4 * split)
@@ -60,18 +62,28 @@ def attend_split(
     total = tl.zeros([ROWS], tl.float32)
     output = tl.zeros([ROWS, WIDTH], tl.float32)
     for number in range(first_segment, last_segment):
-        segment = work + 12 * number
+        segment = work + 17 * number
         tokens = tl.load(segment + 1)
         before = tl.load(segment + 2)
         keys = tl.load(segment + 3).to(tl.pointer_type(loaded))
         values = tl.load(segment + 4).to(tl.pointer_type(loaded))
         key_scales = tl.load(segment + 5).to(tl.pointer_type(tl.bfloat16))
         value_scales = tl.load(segment + 6).to(tl.pointer_type(tl.bfloat16))
-        mask_at = tl.load(segment + 7)
-        keys_step = tl.load(segment + 8)
-        values_step = tl.load(segment + 9)
-        mask_step = tl.load(segment + 10)
-        causal = tl.load(segment + 11)
+        mask_at = tl.load(segment + 9)
+        keys_step = tl.load(segment + 10)
+        values_step = tl.load(segment + 11)
+        mask_step = tl.load(segment + 12)
+        causal = tl.load(segment + 16)
+        if ASKED:
+            own = tl.load(segment + 8).to(tl.pointer_type(query.dtype.element_ty))
+            at = row % group * tl.load(segment + 14) + token * tl.load(segment + 15)
+            q = tl.load(own + at[:, None] + d[None, :], mask=is_row[:, None] & is_d, other=0.0)
+            q = q.to(PRODUCT)
+        if BIASED:
+            bias_at = tl.load(segment + 7)
+            is_biased = row < tl.where(bias_at != 0, rows, 0)
+            biases = bias_at.to(tl.pointer_type(tl.float32))
+            biases = biases + token[:, None] * tl.load(segment + 13)
         if ALIGNED:  # lets a thread load 16 bytes at once
             keys = tl.multiple_of(keys, 16)
             values = tl.multiple_of(values, 16)
@@ -91,13 +103,12 @@ def attend_split(
             k_at = t[:, None] * keys_step.to(tl.int32) + d[None, :]
             k = tl.load(keys + tile * keys_step + k_at, mask=here, other=0.0)
             k = _real(k, STORED, PRODUCT)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-            if scaled:
-                key_scale = tl.load(key_scales + tile + t, mask=is_t, other=0.0)
-                scores = scores * (key_scale.to(tl.float32) * unit)[None, :]
-            if CAPPED:
-                scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)  # tanh
+            k_scales = key_scales + tile + t
+            scores = _scores(q, k, scale, softcap, k_scales, is_t, scaled, unit, CAPPED)
             seen = is_t[None, :]
+            if BIASED:
+                added = seen & is_biased[:, None]
+                scores += tl.load(biases + tile + t[None, :], mask=added, other=0.0)
             if HIDING:
                 seen = seen & (tile + t[None, :] <= last_seen[:, None])
                 asked = seen & is_masked[:, None]
@@ -118,12 +129,26 @@ def attend_split(
             highest = higher
 
     total = tl.maximum(total, _TINY)
-    if scaled:
-        output = output / lift
+    output = output / lift
     place = split.to(tl.int64) * rows + row
     tl.store(partial_lse + place, highest + tl.log(total), mask=is_row)
     out = partial + place[:, None] * D + d[None, :]
     tl.store(out, output / total[:, None], mask=is_row[:, None] & is_d)
+
+
+@triton.jit
+def _scores(
+    q, k, scale, softcap, key_scales, is_key,
+    SCALED: tl.constexpr, UNIT: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, TOKENS] of a tile, before a bias."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if SCALED:
+        key_scale = tl.load(key_scales, mask=is_key, other=0.0)
+        scores = scores * (key_scale.to(tl.float32) * UNIT)[None, :]
+    if CAPPED:
+        scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)  # tanh
+    return scores
 
 
 @triton.jit

@@ -174,5 +174,5 @@ class _Attention:
         heads, head_dim = self.model.num_kv_heads * self.together, self.model.head_dim
         rows = self.rows // heads
         split_rows = rows_of_splits(rows, heads * self.entries, heads)
-        work = (2 * 12 * heads + 5 * (split_rows // rows) + heads + 1) * 8
+        work = (2 * 17 * heads + 5 * (split_rows // rows) + heads + 1) * 8
         return split_rows * (head_dim + 1) * 4 + self.rows * head_dim * self.number_bytes + work

@@ -15,13 +15,15 @@ _COUNT_BYTES, _STAMP_BYTES, _BIAS_BYTES, _VISIBLE_BYTES = 4, 4, 4, 1  # of a slo
 def state_bytes(rules: Consolidation, model: ModelSpec, tokens: int, kv_dtype: str) -> int:
     """What one layer of one sequence keeps beside its blocks: of each slot its count, its stamp and
     what it adds to scores, whether it was retrieved, and its key once more where it is read in
-    another place; and how far a position turns, 2 [D / 2]."""
+    another place; how far a position turns, 2 [D / 2]; and, once there are slots, a query, 4 [D].
+    """
     slot_bytes = _COUNT_BYTES + _STAMP_BYTES + _BIAS_BYTES
     slot_bytes += _VISIBLE_BYTES if rules.top_k else 0
     if rules.positions == "compact":
         slot_bytes += entry_bytes(model, model.head_dim, kv_dtype)
-    angles_bytes = model.head_dim * _FP32_BYTES if tokens else 0
-    return model.num_kv_heads * rules.banked(tokens) * slot_bytes + angles_bytes
+    slots = rules.banked(tokens)
+    angles = (1 + (4 if slots else 0)) * model.head_dim if tokens else 0
+    return model.num_kv_heads * slots * slot_bytes + angles * _FP32_BYTES
 
 
 def scratch_bytes(rules: Consolidation, model: ModelSpec, work: Step) -> int:
