@@ -320,6 +320,8 @@ class BankRow(Row):
     def state(self) -> State:
         state = self.ring.state() | packed("sinks", self.sinks.read())
         state |= self.bank.state() | self.angles.state()
+        if self._turn is not None:
+            state["turn"] = torch.stack(self._turn[1])
         if self._visible is not None:
             state["visible"] = self._visible
         return state
@@ -334,6 +336,11 @@ class BankRow(Row):
         self.bank.restore(state, size)
         device = self.slots.segments[0].entries.keys.device
         self.angles.restore(state, tokens, device)
+        if size and "angles.first" in state:
+            rotated_width = 2 * len(state["angles.first"])
+            turn = held(state, "turn", torch.float32, (2, 2, 1, 1, rotated_width))
+            cos, sin = turn.to(device)
+            self._turn = ((tokens - 1) // rules.segment, self.angles.exactness), (cos, sin)
         if rules.top_k and size:
             shape = (self.slots.num_kv_heads, 1, size)
             self._visible = held(state, "visible", torch.bool, shape).to(device)
