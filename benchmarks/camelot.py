@@ -28,7 +28,7 @@ from rich.progress import track
 from transformers import PreTrainedModel
 
 from ullage import Recipe, Workload, build_plan, resolve, techniques
-from ullage.kv.bank import BankRow
+from ullage.kv.banked import BankRow
 from ullage.kv.cache import PagedCache
 from ullage.measure.quality import figures
 from ullage.measure.quality.perplexity import Reading, prepare, read

@@ -10,7 +10,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from ullage.errors import InputError, TechniqueError
-from ullage.kv.bank import BankRow
+from ullage.kv.banked import BankRow
 from ullage.kv.kernels import Piece, cpu
 from ullage.kv.pool import HeapBlocks, KVPool
 from ullage.kv.rotation import rotated

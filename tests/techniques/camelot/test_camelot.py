@@ -9,7 +9,7 @@ import torch
 from ullage import ModelSpec
 from ullage.errors import TechniqueError
 from ullage.kv import attention
-from ullage.kv.bank import BankRow
+from ullage.kv.banked import BankRow
 from ullage.kv.cache import PagedCache, cache_argument
 from ullage.kv.pool import HeapBlocks
 from ullage.specs.families import RUNNING

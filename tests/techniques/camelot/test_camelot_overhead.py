@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ullage import Execution, ModelSpec, resolve
-from ullage.kv.bank import BankRow
+from ullage.kv.banked import BankRow
 from ullage.kv.kernels import Piece
 from ullage.kv.pool import KVPool
 from ullage.kv.rows import NewTokens

@@ -148,7 +148,7 @@ class CAMELoT(Technique):
     @contextmanager
     def attach(self, model: "PreTrainedModel") -> Iterator[None]:
         from ullage.kv.attach import rows_in
-        from ullage.kv.bank import BankRow
+        from ullage.kv.banked import BankRow
         from ullage.specs.families import spec_from_config
 
         spec = spec_from_config(model.config.get_text_config().to_dict())
@@ -167,7 +167,7 @@ class CAMELoT(Technique):
     def rows(self, model: ModelSpec) -> "Mapping[int, MakeRow]":
         if not self.slots:
             return {}
-        from ullage.kv.bank import BankRow
+        from ullage.kv.banked import BankRow
         from ullage.kv.pool import Blocks
 
         rules = self.rules

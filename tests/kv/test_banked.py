@@ -10,7 +10,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from ullage.errors import BudgetExceeded
-from ullage.kv.bank import BankRow
+from ullage.kv.banked import BankRow
 from ullage.kv.kernels import Piece, cpu, reference
 from ullage.kv.memory import Memory
 from ullage.kv.pool import HeapBlocks, KVPool
