@@ -5,14 +5,15 @@
 Of `--memory` M entries a bank has half as its slots; the others are exact, a quarter of M the
 segment and a quarter the tokens before it. Beside it, each in no more bytes than that:
 
-    recency         the newest tokens and the first four
-    unconsolidated  as the bank, but nothing is merged: what leaves the exact ones lies there as is
-    dms             windows and survivors by head, as the shipped adapter and its linear predictor
-                    choose
+    recency    the newest tokens and the first four
+    unmerged   as the bank, but nothing is merged: what leaves the exact ones lies there as is
+    dms        windows and survivors by head, as the shipped adapter and its linear predictor
+               choose
 
 DIR holds books/moby_dick.txt and wikitext2_test.txt; the first `--chunks` pieces of each are read,
-and the loss is that of the tokens beyond `--beyond`. The last column says how much higher the
-perplexity is than that of recency, with the standard error of the difference, token by token.
+and the loss is that of the tokens beyond `--beyond`. The last columns say how much
+higher the perplexity is than that of recency and of what is unmerged, with the standard error
+of the difference, token by token.
 """
 
 import argparse
@@ -50,7 +51,7 @@ def choices(memory: int, recipe: Recipe) -> dict[str, Technique]:
     return {
         "recency": same_bytes(bank, recipe),
         "bank": bank,
-        "unconsolidated": replace(bank, threshold=2.0),
+        "unmerged": replace(bank, threshold=2.0),
         "dms": dms.settled(recipe.model, recipe.workload, recipe.execution),
     }
 
@@ -70,8 +71,10 @@ def main() -> None:
     texts = prepare(
         read_texts(asked.data), tokenizer, Asked(asked.tokens, asked.beyond, asked.chunks, seed=0)
     )
-    print("| text | entries | what | live KV | perplexity | from recency (se) | n |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| text | entries | what | live KV | perplexity | from recency (se) | from unmerged | n |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     model = load_model(build_plan(recipe), folder, tokenizer).model
     for memory in asked.memory or (128, 256, 512, 1024, 2048):
         known = choices(memory, recipe)
@@ -90,11 +93,14 @@ def report(where: str, found: dict[str, tuple[Reading, ...]], beyond: int) -> No
         for what, readings in found.items()
     }
     for what, readings in found.items():
-        change = figures.perplexity_change(losses["recency"], losses[what])
+        changes = [
+            figures.perplexity_change(losses[other], losses[what])
+            for other in ("recency", "unmerged")
+        ]
+        columns = " | ".join(f"{change.value:+.2f}% ({change.error:.2f}%)" for change in changes)
         print(
             f"| {where} | {what} | {readings[0].live_bytes / 2**20:.1f} MiB "
-            f"| {figures.perplexity(losses[what]).value:.2f} "
-            f"| {change.value:+.2f}% ({change.error:.2f}%) | {change.n:,} |",
+            f"| {figures.perplexity(losses[what]).value:.2f} | {columns} | {changes[0].n:,} |",
             flush=True,
         )
 
