@@ -8,6 +8,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import attrgetter
 from typing import NamedTuple, Self
 
 import torch
@@ -71,9 +73,11 @@ class Taken(NamedTuple):
 
 
 class Row(ABC):
-    """One sequence in one layer, its blocks from `pool`."""
+    """One sequence in one layer, its blocks from `pool`. `before` are entries that all its queries
+    see, beside its own: it does not hold them, and they are no tokens of its sequence."""
 
     pool: Blocks
+    before: Piece | None = None
 
     @property
     @abstractmethod
@@ -109,11 +113,16 @@ class Row(ABC):
 
     def attend(self, new: NewTokens, attention: Attend) -> torch.Tensor:
         """Either, by how many `new` are."""
+        seeing = attention if self.before is None else _behind(self.before, attention)
         if len(new) > 1:
-            return self.attend_chunk(new, attention)
+            return self.attend_chunk(new, seeing)
         taken = self.take(new)
         self.pool.store(taken.places, new.stored(self.pool.dtype))
-        return attention(new.query, taken.pieces)
+        return seeing(new.query, taken.pieces)
+
+    def pieces(self, taken: Taken, heads: slice) -> list[Piece]:
+        """What the query heads `heads`, for which room was `taken`, see in all."""
+        return taken.pieces if self.before is None else _joined(self.before, taken.pieces, heads)
 
     @abstractmethod
     def copy(self) -> Self:
@@ -244,6 +253,30 @@ class SlidingRow(Row):
 def seen_by(heads: slice, pieces: list[Piece]) -> list[Piece]:
     """`pieces` that the query heads `heads` see."""
     return [replace(piece, heads=heads) for piece in pieces]
+
+
+def _behind(before: Piece, attention: Attend) -> Attend:
+    """`attention` over `before` too, by all heads of a query."""
+
+    def seeing(query: torch.Tensor, pieces: list[Piece]) -> torch.Tensor:
+        return attention(query, _joined(before, pieces, slice(0, len(query))))
+
+    return seeing
+
+
+def _joined(before: Piece, pieces: list[Piece], heads: slice) -> list[Piece]:
+    """`pieces` of the query heads `heads`, those of the same heads side by side, as kernels want
+    them; in front of them what these heads see of `before`."""
+    group = (heads.stop - heads.start) // before.keys.shape[0]
+    joined = []
+    for seeing, own in groupby(pieces, attrgetter("heads")):
+        if seeing is None:
+            joined.append(before)
+        else:
+            kv_heads = slice(*((at - heads.start) // group for at in (seeing.start, seeing.stop)))
+            joined.append(replace(before.of_heads(kv_heads), heads=seeing))
+        joined += own
+    return joined
 
 
 def _band(queries: int, keys: int, window: int, device: torch.device) -> torch.Tensor:
