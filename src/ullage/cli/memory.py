@@ -16,7 +16,6 @@ from ullage.errors import FactError, InputError
 from ullage.techniques.larimar.event import Event
 from ullage.techniques.larimar.fact import Fact, read_facts
 from ullage.techniques.larimar.ledger import Ledger, Moment, Who
-from ullage.techniques.larimar.subject import stands_in
 
 _SHOWN = 20  # facts of a file are too many to print
 _MOST = 1 << 31  # of events: SQLite counts further, and nobody does
@@ -139,15 +138,7 @@ def edit(
     if (text is None) == (answer is None):
         raise InputError("Give what the fact becomes: TEXT, or --answer.")
     with Ledger(db) as ledger:
-        before = ledger.fact(fact)
-        if text is not None:
-            still = before.subject if stands_in(before.subject, text) else None
-            after = Fact.make(text, subject or still)
-        elif before.prompt:
-            after = Fact.make(None, subject or before.subject, before.prompt, answer)
-        else:
-            raise FactError(f"Fact {fact} shows no prompt that an answer follows: give TEXT.")
-        event = ledger.edit(fact, after, who)
+        event = ledger.edit(fact, ledger.fact(fact).edited(text, answer, subject), who)
     _changed([] if event is None else [event], as_json)
 
 
