@@ -79,7 +79,8 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         return beside
 
     def give_before(self, before: list[Piece | None]) -> None:
-        """What each of the rows that begin with the next step is to see before its own entries."""
+        """What each of the rows that begin with the next step is to see beside its own entries; of
+        those that go on, nothing changes."""
         self._before = before
 
     def rows_of_step(self, batch: int, new_tokens: int) -> list[Row]:
@@ -89,7 +90,8 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         self._waiting = False
         self.seen_tokens += new_tokens
         for row, before in zip(self.rows, self._before, strict=False):
-            row.before = before
+            if not row.length:
+                row.before = before
         self._before = []
         return self.rows
 

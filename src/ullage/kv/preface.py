@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 from transformers import DynamicCache
@@ -140,6 +141,7 @@ class _Hooks:
     def __init__(self, model: "PreTrainedModel", choose: Choose, name: str) -> None:
         self.model, self.choose, self.name = model, choose, name
         self._open: list[ExitStack] = []  # of forward passes, one inside another
+        self._ours = WeakSet[PagedCache]()  # caches whose sequences all began here
 
     def begin(
         self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -147,7 +149,7 @@ class _Hooks:
         """The batch's cache with its prefaces, and our attention, where any begins with one."""
         self._open.append(ExitStack())
         given = next((kwargs[key] for key in _CACHE_NAMES if kwargs.get(key) is not None), None)
-        if _is_to_begin(given):
+        if self._is_to_begin(given):
             kwargs = self._begun(given, args, kwargs)
             given = next((kwargs[key] for key in _CACHE_NAMES if key in kwargs), None)
         if isinstance(given, PagedCache):
@@ -159,16 +161,29 @@ class _Hooks:
         if self._open:
             self._open.pop().close()
 
+    def _is_to_begin(self, given: Any) -> bool:
+        """Whether a forward pass with this cache begins a sequence. Rows that are there already are
+        of somebody who asks for what is `chosen`, or go on; but all that a row of ours had so far
+        may have been padding."""
+        if isinstance(given, _Heard):
+            return False
+        if isinstance(given, PagedCache):
+            rows = given.paged[0].rows
+            if not rows:
+                self._ours.add(given)  # even if nothing is chosen yet
+            return not rows or (given in self._ours and any(not row.length for row in rows))
+        return given is None or (isinstance(given, DynamicCache) and not given.get_seq_length())
+
     def _begun(
         self, given: PagedCache | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        prompts = _prompts(args, kwargs)
-        found = [self.choose(ids) for ids in prompts]
+        found = [self.choose(ids) if ids else None for ids in _prompts(args, kwargs)]
         if all(preface is None for preface in found):
             return kwargs
         if kwargs.get("use_cache") is False:
             raise TechniqueError(f"{self.name} goes on from a cache: leave use_cache=False out.")
         cache = given if isinstance(given, PagedCache) else self._new_cache()
+        self._ours.add(cache)
         dtype = cache.pool.dtype
         for number, layer in enumerate(cache.paged):
             layer.give_before(
@@ -182,23 +197,15 @@ class _Hooks:
         return PagedCache(spec, HeapBlocks(spec.head_dim, self.model.dtype, self.model.device))
 
 
-def _is_to_begin(given: Any) -> bool:
-    """Whether a forward pass with this cache begins sequences. Rows that are there already are of
-    somebody who asks for what is `chosen`, or go on."""
-    if isinstance(given, PagedCache):
-        return not given.paged[0].rows and not isinstance(given, _Heard)
-    return given is None or (isinstance(given, DynamicCache) and not given.get_seq_length())
-
-
 def _prompts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[list[int]]:
-    """The token ids of each row, without padding; none where the model is given no ids."""
+    """The token ids of each row in this pass, without padding; none where it is given none."""
     ids = args[0] if args else kwargs.get("input_ids")
     if ids is None:
         return []
     mask = kwargs.get("attention_mask")
     if mask is None or mask.dim() != 2:
         return ids.tolist()  # type: ignore[no-any-return]
-    pairs = zip(ids.tolist(), mask.tolist(), strict=True)
+    pairs = zip(ids.tolist(), mask[:, -ids.shape[1] :].tolist(), strict=True)
     return [[token for token, real in zip(*row, strict=True) if real] for row in pairs]
 
 
