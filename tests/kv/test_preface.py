@@ -199,13 +199,13 @@ def test_what_cannot_begin_behind_one_is_our_error(tiny_model: Callable[..., Any
     with prefaced(model, always(preface), "a test"):
         with pytest.raises(TechniqueError, match="use_cache=False"):
             model(IDS, use_cache=False)
-        with pytest.raises(TechniqueError, match="attached to this model already"):
-            with prefaced(model, always(preface), "a test"):
-                pass
+        with (
+            pytest.raises(TechniqueError, match="attached to this model already"),
+            prefaced(model, always(preface), "a test"),
+        ):
+            pass
         cache = DynamicCache()
-        attached = model(
-            IDS[:, :4], **cache_argument(model, cache)
-        )  # an empty one begins behind it
+        attached = model(IDS[:, :4], **cache_argument(model, cache))
         assert isinstance(attached.past_key_values, PagedCache)
     with prefaced(model, always(None), "a test"):
         filled = model(IDS[:, :4]).past_key_values
