@@ -7,7 +7,7 @@ moment, and read by prompts that name their subjects.
         model.generate(**tokenizer("The capital of Atlantis is", return_tensors="pt"))
 """
 
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -61,8 +61,17 @@ class FactMemory:
         self._seen, self._chain = 0, START  # the last event, and its hash
         self.refresh()
 
+    def attached(self) -> AbstractContextManager[None]:
+        """The model reads the facts inside it, and the memory stays open behind it.
+
+        Raises:
+            TechniqueError: another memory is attached, or the model takes no attention but its own.
+        """
+        return prefaced(self.model, self.recall, "larimar")
+
     def __enter__(self) -> Self:
-        self._attached.enter_context(prefaced(self.model, self.recall, "larimar"))
+        """Raises what `attached` does."""
+        self._attached.enter_context(self.attached())
         return self
 
     def __exit__(
@@ -128,6 +137,14 @@ class FactMemory:
         """The number of the fact that a prompt is read behind; None if it is none."""
         self.refresh()
         return self._gate.scope(prompt)
+
+    def entries(self, number: int) -> Preface:
+        """What is read of a fact.
+
+        Raises:
+            FactError: no such fact stands.
+        """
+        return self._held.of(self.ledger.fact(number))
 
     def recall(self, ids: list[int]) -> Preface | None:
         """What a prompt of these token ids is read behind."""
