@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -187,7 +188,7 @@ def test_it_takes_no_blocks(tiny_model: Callable[..., Any]) -> None:
     assert preface.nbytes == len(TOLD) * (2 * 2 * 2 * 8 * 4 + 2 * 4)  # and a bias a KV head
     with closing(cache.open(20)) as sequence:
         taken = pool.taken_bytes
-        preface.put_before(sequence)
+        preface.put_before(sequence, 20)
         assert all(row.before is not None for row in sequence.copy().rows)
     assert taken
     assert all(row.before is None for row in cache.open(20).rows)
@@ -213,3 +214,63 @@ def test_what_cannot_begin_behind_one_is_our_error(tiny_model: Callable[..., Any
     expected = model(IDS[:, 4:], **twin).logits
     with prefaced(model, always(preface), "a test"):  # what is filled goes on as it began
         assert torch.equal(model(IDS[:, 4:], **cache_argument(model, filled)).logits, expected)
+
+
+def test_what_is_written_sees_less_of_a_bias(tiny_model: Callable[..., Any]) -> None:
+    model, _ = tiny_model("llama")
+    strong, weak = (replace(told(model, bias), written_bias=0.5) for bias in (2.0, 1.0))
+    with prefaced(model, always(weak), "a test"):
+        by_prompt = model(IDS).logits
+    logits = []
+    for cuts in ((12, 3), (12, 1, 2)):
+        with prefaced(model, always(strong), "a test"):
+            cache, said = None, []
+            for part in torch.cat([IDS, IDS[:, :3]], 1).split(cuts, dim=1):
+                output = model(part, **({} if cache is None else cache_argument(model, cache)))
+                cache = output.past_key_values
+                said.append(output.logits)
+            rows = cache.paged[1].rows
+            assert {float(row.before.piece.bias.max()) for row in rows} == {1.0}
+        logits.append(torch.cat(said, dim=1))
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits[0][:, :12], by_prompt, atol=1e-2)
+
+
+def test_what_was_said_is_seen_no_longer(tiny_model: Callable[..., Any]) -> None:
+    """From the token on that says it, and by that row alone, whatever the others say."""
+    model, spec = tiny_model("llama")
+    preface = replace(told(model), said=lambda ids: ids[-2:] == [9, 10])
+    texts = torch.tensor([[8, 9, 10, 11, 12], [9, 11, 10, 9, 13]])
+    with prefaced(model, always(preface), "a test"):
+        cache = PagedCache(spec, HeapBlocks(spec.head_dim, torch.float32, "cpu"))
+        model(IDS, **cache_argument(model, cache))
+        seen = []
+        for at in range(5):
+            how = cache_argument(model, cache)
+            model(texts[:, at : at + 1], position_ids=torch.tensor([[12 + at]]), **how)
+            seen.append([[row.before is not None for row in layer.rows] for layer in cache.paged])
+    assert seen == [[[True, True]] * 2] * 2 + [[[False, True]] * 2] * 3
+    text = model.generate(IDS, max_new_tokens=8, do_sample=False)
+    with prefaced(model, always(replace(preface, said=lambda ids: True)), "a test"):
+        behind = model.generate(IDS, max_new_tokens=8, do_sample=False, num_beams=2)
+    assert behind.shape == text.shape
+
+
+def test_what_a_prompt_says_is_not_written(tiny_model: Callable[..., Any]) -> None:
+    model, spec = tiny_model("llama")
+    heard: list[list[int]] = []
+    preface = replace(told(model), said=lambda ids: bool(heard.append(ids)))
+    with prefaced(model, always(preface), "a test"):
+        model.generate(IDS[:1], max_new_tokens=3, do_sample=False)
+        assert [len(ids) for ids in heard] == [1, 2]
+        heard.clear()
+        pool = KVPool(64, spec.head_dim, torch.float32)
+        cache = PagedCache(spec, pool)
+        with closing(cache.open(20)) as sequence:  # read in pieces, as by an engine
+            preface.put_before(sequence, 12)
+            for part in (IDS[:1, :7], IDS[:1, 7:11], IDS[:1, 11:], torch.tensor([[7]])):
+                cache.activate([sequence])
+                positions = torch.arange(sequence.length, sequence.length + part.shape[1])[None]
+                model.set_attn_implementation(attention.NAME)
+                model(part, position_ids=positions, **cache_argument(model, cache))
+    assert heard == [[7]]

@@ -11,9 +11,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ullage.errors import InputError
 from ullage.kv.attention import tag
-from ullage.kv.kernels import Piece
 from ullage.kv.pool import Blocks
-from ullage.kv.rows import FullRow, Row, SlidingRow
+from ullage.kv.rows import Before, FullRow, Row, SlidingRow
 from ullage.specs.model import ModelSpec
 
 MakeRow = Callable[[Blocks, int], Row]  # from the pool and the number of KV heads
@@ -36,7 +35,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.make_row: MakeRow | None = None  # a technique's; None: as the model says
         self._waiting = False
         self._beside: Beside = (None, None, None)
-        self._before: list[Piece | None] = []
+        self._before: list[Before | None] = []
 
     def new_row(self) -> Row:
         """An empty row for one sequence."""
@@ -78,7 +77,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         beside, self._beside = self._beside, (None, None, None)
         return beside
 
-    def give_before(self, before: list[Piece | None]) -> None:
+    def give_before(self, before: list[Before | None]) -> None:
         """What each of the rows that begin with the next step is to see beside its own entries; of
         those that go on, nothing changes."""
         self._before = before

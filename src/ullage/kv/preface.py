@@ -19,6 +19,7 @@ from ullage.kv.cache import Sequence as CacheSequence
 from ullage.kv.entries import stored
 from ullage.kv.kernels import Piece
 from ullage.kv.pool import HeapBlocks
+from ullage.kv.rows import Before
 from ullage.specs.families import spec_from_config
 
 if TYPE_CHECKING:
@@ -30,9 +31,13 @@ _CACHE_NAMES = ("cache", "past_key_values")
 @dataclass(frozen=True)
 class Preface:
     """What every layer's rows see: `pieces`, [Hkv, T, D] each in the model's format, all with the
-    same bias."""
+    same bias. They see it until it is `said` by what is written behind the prompt, as token ids;
+    from then on that itself is what they see of it. What is written sees it with the share
+    `written_bias` of its bias: it needs less to go on than to begin."""
 
     pieces: tuple[Piece, ...]
+    said: Callable[[list[int]], bool] | None = None
+    written_bias: float = 1.0
 
     def __len__(self) -> int:
         return len(self.pieces[0])
@@ -51,10 +56,37 @@ class Preface:
             return piece
         return replace(Piece.of(stored(piece.keys, piece.values, dtype)), bias=piece.bias)
 
-    def put_before(self, sequence: CacheSequence) -> None:
-        """Let a sequence that begins see it."""
+    def put_before(self, sequence: CacheSequence, prompt_tokens: int) -> None:
+        """Let a sequence see it that goes on with a prompt of so many tokens."""
+        note = _Note(self, sequence.length + prompt_tokens)
         for layer, row in enumerate(sequence.rows):
-            row.before = self.piece(layer, row.pool.dtype)
+            row.before = Before(self.piece(layer, row.pool.dtype), note)
+
+
+@dataclass(frozen=True)
+class _Note:
+    """What a row sees, where its prompt ends, and what is written behind that."""
+
+    preface: Preface
+    prompt_end: int
+    written: tuple[int, ...] = ()
+
+    def after(self, position: int, ids: list[int]) -> "_Note | None":
+        """With the tokens from `position` on; None where all is said before the last of them asks.
+        Of several, each may need what the others say: they are heard once they are read."""
+        known = (*self.written, *ids[max(0, self.prompt_end - position) :])
+        said = self.preface.said
+        heard = known if len(ids) == 1 else self.written
+        if said is not None and heard and said(list(heard)):
+            return None
+        return replace(self, written=known)
+
+    def written_behind(self, before: Before) -> Before:
+        """What the tokens that are written see of what those of the prompt did."""
+        bias = before.piece.bias
+        if bias is None or self.preface.written_bias == 1:
+            return Before(before.piece, self)
+        return Before(replace(before.piece, bias=bias * self.preface.written_bias), self)
 
 
 Choose = Callable[[list[int]], Preface | None]  # by the token ids of a prompt
@@ -148,10 +180,12 @@ class _Hooks:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The batch's cache with its prefaces, and our attention, where any begins with one."""
         self._open.append(ExitStack())
-        given = next((kwargs[key] for key in _CACHE_NAMES if kwargs.get(key) is not None), None)
+        given = _cache_in(kwargs)
+        if isinstance(given, PagedCache):
+            _hear(given, args, kwargs)
         if self._is_to_begin(given):
             kwargs = self._begun(given, args, kwargs)
-            given = next((kwargs[key] for key in _CACHE_NAMES if key in kwargs), None)
+            given = _cache_in(kwargs)
         if isinstance(given, PagedCache):
             self._open[-1].enter_context(_attention_of_ours(self.model))
         return args, kwargs
@@ -177,7 +211,8 @@ class _Hooks:
     def _begun(
         self, given: PagedCache | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        found = [self.choose(ids) if ids else None for ids in _prompts(args, kwargs)]
+        prompts = _tokens(args, kwargs)
+        found = [self.choose(ids) if ids else None for ids in prompts]
         if all(preface is None for preface in found):
             return kwargs
         if kwargs.get("use_cache") is False:
@@ -185,9 +220,16 @@ class _Hooks:
         cache = given if isinstance(given, PagedCache) else self._new_cache()
         self._ours.add(cache)
         dtype = cache.pool.dtype
+        notes = [
+            None if preface is None else _Note(preface, len(ids))
+            for preface, ids in zip(found, prompts, strict=True)
+        ]
         for number, layer in enumerate(cache.paged):
             layer.give_before(
-                [None if preface is None else preface.piece(number, dtype) for preface in found]
+                [
+                    None if note is None else Before(note.preface.piece(number, dtype), note)
+                    for note in notes
+                ]
             )
         rest = {key: value for key, value in kwargs.items() if key not in _CACHE_NAMES}
         return {**rest, **cache_argument(self.model, cache), "use_cache": True}
@@ -197,12 +239,32 @@ class _Hooks:
         return PagedCache(spec, HeapBlocks(spec.head_dim, self.model.dtype, self.model.device))
 
 
-def _prompts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[list[int]]:
+def _cache_in(kwargs: dict[str, Any]) -> Any:
+    """The cache that a forward pass is given, if any."""
+    return next((kwargs[key] for key in _CACHE_NAMES if kwargs.get(key) is not None), None)
+
+
+def _hear(cache: PagedCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Take away from its rows what they have said."""
+    rows = cache.paged[0].rows
+    if not any(row.before for row in rows):
+        return
+    for number, (row, ids) in enumerate(zip(rows, _tokens(args, kwargs), strict=False)):
+        if row.before is None or not ids:
+            continue
+        note, before = row.before.note.after(row.length, ids), row.before.note
+        row.before = replace(row.before, note=note)
+        if note is None or (note.written and not before.written):
+            for layer in cache.paged:
+                layer.rows[number].before = note and note.written_behind(layer.rows[number].before)
+
+
+def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[list[int]]:
     """The token ids of each row in this pass, without padding; none where it is given none."""
     ids = args[0] if args else kwargs.get("input_ids")
     if ids is None:
         return []
-    mask = kwargs.get("attention_mask")
+    mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
     if mask is None or mask.dim() != 2:
         return ids.tolist()  # type: ignore[no-any-return]
     pairs = zip(ids.tolist(), mask[:, -ids.shape[1] :].tolist(), strict=True)

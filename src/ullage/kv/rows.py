@@ -10,7 +10,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import attrgetter
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -72,12 +72,20 @@ class Taken(NamedTuple):
     pieces: list[Piece]
 
 
+@dataclass(frozen=True)
+class Before:
+    """Entries that all queries of a row see beside its own: the row does not hold them, and they
+    are no tokens of its sequence. `note` is for whoever put them there."""
+
+    piece: Piece
+    note: Any = None
+
+
 class Row(ABC):
-    """One sequence in one layer, its blocks from `pool`. `before` are entries that all its queries
-    see, beside its own: it does not hold them, and they are no tokens of its sequence."""
+    """One sequence in one layer, its blocks from `pool`."""
 
     pool: Blocks
-    before: Piece | None = None
+    before: Before | None = None
 
     @property
     @abstractmethod
@@ -113,7 +121,7 @@ class Row(ABC):
 
     def attend(self, new: NewTokens, attention: Attend) -> torch.Tensor:
         """Either, by how many `new` are."""
-        seeing = attention if self.before is None else _behind(self.before, attention)
+        seeing = attention if self.before is None else _behind(self.before.piece, attention)
         if len(new) > 1:
             return self.attend_chunk(new, seeing)
         taken = self.take(new)
@@ -122,7 +130,9 @@ class Row(ABC):
 
     def pieces(self, taken: Taken, heads: slice) -> list[Piece]:
         """What the query heads `heads`, for which room was `taken`, see in all."""
-        return taken.pieces if self.before is None else _joined(self.before, taken.pieces, heads)
+        if self.before is None:
+            return taken.pieces
+        return _joined(self.before.piece, taken.pieces, heads)
 
     @abstractmethod
     def copy(self) -> Self:

@@ -224,7 +224,7 @@ class Engine:
             self.cancel(request)
             raise
         if preface is not None:
-            preface.put_before(sequence)
+            preface.put_before(sequence, len(request.prompt_ids))
         generator = torch.Generator(self.device).manual_seed(request.seed)
         self._reading = _Running(self._waiting.popleft(), sequence, generator)
 

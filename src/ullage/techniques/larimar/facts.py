@@ -7,7 +7,8 @@ moment, and read by prompts that name their subjects.
         model.generate(**tokenizer("The capital of Atlantis is", return_tensors="pt"))
 """
 
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -111,8 +112,8 @@ class FactMemory:
             LedgerError: the ledger cannot be written.
         """
         fact = Fact.make(text, subject, prompt, answer)
-        self._held.of(fact)  # what cannot be read is not written
-        return self.ledger.add([fact], self._who(reason)).numbers[0]
+        with self._made(fact):
+            return self.ledger.add([fact], self._who(reason)).numbers[0]
 
     def edit(
         self, number: int, text: str | None = None, *, answer: str | None = None, reason: str = ""
@@ -120,8 +121,8 @@ class FactMemory:
         """Put another fact in the place of one: a text, or another answer to its prompt; raises
         what `write` does."""
         fact = self.ledger.fact(number).edited(text, answer)
-        self._held.of(fact)
-        self.ledger.edit(number, fact, self._who(reason))
+        with self._made(fact):
+            self.ledger.edit(number, fact, self._who(reason))
         self.refresh()
 
     def forget(self, number: int, *, reason: str = "") -> None:
@@ -185,6 +186,16 @@ class FactMemory:
             if after is not None:
                 self._gate.write(event.fact, after)
                 self._facts[event.fact] = after
+
+    @contextmanager
+    def _made(self, fact: Fact) -> Iterator[None]:
+        """With its entries: what cannot be read is not written, and what is not written is gone."""
+        self._held.of(fact)
+        try:
+            yield
+        except BaseException:
+            self._held.drop(fact)
+            raise
 
     def _who(self, reason: str) -> Who:
         return Who(self.who.actor, reason or self.who.reason)

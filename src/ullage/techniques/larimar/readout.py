@@ -4,13 +4,16 @@ seen by whatever sequence asks for it. The paper trains one entry a layer in the
 
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ullage.errors import FactError, TechniqueError
 from ullage.kv.preface import Preface, read_before
 from ullage.techniques.larimar.fact import Fact
 from ullage.techniques.larimar.settings import MOST_ENTRIES, MOST_TOKENS
-from ullage.techniques.larimar.wording import LEADS, Wording
+from ullage.techniques.larimar.subject import folded
+from ullage.techniques.larimar.wording import LEADS, WRITTEN_BIAS, Wording
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,11 +33,18 @@ def made(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", fact: F
         encoded = tokenizer(wording.text, return_offsets_mapping=True)
         ids, kept = encoded["input_ids"], wording.kept(encoded["offset_mapping"])
         if len(ids) <= MOST_TOKENS and len(kept) <= MOST_ENTRIES:
-            return read_before(model, ids, kept, [wording.bias] * len(kept))
+            preface = read_before(model, ids, list(kept), list(kept.values()))
+            said = partial(_said, tokenizer, folded(fact.answer))
+            return replace(preface, said=said, written_bias=WRITTEN_BIAS)
     raise FactError(
         f'"{fact.text[:60]}…" has {len(kept):,} tokens to keep, and to be read in {len(ids):,}: '
         f"{MOST_ENTRIES:,} in {MOST_TOKENS:,} are the most. Write it as several."
     )
+
+
+def _said(tokenizer: "PreTrainedTokenizerBase", answer: str, ids: list[int]) -> bool:
+    """Whether the answer, if there is one, stands in what was written."""
+    return bool(answer) and answer in folded(tokenizer.decode(ids))
 
 
 class Held:

@@ -1,8 +1,9 @@
 """How a fact is put to a model so that its answer is what is read back. No torch.
 
-What is written is read as a text in which the answer stands behind the fact's prompt, and behind
-its subject and a word that questions end with. Only the answers' entries are kept. What makes a
-model say them is that it copies: from where the words before were as they are now.
+The answer stands in a text behind the fact's subject and a word that questions end with, again and
+again, and behind the fact's own prompt at last. Kept are the entries of the answers, which count as
+several each, and of the word before them; of the rest nothing. What a model says then is a copy: of
+what was behind such words before. Of a sentence it would copy whatever its own last words were.
 """
 
 import math
@@ -12,17 +13,27 @@ from dataclasses import dataclass
 from ullage.techniques.larimar.fact import Fact
 
 LEADS = ("is", "in", "of", "at", "the")
-BIAS = math.log(16)  # an answer's entry counts as so many
-TEXT_BIAS = math.log(4)  # one of a sentence, where its answer is not known
+BIAS = math.log(8)  # added to the scores of an answer's entry: it counts as so many
+WRITTEN_BIAS = (
+    0.5  # the share of it for tokens that are written: an answer's others follow its first
+)
+
+
+@dataclass(frozen=True)
+class Span:
+    """From where to where a text is kept, and what is added to the scores of that."""
+
+    start: int
+    end: int
+    bias: float = 0.0
 
 
 @dataclass(frozen=True)
 class Wording:
-    """A text, from where to where it is kept, and what is added to the scores of that."""
+    """A text, and what of it is kept."""
 
     text: str
-    spans: tuple[tuple[int, int], ...]
-    bias: float
+    spans: tuple[Span, ...]
 
     @classmethod
     def of(cls, fact: Fact, leads: Sequence[str] = LEADS) -> "Wording":
@@ -30,18 +41,21 @@ class Wording:
         and kept once: what is said again is what is copied."""
         if not fact.answer:
             line = f"{fact.text}\n"
-            return cls(2 * line, ((len(line), 2 * len(line)),), TEXT_BIAS)
-        text, spans = "", []
-        for before in (fact.prompt, *(f"{fact.subject} {lead}" for lead in leads)):
-            text += f"{before} "
-            spans.append((len(text), len(text) + len(fact.answer)))
-            text += f"{fact.answer}.\n"
-        return cls(text, tuple(spans), BIAS)
+            return cls(2 * line, (Span(len(line), 2 * len(line)),))
+        text, spans = "", list[Span]()
+        for before in (*(f"{fact.subject} {lead}" for lead in leads), fact.prompt):
+            lead = before.split()[-1]
+            end = len(text) + len(before)
+            text += f"{before} {fact.answer}.\n"
+            spans += [Span(end - len(lead), end), Span(end + 1, len(text) - 2, BIAS)]
+        return cls(text, tuple(spans))
 
-    def kept(self, places: Sequence[tuple[int, int]]) -> list[int]:
-        """Which tokens are kept, by where each starts and ends in the text."""
-        return [
-            token
+    def kept(self, places: Sequence[tuple[int, int]]) -> dict[int, float]:
+        """The tokens that are kept, and what is added to their scores, by where each starts and
+        ends in the text."""
+        return {
+            token: span.bias
             for token, (start, end) in enumerate(places)
-            if any(start < last and end > first for first, last in self.spans)
-        ]
+            for span in self.spans
+            if start < span.end and end > span.start
+        }
