@@ -3,7 +3,8 @@
 The answer stands in a text behind the fact's subject and a word that questions end with, again and
 again, and behind the fact's own prompt at last. Kept are the entries of the answers, which count as
 several each, and of the word before them; of the rest nothing. What a model says then is a copy: of
-what was behind such words before. Of a sentence it would copy whatever its own last words were.
+what was behind such words before. A sentence whose answer is not known is kept as it is, as if it
+stood in front of the prompt.
 """
 
 import math
@@ -37,11 +38,10 @@ class Wording:
 
     @classmethod
     def of(cls, fact: Fact, leads: Sequence[str] = LEADS) -> "Wording":
-        """The fewer `leads`, the shorter. A sentence of which nothing else is known is said twice
-        and kept once: what is said again is what is copied."""
+        """The fewer `leads`, the shorter."""
         if not fact.answer:
             line = f"{fact.text}\n"
-            return cls(2 * line, (Span(len(line), 2 * len(line)),))
+            return cls(line, (Span(0, len(line)),))
         text, spans = "", list[Span]()
         for before in (*(f"{fact.subject} {lead}" for lead in leads), fact.prompt):
             lead = before.split()[-1]
