@@ -144,7 +144,7 @@ def read_before(
             logits_to_keep=1,
         )
     at = torch.tensor(kept, device=model.device)
-    added = torch.tensor(bias, device=model.device).expand(spec.num_kv_heads, 1, -1)
+    added = torch.tensor(bias, device=model.device).expand(spec.num_kv_heads, 1, -1).contiguous()
     pieces = (
         Piece(keys[0][:, at], values[0][:, at], bias=added) for keys, values in cache.heard.values()
     )
