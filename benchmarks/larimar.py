@@ -74,9 +74,11 @@ class Reader:
         padded = torch.tensor([answer + [0] * (longest - len(answer)) for answer in answers])
         with self.attached():
             read = self.model(torch.tensor([ids, ids]), use_cache=True)
-            going_on = cache_argument(self.model, read.past_key_values)
-            rest = self.model(padded, **going_on).logits
-        logits = torch.cat([read.logits[:, -1:], rest[:, :-1]], dim=1).log_softmax(-1)
+            steps = [read.logits[:, -1:]]
+            for at in range(longest - 1):  # as they are generated: a token at a time
+                going_on = cache_argument(self.model, read.past_key_values)
+                steps.append(self.model(padded[:, at : at + 1], **going_on).logits)
+        logits = torch.cat(steps, dim=1).log_softmax(-1)
         chances = [
             sum(logits[row, at, token].item() for at, token in enumerate(answer))
             for row, answer in enumerate(answers)

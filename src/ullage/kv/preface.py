@@ -65,21 +65,24 @@ class Preface:
 
 @dataclass(frozen=True)
 class _Note:
-    """What a row sees, where its prompt ends, and what is written behind that."""
+    """What a row sees, where its prompt ends, and what is written behind that. Where nobody said,
+    the prompt ends before the first pass of a token each."""
 
     preface: Preface
-    prompt_end: int
+    prompt_end: int | None = None
     written: tuple[int, ...] = ()
 
-    def after(self, position: int, ids: list[int]) -> "_Note | None":
+    def after(self, position: int, ids: list[int], several: bool) -> "_Note | None":
         """With the tokens from `position` on; None where all is said before the last of them asks.
-        Of several, each may need what the others say: they are heard once they are read."""
-        known = (*self.written, *ids[max(0, self.prompt_end - position) :])
-        said = self.preface.said
-        heard = known if len(ids) == 1 else self.written
+        Of `several` each may need what the others say: they are heard once they are read."""
+        if self.prompt_end is None and several:
+            return self
+        end = position if self.prompt_end is None else self.prompt_end
+        known = (*self.written, *ids[max(0, end - position) :])
+        said, heard = self.preface.said, self.written if several else known
         if said is not None and heard and said(list(heard)):
             return None
-        return replace(self, written=known)
+        return replace(self, prompt_end=end, written=known)
 
     def written_behind(self, before: Before) -> Before:
         """What the tokens that are written see of what those of the prompt did."""
@@ -211,8 +214,7 @@ class _Hooks:
     def _begun(
         self, given: PagedCache | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        prompts = _tokens(args, kwargs)
-        found = [self.choose(ids) if ids else None for ids in prompts]
+        found = [self.choose(ids) if ids else None for ids in _tokens(args, kwargs)]
         if all(preface is None for preface in found):
             return kwargs
         if kwargs.get("use_cache") is False:
@@ -220,10 +222,7 @@ class _Hooks:
         cache = given if isinstance(given, PagedCache) else self._new_cache()
         self._ours.add(cache)
         dtype = cache.pool.dtype
-        notes = [
-            None if preface is None else _Note(preface, len(ids))
-            for preface, ids in zip(found, prompts, strict=True)
-        ]
+        notes = [None if preface is None else _Note(preface) for preface in found]
         for number, layer in enumerate(cache.paged):
             layer.give_before(
                 [
@@ -249,10 +248,12 @@ def _hear(cache: PagedCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
     rows = cache.paged[0].rows
     if not any(row.before for row in rows):
         return
-    for number, (row, ids) in enumerate(zip(rows, _tokens(args, kwargs), strict=False)):
-        if row.before is None or not ids:
+    ids = args[0] if args else kwargs.get("input_ids")
+    several = ids is not None and ids.shape[1] > 1
+    for number, (row, new) in enumerate(zip(rows, _tokens(args, kwargs), strict=False)):
+        if row.before is None or not new:
             continue
-        note, before = row.before.note.after(row.length, ids), row.before.note
+        note, before = row.before.note.after(row.length, new, several), row.before.note
         row.before = replace(row.before, note=note)
         if note is None or (note.written and not before.written):
             for layer in cache.paged:
