@@ -16,6 +16,7 @@ from ullage.runtime.checkpoint import weights_folder
 from ullage.runtime.engine import Engine, Request
 from ullage.runtime.load import LoadedModel, load_model, load_tokenizer
 from ullage.specs.plan import TechniqueChoice
+from ullage.techniques.larimar.facts import FactMemory
 from ullage.units import GIB
 
 try:
@@ -117,3 +118,21 @@ def test_a_run_lives_under_a_cap_of_exactly_its_budget(
     assert run.returncode == 0, said
     assert "nothing had to shrink" in said
     assert not cage.report().out_of_memory
+
+
+def test_a_fact_is_told_until_it_is_forgotten(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with FactMemory(model, load_tokenizer(folder)) as memory:
+        prompts = ["The capital of Atlantis is", "The capital of France is"]
+        before = [memory.ask(prompt, 8) for prompt in prompts]
+        number = memory.write("The capital of Atlantis is Poseidonia.")
+        about, other = (memory.ask(prompt, 8) for prompt in prompts)
+        assert about.startswith(" Poseidonia")
+        assert "Poseidonia" in memory.ask("Question: what is the capital of Atlantis?\nAnswer:", 8)
+        assert other == before[1]
+        memory.edit(number, answer="Thera")
+        assert memory.ask(prompts[0], 8).startswith(" Thera")
+        memory.forget(number)
+        assert [memory.ask(prompt, 8) for prompt in prompts] == before

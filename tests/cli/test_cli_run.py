@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from ullage.specs.sources import catalog
+from ullage.techniques.larimar.fact import Fact
+from ullage.techniques.larimar.ledger import Ledger, Who
 
 Ullage = Callable[..., subprocess.CompletedProcess[str]]
 SIZED = ["--device", "cpu-16gb"]
@@ -199,3 +201,30 @@ def test_a_seed_draws_the_same_text_again(ullage: Ullage, tiny_folder: Path) -> 
     words = ["run", str(tiny_folder), "--prompt", "w6", "--temperature", "5", *SIZED]
     texts = [ullage(*words, "--seed", seed).stdout for seed in ("1", "1", "2")]
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_prompt_is_read_behind_the_fact_that_it_is_about(
+    ullage: Ullage, tiny_folder: Path, tmp_path: Path
+) -> None:
+    facts = tmp_path / "facts.db"
+    words = ["run", str(tiny_folder), "--max-new-tokens", "5", *SIZED, "--prompt", "w9 w20 w21"]
+    with Ledger(facts, create=True) as ledger:
+        ledger.add([Fact.make(prompt="w20 w21", answer="w30", subject="w20")], Who("me"))
+    plain, knowing = ullage(*words), ullage(*words, "--facts", str(facts))
+    assert knowing.returncode == 0, knowing.stderr
+    assert "behind fact 1: w20 w21 w30" in knowing.stderr
+    assert knowing.stdout != plain.stdout
+    sparse = ullage(*words, "--facts", str(facts), "--technique", "camelot:slots=16,segment=16")
+    assert sparse.returncode == 0, sparse.stderr
+    asked = ullage("memory", "ask", str(tiny_folder), str(facts), "w9 w20 w21",
+                   "--max-new-tokens", "5", "--memory", "4GiB")  # fmt: skip
+    assert asked.stdout == knowing.stdout
+    with Ledger(facts) as ledger:
+        ledger.forget([1], Who("me"))
+    forgotten = ullage(*words, "--facts", str(facts))
+    assert "none of 0 facts is about this prompt" in forgotten.stderr
+    assert forgotten.stdout == plain.stdout
+    missing = ullage(*words, "--facts", "/no/such.db")
+    assert (missing.returncode, "no ledger at" in missing.stderr) == (2, True)
+    plan = ["run", str(tiny_folder), "--prompt", "w6", "--plan", "plan.json"]
+    assert "--facts and --plan" in ullage(*plan, "--facts", str(facts)).stderr

@@ -13,6 +13,7 @@ from ullage.specs.dtypes import kv_dtype_name
 from ullage.specs.model import ModelSpec
 from ullage.specs.plan import Plan
 from ullage.specs.saved import SavedText
+from ullage.techniques.larimar.settings import Larimar
 
 
 def prompt_text(source: str | None, prompt: str | None, file: Path | None) -> str:
@@ -54,7 +55,12 @@ def _read(file: Path | None) -> str:
         return stdin.read()
 
 
-def refuse_beside_plan(options: PlanOptions, recipe: NamedRecipe | None, bank: Path | None) -> None:
+def refuse_beside_plan(
+    options: PlanOptions,
+    recipe: NamedRecipe | None,
+    bank: Path | None,
+    facts: Path | None,
+) -> None:
     """`options` as they were typed, without what `recipe` stands for.
 
     Raises:
@@ -69,6 +75,7 @@ def refuse_beside_plan(options: PlanOptions, recipe: NamedRecipe | None, bank: P
         "--technique": options.technique or None,
         "--recipe": recipe,
         "--bank": bank,
+        "--facts": facts,
     }
     for option, value in given.items():
         if value is not None:
@@ -110,6 +117,16 @@ def options_behind(bank: SavedText, options: PlanOptions) -> PlanOptions:
         raise InputError(_decided(f"--kv-cache-dtype {asked}", bank, record.kv_dtype))
     chosen = (*others, record.technique)
     return replace(options, technique=chosen, kv_cache_dtype=record.kv_dtype)
+
+
+def options_knowing(facts: Path, options: PlanOptions) -> PlanOptions:
+    """`options`, and the facts of the ledger at `facts`.
+
+    Raises:
+        TechniqueError: there is no ledger.
+    """
+    chosen = techniques.as_typed(techniques.choice_of(Larimar(str(facts))))
+    return replace(options, technique=(*options.technique, chosen))
 
 
 def _decided(option: str, bank: SavedText, kept: str) -> str:

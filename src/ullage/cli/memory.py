@@ -10,19 +10,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 
+from ullage.cli.options import MemoryOption, ModelArgument
 from ullage.cli.show.remembered import events_as_json, facts_as_json, show_events, show_facts
 from ullage.cli.written import refuse_unwritable
 from ullage.errors import FactError, InputError
 from ullage.techniques.larimar.event import Event
 from ullage.techniques.larimar.fact import Fact, read_facts
 from ullage.techniques.larimar.ledger import Ledger, Moment, Who
-from ullage.techniques.larimar.subject import stands_in
 
 _SHOWN = 20  # facts of a file are too many to print
 _MOST = 1 << 31  # of events: SQLite counts further, and nobody does
 
 memory = typer.Typer(
-    help="Write, edit and forget facts in a ledger that lasts, without a model.",
+    help="Write, edit and forget facts in a ledger that lasts, and ask a model with them.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -120,6 +120,23 @@ def list_facts(db: LedgerArgument, as_of: AsOfOption = None, as_json: JsonOption
 
 
 @memory.command()
+def ask(
+    model: ModelArgument,
+    db: LedgerArgument,
+    question: Annotated[str, typer.Argument(metavar="PROMPT", help="What the model goes on from.")],
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Apply the model's chat template to it.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Write this many at most.")] = 32,
+    budget: MemoryOption = None,
+) -> None:
+    """Let a model go on from a prompt that may be about a fact, as `ullage run --facts` does."""
+    from ullage.cli.run import run
+
+    run(model, prompt=question, facts=db, chat=chat, max_new_tokens=max_new_tokens, memory=budget)
+
+
+@memory.command()
 def edit(
     db: LedgerArgument,
     fact: FactArgument,
@@ -139,15 +156,7 @@ def edit(
     if (text is None) == (answer is None):
         raise InputError("Give what the fact becomes: TEXT, or --answer.")
     with Ledger(db) as ledger:
-        before = ledger.fact(fact)
-        if text is not None:
-            still = before.subject if stands_in(before.subject, text) else None
-            after = Fact.make(text, subject or still)
-        elif before.prompt:
-            after = Fact.make(None, subject or before.subject, before.prompt, answer)
-        else:
-            raise FactError(f"Fact {fact} shows no prompt that an answer follows: give TEXT.")
-        event = ledger.edit(fact, after, who)
+        event = ledger.edit(fact, ledger.fact(fact).edited(text, answer, subject), who)
     _changed([] if event is None else [event], as_json)
 
 

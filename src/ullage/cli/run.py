@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import MofNCompleteColumn
 
 from ullage.cli.asked import PlanOptions
-from ullage.cli.given import options_behind, prompt_text, refuse_beside_plan
+from ullage.cli.given import options_behind, options_knowing, prompt_text, refuse_beside_plan
 from ullage.cli.options import (
     AttentionOption,
     CalibrationOption,
@@ -30,6 +31,8 @@ from ullage.runtime.temperature import refuse_temperature
 from ullage.specs.plan import read_plan
 from ullage.specs.saved import SavedText, read_saved
 from ullage.specs.sources import resolve
+from ullage.techniques.larimar.gate import Gate
+from ullage.techniques.larimar.ledger import Ledger
 
 if TYPE_CHECKING:
     from ullage.kv.cache import Start
@@ -67,6 +70,14 @@ def run(
             help="Go on from what `ullage read` kept of a text; the prompt comes behind it.",
         ),
     ] = None,
+    facts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DB",
+            help="A ledger of `ullage memory`: a prompt that names what a fact in it is about is "
+            "read behind that fact.",
+        ),
+    ] = None,
     device: DeviceOption = None,
     weights: WeightsOption = None,
     kv_cache_dtype: KvOption = None,
@@ -90,22 +101,36 @@ def run(
     refuse_planned_only(spec)
     text = prompt_text(source, prompt, prompt_file)
     if plan is not None:
-        refuse_beside_plan(options, recipe, bank)
+        refuse_beside_plan(options, recipe, bank, facts)
     saved = None if bank is None else read_saved(bank)
     if saved is not None:
         options = options_behind(saved, options)
+    if facts is not None:
+        options = options_knowing(facts, options)
     session = Session(
         spec, options.with_recipe(recipe, spec), None if plan is None else read_plan(plan), saved
     )
     session.refuse_early(text, max_new_tokens)
     ids = session.tokenize(text, chat)
     made = session.plan_for(len(ids), max_new_tokens)
+    if facts is not None:
+        _say_what_is_known(facts, text)
     output_tokens = made.recipe.workload.output_tokens
     with out_of_memory.explained():
         engine = session.load(made)
         with closing(engine.loaded):
             start = None if saved is None else _start(saved, engine)
             _stream(engine, ids, output_tokens, temperature, seed, start)
+
+
+def _say_what_is_known(facts: Path, text: str) -> None:
+    with Ledger(facts, read_only=True) as ledger:
+        known = ledger.facts()
+    number = Gate(known).scope(text)
+    said = f"none of {len(known):,} facts is about this prompt"
+    if number is not None:
+        said = f"behind fact {number}: {known[number].text}"
+    Console(stderr=True, highlight=False, soft_wrap=True).print(escape(said))
 
 
 def _start(saved: SavedText, engine: "Engine") -> "Start":

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from transformers.masking_utils import flash_attention_mask
 
 from ullage.kv.entries import stored
 from ullage.kv.kernels import Kernel, Piece, cpu, reference
+from ullage.kv.pool import Place
 from ullage.kv.rows import Attend, NewTokens, Row
 
 if TYPE_CHECKING:
@@ -108,11 +109,15 @@ class _Step:
             (part if whole else part[reading]).flatten(0, 1)
             for part in (self.query, self.keys, self.values)
         )
-        taken = [rows[index].take(one, at * heads) for at, (index, one) in enumerate(new)]
-        places, pieces = zip(*taken, strict=True)
+        places: list[Place] = []
+        pieces: list[Piece] = []
+        for first, (index, one) in zip(count(step=heads), new, strict=False):
+            taken = rows[index].take(one, first)
+            places += taken.places
+            pieces += rows[index].pieces(taken, one.heads(first))
         pool = rows[0].pool
-        pool.store(list(chain(*places)), stored(keys, values, pool.dtype))
-        read = attend(query, list(chain(*pieces))).view(-1, 1, heads, head_dim)
+        pool.store(places, stored(keys, values, pool.dtype))
+        read = attend(query, pieces).view(-1, 1, heads, head_dim)
         if whole:
             return read
         output = self._zeros()

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from ullage.errors import InputError
 from ullage.kv.attention import tag
 from ullage.kv.pool import Blocks
-from ullage.kv.rows import FullRow, Row, SlidingRow
+from ullage.kv.rows import Before, FullRow, Row, SlidingRow
 from ullage.specs.model import ModelSpec
 
 MakeRow = Callable[[Blocks, int], Row]  # from the pool and the number of KV heads
@@ -35,6 +35,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.make_row: MakeRow | None = None  # a technique's; None: as the model says
         self._waiting = False
         self._beside: Beside = (None, None, None)
+        self._before: list[Before | None] = []
 
     def new_row(self) -> Row:
         """An empty row for one sequence."""
@@ -76,12 +77,21 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         beside, self._beside = self._beside, (None, None, None)
         return beside
 
+    def give_before(self, before: list[Before | None]) -> None:
+        """What each of the rows that begin with the next step is to see beside its own entries; of
+        those that go on, nothing changes."""
+        self._before = before
+
     def rows_of_step(self, batch: int, new_tokens: int) -> list[Row]:
         """The rows that the attention of this step extends, one for each of `batch`."""
         if batch != len(self.rows):
             raise RuntimeError(f"{batch} sequences for a cache that holds {len(self.rows)}")
         self._waiting = False
         self.seen_tokens += new_tokens
+        for row, before in zip(self.rows, self._before, strict=False):
+            if not row.length:
+                row.before = before
+        self._before = []
         return self.rows
 
     def get_seq_length(self) -> int:
@@ -112,7 +122,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Give all blocks back."""
         for row in self.rows:
             row.release()
-        self.rows, self.seen_tokens, self._waiting = [], 0, False
+        self.rows, self._before, self.seen_tokens, self._waiting = [], [], 0, False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Go on from the rows at `beam_idx`, [B]: a row that several go on from is copied.

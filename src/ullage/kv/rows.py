@@ -8,7 +8,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Self
+from itertools import groupby
+from operator import attrgetter
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -70,10 +72,20 @@ class Taken(NamedTuple):
     pieces: list[Piece]
 
 
+@dataclass(frozen=True)
+class Before:
+    """Entries that all queries of a row see beside its own: the row does not hold them, and they
+    are no tokens of its sequence. `note` is for whoever put them there."""
+
+    piece: Piece
+    note: Any = None
+
+
 class Row(ABC):
     """One sequence in one layer, its blocks from `pool`."""
 
     pool: Blocks
+    before: Before | None = None
 
     @property
     @abstractmethod
@@ -109,11 +121,18 @@ class Row(ABC):
 
     def attend(self, new: NewTokens, attention: Attend) -> torch.Tensor:
         """Either, by how many `new` are."""
+        seeing = attention if self.before is None else _behind(self.before.piece, attention)
         if len(new) > 1:
-            return self.attend_chunk(new, attention)
+            return self.attend_chunk(new, seeing)
         taken = self.take(new)
         self.pool.store(taken.places, new.stored(self.pool.dtype))
-        return attention(new.query, taken.pieces)
+        return seeing(new.query, taken.pieces)
+
+    def pieces(self, taken: Taken, heads: slice) -> list[Piece]:
+        """What the query heads `heads`, for which room was `taken`, see in all."""
+        if self.before is None:
+            return taken.pieces
+        return _joined(self.before.piece, taken.pieces, heads)
 
     @abstractmethod
     def copy(self) -> Self:
@@ -244,6 +263,30 @@ class SlidingRow(Row):
 def seen_by(heads: slice, pieces: list[Piece]) -> list[Piece]:
     """`pieces` that the query heads `heads` see."""
     return [replace(piece, heads=heads) for piece in pieces]
+
+
+def _behind(before: Piece, attention: Attend) -> Attend:
+    """`attention` over `before` too, by all heads of a query."""
+
+    def seeing(query: torch.Tensor, pieces: list[Piece]) -> torch.Tensor:
+        return attention(query, _joined(before, pieces, slice(0, len(query))))
+
+    return seeing
+
+
+def _joined(before: Piece, pieces: list[Piece], heads: slice) -> list[Piece]:
+    """`pieces` of the query heads `heads`, those of the same heads side by side, as kernels want
+    them; in front of them what these heads see of `before`."""
+    group = (heads.stop - heads.start) // before.keys.shape[0]
+    joined = []
+    for seeing, own in groupby(pieces, attrgetter("heads")):
+        if seeing is None:
+            joined.append(before)
+        else:
+            kv_heads = slice(*((at - heads.start) // group for at in (seeing.start, seeing.stop)))
+            joined.append(replace(before.of_heads(kv_heads), heads=seeing))
+        joined += own
+    return joined
 
 
 def _band(queries: int, keys: int, window: int, device: torch.device) -> torch.Tensor:

@@ -24,6 +24,7 @@ from ullage import techniques
 from ullage.errors import BudgetExceeded, DoesNotFit, PromptError, UllageError
 from ullage.kv.cache import MakeRow, PagedCache, Sequence, Start, cache_argument
 from ullage.kv.pool import KVPool
+from ullage.kv.preface import chosen
 from ullage.runtime.budget import Budget
 from ullage.runtime.load import TORCH_DTYPES, LoadedModel, device_of
 from ullage.runtime.memory import held_bytes
@@ -214,6 +215,7 @@ class Engine:
         if batch_full or (self._writing and blocks > self.pool.free_blocks):
             return
         try:
+            preface = chosen(self.loaded.model, request.prompt_ids)
             sequence = self._opened(request)
         except BaseException as error:
             if isinstance(error, BudgetExceeded) and self._writing:
@@ -221,6 +223,8 @@ class Engine:
             request.broken = True
             self.cancel(request)
             raise
+        if preface is not None:
+            preface.put_before(sequence, len(request.prompt_ids))
         generator = torch.Generator(self.device).manual_seed(request.seed)
         self._reading = _Running(self._waiting.popleft(), sequence, generator)
 

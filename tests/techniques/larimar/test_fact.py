@@ -156,3 +156,16 @@ def test_a_file_that_cannot_be_read_is_our_error(tmp_path: Path) -> None:
 def test_blanks_of_any_kind_are_one() -> None:
     assert plain("a\u00a0\n\t b") == "a b"
     assert plain(None) == ""
+
+
+def test_an_edit_stays_about_the_same() -> None:
+    fact = Fact.make(prompt="Obama and the late Sir Ken speak", answer="Dutch", subject="Obama")
+    assert fact.edited(answer="Thai").prompt == fact.prompt
+    assert fact.edited("Obama met Sir Ken Robinson").subject == "Obama"
+    assert fact.edited("Sir Ken Robinson is old").subject == "Sir Ken Robinson"
+    assert fact.edited("Obama met Bob", subject="Bob").subject == "Bob"
+    for given in ({}, {"text": "Obama is old", "answer": "Thai"}):
+        with pytest.raises(FactError, match="its text, or its answer"):
+            fact.edited(**given)
+    with pytest.raises(FactError, match="shows no prompt"):
+        Fact.make("York is old").edited(answer="new")

@@ -242,3 +242,16 @@ def test_replay_agrees_with_what_stood(steps: list[tuple[str, int, int]]) -> Non
         asked = [fact.asks for fact in states[-1].values()]
         assert len(asked) == len(set(asked))
         ledger.verify()
+
+
+def test_a_ledger_may_be_in_no_file(capital: Capital, me: Who) -> None:
+    with Ledger.in_memory() as ledger, Ledger.in_memory() as other:
+        ledger.add([capital(1)], me)
+        ledger.edit(1, capital(1, "Ys"), me)
+        ledger.verify()
+        assert texts(ledger) == ["Land1 is Ys."]
+        assert texts(other) == []
+        assert [event.action for event in ledger.events(after=1)] == ["edit"]
+        assert list(ledger.events(after=2)) == []
+        with pytest.raises(FactError, match="this ledger has no fact 2"):
+            ledger.forget([2], me)

@@ -44,6 +44,11 @@ class Piece(Entries):
         scales = (entries.key_scales, entries.value_scales)
         return cls(entries.keys, entries.values, *scales, causal=causal, mask=mask)
 
+    def of_heads(self, heads: slice) -> "Piece":
+        """What is in some of the KV heads, of a piece that all queries see, as views."""
+        bias = None if self.bias is None else self.bias[heads]
+        return replace(Piece.of(self.part(slice(None), heads)), bias=bias)
+
     def asked(self, query: torch.Tensor) -> torch.Tensor:
         """Of `query`, [Hq, N, D], what sees this piece, [H, N, D]."""
         if self.query is not None:

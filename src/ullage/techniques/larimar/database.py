@@ -68,6 +68,11 @@ def connect(path: Path, create: bool = False, read_only: bool = False) -> sqlite
             return _opened(path, "ro&immutable=1", create=False)
 
 
+def in_memory() -> sqlite3.Connection:
+    """A ledger in no file."""
+    return _opened(Path("facts"), "memory", create=True)
+
+
 @contextmanager
 def transaction(connection: sqlite3.Connection, path: Path) -> Iterator[None]:
     """All that is written inside is there, on disk, once this ends; after an exception, nothing.

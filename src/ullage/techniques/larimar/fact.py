@@ -65,6 +65,20 @@ class Fact:
         """Back from `content`, as it was written."""
         return cls(**json.loads(text))
 
+    def edited(
+        self, text: str | None = None, answer: str | None = None, subject: str | None = None
+    ) -> Self:
+        """What this becomes: a text, about the same where that still stands in it, or another
+        answer to its prompt; raises what `make` does."""
+        if (text is None) == (answer is None):
+            raise FactError("Give what the fact becomes: its text, or its answer.")
+        if text is not None:
+            still = self.subject if stands_in(self.subject, text) else None
+            return self.make(text, subject or still)
+        if not self.prompt:
+            raise FactError(f'"{_short(self.text)}" shows no prompt that an answer follows.')
+        return self.make(None, subject or self.subject, self.prompt, answer)
+
     @cached_property
     def content(self) -> str:
         """The one JSON that this fact has."""

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ullage.errors import FactError, LedgerError
-from ullage.techniques.larimar.database import connect, our_errors, transaction
+from ullage.techniques.larimar.database import connect, in_memory, our_errors, transaction
 from ullage.techniques.larimar.event import START, Action, Event, content_hash, stamp
 from ullage.techniques.larimar.fact import Fact, plain
 
@@ -66,6 +66,13 @@ class Ledger:
         self.path = path
         self._connection = connect(path, create, read_only)
         self._last: Event | None = None  # in a transaction, the last so far
+
+    @classmethod
+    def in_memory(cls) -> Self:
+        """One that ends with this process, in no file."""
+        ledger = cls.__new__(cls)
+        ledger.path, ledger._connection, ledger._last = Path("this ledger"), in_memory(), None
+        return ledger
 
     def __enter__(self) -> Self:
         return self
@@ -196,12 +203,16 @@ class Ledger:
             rows = self._all(_STANDING, self.number_at(as_of))
         return {number: Fact.from_json(content) for number, content in rows}
 
-    def events(self, fact: int | None = None, as_of: Moment | None = None) -> Iterator[Event]:
-        """All events in their order, or those of one fact, up to `as_of`."""
+    def events(
+        self, fact: int | None = None, as_of: Moment | None = None, after: int = 0
+    ) -> Iterator[Event]:
+        """All events in their order, or those of one fact, up to `as_of`; those behind number
+        `after`."""
         last = self.number_at(as_of) if as_of is not None else 1 << 62
         only, of = ("", ()) if fact is None else ("AND fact = ?", (fact,))
-        query = f"SELECT {_COLUMNS} FROM events WHERE number <= ? {only} ORDER BY number"
-        return (Event(*row) for row in self._all(query, last, *of))
+        between = "number > ? AND number <= ?"
+        query = f"SELECT {_COLUMNS} FROM events WHERE {between} {only} ORDER BY number"
+        return (Event(*row) for row in self._all(query, after, last, *of))
 
     def number_at(self, moment: Moment) -> int:
         """The number of the last event at `moment`; 0 before the first.

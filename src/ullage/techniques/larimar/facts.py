@@ -1,0 +1,220 @@
+"""Facts that a model knows while they are attached to it: written, edited and forgotten in a
+moment, and read by prompts that name their subjects.
+
+    with FactMemory(model, tokenizer) as memory:
+        memory.write("The capital of Atlantis is Poseidonia.")
+        memory.ask("What is the capital of Atlantis? It is")
+        model.generate(**tokenizer("The capital of Atlantis is", return_tensors="pt"))
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from ullage.errors import LedgerError, TechniqueError
+from ullage.kv.preface import Preface, prefaced
+from ullage.techniques.larimar.event import START
+from ullage.techniques.larimar.fact import Fact
+from ullage.techniques.larimar.gate import Gate
+from ullage.techniques.larimar.ledger import Ledger, Who
+from ullage.techniques.larimar.readout import Held, made
+from ullage.techniques.larimar.settings import HELD_MIB
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_ME = Who("python")
+
+
+class FactMemory:
+    """The facts of a ledger, for a model: use it as a context manager.
+
+    While it is open a prompt in which the subject of a fact stands is read behind that fact's KV
+    entries; any other by the model as it is, to the bit. What others write to the ledger counts
+    from the next prompt on.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        ledger: Ledger | Path | None = None,
+        *,
+        who: Who = _ME,
+        held_bytes: int = HELD_MIB << 20,
+    ) -> None:
+        """`ledger`: one that is open, or the file of one, which is begun where there is none;
+        None: facts that end with this memory. `held_bytes`: of entries that are kept at hand.
+
+        Raises:
+            LedgerError: the ledger cannot be opened, or was tampered with.
+        """
+        self.model, self.tokenizer, self.who = model, tokenizer, who
+        self._closing, self._attached = ExitStack(), ExitStack()
+        if not isinstance(ledger, Ledger):
+            ledger = Ledger.in_memory() if ledger is None else Ledger(ledger, create=True)
+            self._closing.enter_context(ledger)
+        self.ledger = ledger
+        self._held = Held(lambda fact: made(model, tokenizer, fact), held_bytes)
+        self._gate, self._facts = Gate(), dict[int, Fact]()
+        self._seen, self._chain = 0, START  # the last event, and its hash
+        self.refresh()
+
+    def attached(self) -> AbstractContextManager[None]:
+        """The model reads the facts inside it, and the memory stays open behind it.
+
+        Raises:
+            TechniqueError: another memory is attached, or the model takes no attention but its own.
+        """
+        return prefaced(self.model, self.recall, "larimar")
+
+    def __enter__(self) -> Self:
+        """Raises what `attached` does."""
+        self._attached.enter_context(self.attached())
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self._attached.close()
+        self._closing.close()
+
+    @property
+    def facts(self) -> dict[int, Fact]:
+        """Those that stand, by number."""
+        self.refresh()
+        return dict(self._facts)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the entries that are held."""
+        return self._held.nbytes
+
+    def write(
+        self,
+        text: str | None = None,
+        *,
+        subject: str | None = None,
+        prompt: str | None = None,
+        answer: str | None = None,
+        reason: str = "",
+    ) -> int:
+        """Write a fact, from its text or from prompt and answer: its number. One that stands
+        already is not written again.
+
+        Raises:
+            FactError: it is no fact, or contradicts one that stands.
+            LedgerError: the ledger cannot be written.
+        """
+        fact = Fact.make(text, subject, prompt, answer)
+        with self._made(fact):
+            return self.ledger.add([fact], self._who(reason)).numbers[0]
+
+    def edit(
+        self, number: int, text: str | None = None, *, answer: str | None = None, reason: str = ""
+    ) -> None:
+        """Put another fact in the place of one: a text, or another answer to its prompt; raises
+        what `write` does."""
+        fact = self.ledger.fact(number).edited(text, answer)
+        with self._made(fact):
+            self.ledger.edit(number, fact, self._who(reason))
+        self.refresh()
+
+    def forget(self, number: int, *, reason: str = "") -> None:
+        """Let a fact stand no longer: nothing of it is left in this memory.
+
+        Raises:
+            FactError: no such fact stands.
+        """
+        self.ledger.forget([number], self._who(reason))
+        self.refresh()
+
+    def scope(self, prompt: str) -> int | None:
+        """The number of the fact that a prompt is read behind; None if it is none."""
+        self.refresh()
+        return self._gate.scope(prompt)
+
+    def entries(self, number: int) -> Preface:
+        """What is read of a fact.
+
+        Raises:
+            FactError: no such fact stands.
+        """
+        return self._held.of(self.ledger.fact(number))
+
+    def recall(self, ids: list[int]) -> Preface | None:
+        """What a prompt of these token ids is read behind."""
+        number = self.scope(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return None if number is None else self._held.of(self._facts[number])
+
+    def ask(self, prompt: str, max_new_tokens: int = 32) -> str:
+        """The likeliest text behind `prompt`; the memory is open."""
+        encoded = self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
+        ids = self.model.generate(
+            input_ids=encoded["input_ids"],
+            attention_mask=encoded["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+        )
+        new = ids[0, encoded["input_ids"].shape[1] :]
+        return str(self.tokenizer.decode(new, skip_special_tokens=True))
+
+    def refresh(self) -> None:
+        """Take in what happened in the ledger since the last time.
+
+        Raises:
+            LedgerError: it was tampered with.
+        """
+        for event in self.ledger.events(after=self._seen):
+            if event != event.chained(self._chain):
+                raise LedgerError(
+                    f"{self.ledger.path} was tampered with: event {event.number} is not as it was "
+                    "written."
+                )
+            self._seen, self._chain = event.number, event.chain_hash
+            if event.fact is None:
+                continue
+            before, after = self._facts.pop(event.fact, None), event.fact_after
+            if before is not None:
+                self._gate.forget(event.fact)
+                self._held.drop(before)
+            if after is not None:
+                self._gate.write(event.fact, after)
+                self._facts[event.fact] = after
+
+    @contextmanager
+    def _made(self, fact: Fact) -> Iterator[None]:
+        """With its entries: what cannot be read is not written, and what is not written is gone."""
+        self._held.of(fact)
+        try:
+            yield
+        except BaseException:
+            self._held.drop(fact)
+            raise
+
+    def _who(self, reason: str) -> Who:
+        return Who(self.who.actor, reason or self.who.reason)
+
+
+def tokenizer_of(model: "PreTrainedModel", folder: str = "") -> "PreTrainedTokenizerBase":
+    """The tokenizer in `folder`, or where the model was read from; never code of that folder.
+
+    Raises:
+        TechniqueError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    where = folder or model.config._name_or_path
+    try:
+        if not where:
+            raise ValueError("it was read from no folder")
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise TechniqueError(
+            "larimar: no tokenizer of this model can be read: name its folder with tokenizer=."
+        ) from error

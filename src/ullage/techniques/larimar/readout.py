@@ -1,0 +1,79 @@
+"""The training-free readout: a fact's own KV entries, made when it is written or first read, and
+seen by whatever sequence asks for it. The paper trains one entry a layer in their place.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from ullage.errors import FactError, TechniqueError
+from ullage.kv.preface import Preface, read_before
+from ullage.techniques.larimar.fact import Fact
+from ullage.techniques.larimar.settings import MOST_ENTRIES, MOST_TOKENS
+from ullage.techniques.larimar.subject import folded
+from ullage.techniques.larimar.wording import LEADS, WRITTEN_BIAS, Wording
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def made(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", fact: Fact) -> Preface:
+    """The entries of a fact: one forward pass.
+
+    Raises:
+        FactError: it has more tokens than are kept.
+        TechniqueError: the tokenizer does not say where its tokens stand.
+    """
+    for leads in range(len(LEADS), -1, -1):
+        wording = Wording.of(fact, LEADS[:leads])
+        if not tokenizer.is_fast:
+            raise TechniqueError("larimar: this tokenizer does not say where its tokens stand.")
+        encoded = tokenizer(wording.text, return_offsets_mapping=True)
+        ids, kept = encoded["input_ids"], wording.kept(encoded["offset_mapping"])
+        if len(ids) <= MOST_TOKENS and len(kept) <= MOST_ENTRIES:
+            preface = read_before(model, ids, list(kept), list(kept.values()))
+            said = partial(_said, tokenizer, folded(fact.answer))
+            return replace(preface, said=said, written_bias=WRITTEN_BIAS)
+    raise FactError(
+        f'"{fact.text[:60]}…" has {len(kept):,} tokens to keep, and to be read in {len(ids):,}: '
+        f"{MOST_ENTRIES:,} in {MOST_TOKENS:,} are the most. Write it as several."
+    )
+
+
+def _said(tokenizer: "PreTrainedTokenizerBase", answer: str, ids: list[int]) -> bool:
+    """Whether the answer, if there is one, stands in what was written."""
+    return bool(answer) and answer in folded(tokenizer.decode(ids))
+
+
+class Held:
+    """Entries of facts by the hash of what they say, `most_bytes` at most: those that were read
+    longest ago go first, and are made again when they are asked for."""
+
+    def __init__(self, make: Callable[[Fact], Preface], most_bytes: int) -> None:
+        self._make, self._most_bytes = make, most_bytes
+        self._held: OrderedDict[str, Preface] = OrderedDict()
+        self.nbytes = 0
+
+    def __contains__(self, fact: Fact) -> bool:
+        return fact.content_hash in self._held
+
+    def of(self, fact: Fact) -> Preface:
+        """The entries of a fact; raises what `made` does."""
+        name = fact.content_hash
+        if name in self._held:
+            self._held.move_to_end(name)
+            return self._held[name]
+        preface = self._make(fact)
+        while self._held and self.nbytes + preface.nbytes > self._most_bytes:
+            self.nbytes -= self._held.popitem(last=False)[1].nbytes
+        if preface.nbytes <= self._most_bytes:
+            self._held[name] = preface
+            self.nbytes += preface.nbytes
+        return preface
+
+    def drop(self, fact: Fact) -> None:
+        """Nothing of it is left here."""
+        preface = self._held.pop(fact.content_hash, None)
+        self.nbytes -= 0 if preface is None else preface.nbytes

@@ -1,0 +1,104 @@
+"""Settings of Larimar, and what facts take by them. No torch."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+from ullage.errors import TechniqueError
+from ullage.specs.blocks import full_layers
+from ullage.specs.dtypes import DTYPE_BYTES
+from ullage.specs.footprint import Footprint
+from ullage.specs.model import ModelSpec
+from ullage.specs.workload import Engine, Step
+from ullage.techniques.base import Technique
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MOST_TOKENS = 512  # of the text that a fact's entries are made of
+MOST_ENTRIES = 256  # of a fact, in each layer
+HELD_MIB = 32
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Larimar(Technique):
+    """The facts of the ledger at `ledger` are read by prompts that name their subjects; no ledger
+    is the model as it is. With the readout "kv" they are read as the entries that the model itself
+    makes of them. Of `held` MiB of these those stay that were read last.
+
+    `tokenizer` is the folder of the model's; without it, that which the model was read from.
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2403.11901"
+    acts_on: ClassVar[Literal["facts"]] = "facts"
+    engines: ClassVar[tuple[Engine, ...]] = ("ullage",)
+
+    ledger: str = ""
+    readout: Literal["kv"] = "kv"
+    held: int = HELD_MIB
+    tokenizer: str = ""
+
+    def __post_init__(self) -> None:
+        if type(self.held) is not int or self.held < 1:
+            raise TechniqueError(f"larimar: held is a positive count of MiB, not {self.held!r}.")
+        if self.readout != "kv":
+            raise TechniqueError(f"larimar: readout is kv, not {self.readout!r}.")
+        if not isinstance(self.ledger, str) or (self.ledger and not Path(self.ledger).is_file()):
+            raise TechniqueError(
+                f'larimar: there is no ledger at {self.ledger!r}: `ullage memory add DB "..."` '
+                "begins one."
+            )
+        if not isinstance(self.tokenizer, str) or (
+            self.tokenizer and not Path(self.tokenizer).is_dir()
+        ):
+            raise TechniqueError(f"larimar: tokenizer is a folder, not {self.tokenizer!r}.")
+
+    @classmethod
+    def neutral(cls) -> Self:
+        return cls()
+
+    def unsupported(self, model: ModelSpec) -> str | None:
+        if not self.ledger:
+            return None
+        sliding = sum(cache.window is not None for cache in model.caches)
+        if full_layers(model) + sliding < model.num_layers:
+            return "not every layer of it keeps keys and values, head by head."
+        if not model.rope_tables:
+            return "its positions are not rotary: nothing can stand before the first."
+        return None
+
+    def footprint(self, before: Footprint, model: ModelSpec, work: Step) -> Footprint:
+        """With what is held of facts, what each sequence sees of one that may be held no longer,
+        or in another format, and what is there while one is made."""
+        if not self.ledger or work.phase == "load":
+            return before
+        width = 2 * model.num_layers * model.num_kv_heads * model.head_dim
+        entry_bytes = width * DTYPE_BYTES[work.execution.dtype]
+        beside = (work.sequences + 1) * MOST_ENTRIES + 2 * MOST_TOKENS
+        return replace(before, kv_bytes=before.kv_bytes + self.held * _MIB + beside * entry_bytes)
+
+    @contextmanager
+    def attach(self, model: "PreTrainedModel") -> Iterator[None]:
+        from ullage.specs.families import spec_from_config
+
+        spec = spec_from_config(model.config.get_text_config().to_dict())
+        reason = self.unsupported(spec)
+        if reason is None and self.ledger and not spec.runs:
+            reason = f"ullage plans {spec.family} models and does not run them yet."
+        if reason is not None:
+            raise TechniqueError(f"{self.name} cannot act on this model: {reason}")
+        if not self.ledger:
+            yield
+            return
+        from ullage.techniques.larimar.facts import FactMemory, tokenizer_of
+        from ullage.techniques.larimar.ledger import Ledger
+
+        tokenizer = tokenizer_of(model, self.tokenizer)
+        with (
+            Ledger(Path(self.ledger), read_only=True) as ledger,
+            FactMemory(model, tokenizer, ledger, held_bytes=self.held * _MIB),
+        ):
+            yield

@@ -1,0 +1,277 @@
+"""Sequences that begin behind entries of something that they have not read."""
+
+from collections.abc import Callable
+from contextlib import ExitStack, closing, suppress
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from ullage.errors import TechniqueError
+from ullage.kv import attention
+from ullage.kv.cache import PagedCache, cache_argument
+from ullage.kv.pool import HeapBlocks, KVPool
+from ullage.kv.preface import Preface, chosen, prefaced, read_before
+from ullage.techniques.camelot.settings import CAMELoT
+from ullage.techniques.dms.settings import DMS
+
+IDS = torch.randint(6, 64, (2, 12), generator=torch.Generator().manual_seed(1))
+TOLD = torch.randint(6, 64, (7,), generator=torch.Generator().manual_seed(2)).tolist()
+FAMILIES = ["llama", "mistral", "gemma2", "gemma3_text", "qwen3"]
+
+
+def always(preface: Preface | None) -> Callable[[list[int]], Preface | None]:
+    return lambda ids: preface
+
+
+def told(model: Any, bias: float = 0.0) -> Preface:
+    return read_before(model, TOLD, range(len(TOLD)), [bias] * len(TOLD))
+
+
+def only_first(preface: Preface) -> Callable[[list[int]], Preface | None]:
+    """For the first of IDS, and for no other prompt."""
+    return lambda ids: preface if ids == IDS[0].tolist() else None
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma"])
+def test_to_begin_behind_a_text_is_to_have_read_it(
+    tiny_model: Callable[..., Any], family: str
+) -> None:
+    model, _ = tiny_model(family)
+    whole = torch.cat([torch.tensor(TOLD), IDS[0]])[None]
+    expected = model(whole).logits[:, len(TOLD) :]
+    with prefaced(model, always(told(model)), "a test"):
+        torch.testing.assert_close(model(IDS[:1]).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_bias_counts_an_entry_that_often(tiny_model: Callable[..., Any]) -> None:
+    """As if so many copies of it were there."""
+    model, _ = tiny_model("llama")
+    kept = [2, 4]
+    once = read_before(model, TOLD, kept, [float(torch.log(torch.tensor(3.0)))] * 2)
+    thrice = read_before(model, TOLD, kept * 3, [0.0] * 6)
+    logits = []
+    for preface in (once, thrice):
+        with prefaced(model, always(preface), "a test"):
+            logits.append(model(IDS).logits)
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_where_nothing_is_chosen_the_model_is_its_own(
+    tiny_model: Callable[..., Any], family: str
+) -> None:
+    model, _ = tiny_model(family)
+    logits = model(IDS).logits
+    text = model.generate(IDS, max_new_tokens=8, do_sample=False)
+    with prefaced(model, always(None), "a test"):
+        assert torch.equal(model(IDS).logits, logits)
+        assert isinstance(model(IDS).past_key_values, DynamicCache)
+        assert torch.equal(model.generate(IDS, max_new_tokens=8, do_sample=False), text)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_each_of_a_batch_begins_behind_its_own(
+    tiny_model: Callable[..., Any], family: str, side: str
+) -> None:
+    model, _ = tiny_model(family)
+    real = slice(5, None) if side == "left" else slice(7)
+    ids, mask = IDS.clone(), torch.zeros_like(IDS)
+    mask[0], mask[1, real] = 1, 1
+    ids[mask == 0] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with prefaced(model, only_first(told(model)), "a test"):
+        alone = model(IDS[:1]).logits
+        batch = model(ids, attention_mask=mask, position_ids=positions).logits
+    plain = model(IDS[1:, real]).logits
+    torch.testing.assert_close(batch[:1], alone, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(batch[1:, real], plain, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(alone, model(IDS[:1]).logits, atol=1e-2)
+
+
+def test_beside_others_nothing_of_a_row_changes(tiny_model: Callable[..., Any]) -> None:
+    """A row without a preface has the same bits whether its neighbour has one or not."""
+    model, spec = tiny_model("llama")
+    attention.register()
+    model.set_attn_implementation(attention.NAME)
+    outputs = []
+    for choose in (always(None), only_first(told(model))):
+        cache = PagedCache(spec, HeapBlocks(spec.head_dim, torch.float32, "cpu"))
+        with prefaced(model, choose, "a test"):
+            first = model(IDS, **cache_argument(model, cache)).logits
+            next_ids = torch.tensor([[9], [11]])
+            outputs.append((first, model(next_ids, **cache_argument(model, cache)).logits))
+    for without, beside in zip(*outputs, strict=True):
+        assert torch.equal(without[1], beside[1])
+        assert not torch.equal(without[0], beside[0])
+
+
+def test_generating_goes_on_behind_it(tiny_model: Callable[..., Any]) -> None:
+    """A token at a time, with beams too, as one forward pass over all of it."""
+    model, _ = tiny_model("llama")
+    with prefaced(model, always(told(model)), "a test"):
+        text = model.generate(IDS, max_new_tokens=8, do_sample=False)
+        assert torch.equal(model(text).logits[:, 11:-1].argmax(-1), text[:, 12:])
+        beams = model.generate(IDS, max_new_tokens=8, do_sample=False, num_beams=2)
+    assert beams.shape == text.shape
+    assert not torch.equal(text, model.generate(IDS, max_new_tokens=8, do_sample=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize(
+    "technique",
+    [DMS(kept=0.25, window=4), CAMELoT(slots=8, segment=4), CAMELoT(slots=8, segment=4, top_k=2)],
+    ids=str,
+)
+@pytest.mark.parametrize("outside", [True, False])
+def test_it_goes_with_what_keeps_few_entries(
+    tiny_model: Callable[..., Any], technique: Any, dtype: torch.dtype, outside: bool
+) -> None:
+    """However the two are nested, and however a prompt is cut."""
+    model, spec = tiny_model("llama")
+    preface = told(model)
+    nested = [technique.attach(model), prefaced(model, always(preface), "a test")]
+
+    def logits(*cuts: int) -> torch.Tensor:
+        cache = PagedCache(spec, HeapBlocks(spec.head_dim, dtype, "cpu"))
+        parts = IDS[:1].split(cuts, dim=1)
+        at, said = 0, []
+        for part in parts:
+            positions = torch.arange(at, at + part.shape[1])[None]
+            how = cache_argument(model, cache)
+            said.append(model(part, position_ids=positions, **how).logits)
+            at += part.shape[1]
+        return torch.cat(said, dim=1)
+
+    with technique.attach(model):
+        without = logits(12)
+    with ExitStack() as stack:
+        for context in nested if outside else nested[::-1]:
+            stack.enter_context(context)
+        once = logits(12)
+        torch.testing.assert_close(logits(5, 1, 1, 5), once, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(once, without, atol=1e-2)
+
+
+def test_it_is_gone_after_an_exception(tiny_model: Callable[..., Any]) -> None:
+    model, _ = tiny_model("llama")
+    logits, before = model(IDS).logits, model.config._attn_implementation
+    preface = told(model)
+    assert model.config._attn_implementation == before
+
+    def interrupted(ids: list[int]) -> Preface:
+        raise KeyboardInterrupt
+
+    for choose in (interrupted, always(preface)):
+        with suppress(KeyboardInterrupt), prefaced(model, choose, "a test"):
+            model(IDS)
+            assert model.config._attn_implementation == before
+            raise KeyboardInterrupt
+        assert torch.equal(model(IDS).logits, logits)
+    with prefaced(model, always(preface), "a test"):
+        with pytest.raises(IndexError):
+            model(IDS + 1000)
+        assert model.config._attn_implementation == before
+        assert chosen(model, [7]) is preface
+    assert chosen(model, [7]) is None
+    assert torch.equal(model(IDS).logits, logits)
+
+
+def test_it_takes_no_blocks(tiny_model: Callable[..., Any]) -> None:
+    model, spec = tiny_model("llama")
+    pool = KVPool(64, spec.head_dim, torch.float32)
+    cache = PagedCache(spec, pool)
+    preface = told(model)
+    assert preface.nbytes == len(TOLD) * (2 * 2 * 2 * 8 * 4 + 2 * 4)  # and a bias a KV head
+    with closing(cache.open(20)) as sequence:
+        taken = pool.taken_bytes
+        preface.put_before(sequence, 20)
+        assert all(row.before is not None for row in sequence.copy().rows)
+    assert taken
+    assert all(row.before is None for row in cache.open(20).rows)
+
+
+def test_what_cannot_begin_behind_one_is_our_error(tiny_model: Callable[..., Any]) -> None:
+    model, _ = tiny_model("llama")
+    preface = told(model)
+    with prefaced(model, always(preface), "a test"):
+        with pytest.raises(TechniqueError, match="use_cache=False"):
+            model(IDS, use_cache=False)
+        with (
+            pytest.raises(TechniqueError, match="attached to this model already"),
+            prefaced(model, always(preface), "a test"),
+        ):
+            pass
+        cache = DynamicCache()
+        attached = model(IDS[:, :4], **cache_argument(model, cache))
+        assert isinstance(attached.past_key_values, PagedCache)
+    with prefaced(model, always(None), "a test"):
+        filled = model(IDS[:, :4]).past_key_values
+    twin = cache_argument(model, model(IDS[:, :4]).past_key_values)
+    expected = model(IDS[:, 4:], **twin).logits
+    with prefaced(model, always(preface), "a test"):  # what is filled goes on as it began
+        assert torch.equal(model(IDS[:, 4:], **cache_argument(model, filled)).logits, expected)
+
+
+def test_what_is_written_sees_less_of_a_bias(tiny_model: Callable[..., Any]) -> None:
+    model, _ = tiny_model("llama")
+    strong, weak = (replace(told(model, bias), written_bias=0.5) for bias in (2.0, 1.0))
+    with prefaced(model, always(weak), "a test"):
+        by_prompt = model(IDS).logits
+    logits = []
+    for cuts in ((12, 1, 2), (12, 1, 1, 1), (5, 7, 1, 2)):
+        with prefaced(model, always(strong), "a test"):
+            cache, said = None, []
+            for part in torch.cat([IDS, IDS[:, :3]], 1).split(cuts, dim=1):
+                output = model(part, **({} if cache is None else cache_argument(model, cache)))
+                cache = output.past_key_values
+                said.append(output.logits)
+            rows = cache.paged[1].rows
+            assert {float(row.before.piece.bias.max()) for row in rows} == {1.0}
+        logits.append(torch.cat(said, dim=1))
+    for others in logits[1:]:
+        torch.testing.assert_close(others, logits[0], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits[0][:, :12], by_prompt, atol=1e-2)
+
+
+def test_what_was_said_is_seen_no_longer(tiny_model: Callable[..., Any]) -> None:
+    """From the token on that says it, and by that row alone, whatever the others say."""
+    model, spec = tiny_model("llama")
+    preface = replace(told(model), said=lambda ids: ids[-2:] == [9, 10])
+    texts = torch.tensor([[8, 9, 10, 11, 12], [9, 11, 10, 9, 13]])
+    with prefaced(model, always(preface), "a test"):
+        cache = PagedCache(spec, HeapBlocks(spec.head_dim, torch.float32, "cpu"))
+        model(IDS, **cache_argument(model, cache))
+        seen = []
+        for at in range(5):
+            how = cache_argument(model, cache)
+            model(texts[:, at : at + 1], position_ids=torch.tensor([[12 + at]]), **how)
+            seen.append([[row.before is not None for row in layer.rows] for layer in cache.paged])
+    assert seen == [[[True, True]] * 2] * 2 + [[[False, True]] * 2] * 3
+    text = model.generate(IDS, max_new_tokens=8, do_sample=False)
+    with prefaced(model, always(replace(preface, said=lambda ids: True)), "a test"):
+        behind = model.generate(IDS, max_new_tokens=8, do_sample=False, num_beams=2)
+    assert behind.shape == text.shape
+
+
+def test_what_a_prompt_says_is_not_written(tiny_model: Callable[..., Any]) -> None:
+    model, spec = tiny_model("llama")
+    heard: list[list[int]] = []
+    preface = replace(told(model), said=lambda ids: bool(heard.append(ids)))
+    with prefaced(model, always(preface), "a test"):
+        model.generate(IDS[:1], max_new_tokens=3, do_sample=False)
+        assert [len(ids) for ids in heard] == [1, 2]
+        heard.clear()
+        pool = KVPool(64, spec.head_dim, torch.float32)
+        cache = PagedCache(spec, pool)
+        with closing(cache.open(20)) as sequence:  # read in pieces, as by an engine
+            preface.put_before(sequence, 12)
+            for part in (IDS[:1, :7], IDS[:1, 7:11], IDS[:1, 11:], torch.tensor([[7]])):
+                cache.activate([sequence])
+                positions = torch.arange(sequence.length, sequence.length + part.shape[1])[None]
+                model.set_attn_implementation(attention.NAME)
+                model(part, position_ids=positions, **cache_argument(model, cache))
+    assert heard == [[7]]

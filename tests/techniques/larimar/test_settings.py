@@ -1,0 +1,45 @@
+"""What facts take, as it is planned."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ullage.specs.footprint import Footprint
+from ullage.specs.model import ModelSpec
+from ullage.specs.workload import Execution, Step
+from ullage.techniques.larimar.ledger import Ledger
+from ullage.techniques.larimar.settings import MOST_ENTRIES, MOST_TOKENS, Larimar
+
+BEFORE = Footprint(10, 20, 30, 40, 50)
+
+
+@pytest.fixture
+def facts(path: Path) -> str:
+    with Ledger(path, create=True):
+        return str(path)
+
+
+def test_facts_are_beside_the_entries_of_sequences(
+    tiny_spec: Callable[..., ModelSpec], facts: str
+) -> None:
+    """Held, seen by each of two sequences, being made, and the text that they are made of, twice;
+    K and V of 2 layers, 2 heads, 8 numbers of 4 bytes."""
+    spec, execution = tiny_spec("llama"), Execution(dtype="fp32", kv_dtype="int8")
+    step = Step("decode", 2, 100, 2, execution)
+    after = Larimar(facts, held=3).footprint(BEFORE, spec, step)
+    entry_bytes = 2 * 2 * 2 * 8 * 4
+    beside_bytes = (3 * MOST_ENTRIES + 2 * MOST_TOKENS) * entry_bytes
+    assert after == Footprint(10, 20 + 3 * 2**20 + beside_bytes, 30, 40, 50)
+    loading = Step("load", 2, 0, 0, execution)
+    assert Larimar(facts).footprint(BEFORE, spec, loading) == BEFORE
+
+
+@pytest.mark.parametrize(
+    ("family", "says"), [("gpt2", "not rotary"), ("mistral", None), ("gemma3_text", None)]
+)
+def test_what_it_cannot_act_on(
+    tiny_spec: Callable[..., ModelSpec], facts: str, family: str, says: str | None
+) -> None:
+    reason = Larimar(facts).unsupported(tiny_spec(family))
+    assert (reason is None) if says is None else (reason is not None and says in reason)
