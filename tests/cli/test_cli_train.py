@@ -8,6 +8,7 @@ from shutil import copytree
 
 import numpy
 import pytest
+from safetensors.numpy import save
 
 from ullage.techniques.dms.adapter import Adapter, load_adapter
 
@@ -99,6 +100,25 @@ def test_a_training_is_the_same_whenever_it_begins(train: Typed, data: Path) -> 
         made.append(load_adapter(str(adapter)))
     assert made[0].record == made[1].record
     assert numpy.array_equal(made[0].predictors["dms"], made[1].predictors["dms"])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [[], ["--pieces", "3"], ["--to", "1.2x", "--steps", "1", "--step-tokens", "150"]],
+    ids=" ".join,
+)
+def test_a_trained_predictor_is_never_written_over(
+    train: Typed, data: Path, other: list[str]
+) -> None:
+    """Not even one that cannot be loaded."""
+    adapter = data / "made.safetensors"
+    content = save({"dms": numpy.ones(3, numpy.int8)})
+    adapter.write_bytes(content)
+    done = train("--tokens", "200", *other)
+    assert done.returncode == 2
+    assert "holds a trained predictor" in done.stderr
+    assert "name another --output, or remove the file" in done.stderr.replace("\n", " ")
+    assert adapter.read_bytes() == content
 
 
 def test_a_table_says_how_the_heads_share(train: Typed) -> None:

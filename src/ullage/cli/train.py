@@ -18,11 +18,11 @@ from rich.progress import (
     TimeRemainingColumn,
     track,
 )
-from rich.table import Table
 
 from ullage.cli.asked import PlanOptions
 from ullage.cli.machine import device_to_run
 from ullage.cli.options import DeviceOption, ModelArgument
+from ullage.cli.show.shares import show_shares
 from ullage.cli.written import refuse_undrawable, refuse_unwritable
 from ullage.errors import InputError, TechniqueError
 from ullage.measure.picture import draw_training
@@ -35,9 +35,14 @@ from ullage.specs.model import ModelSpec
 from ullage.specs.plan import Plan
 from ullage.specs.sources import resolve
 from ullage.specs.workload import Workload
-from ullage.techniques.dms.adapter import CAPPED, WINDOWS, Adapter, load_adapter
+from ullage.techniques.dms.adapter import (
+    CAPPED,
+    WINDOWS,
+    Adapter,
+    holds_trained,
+    load_adapter,
+)
 from ullage.techniques.dms.settings import DMS
-from ullage.techniques.dms.sharing import shared_out
 from ullage.units import parse_tokens
 
 if TYPE_CHECKING:
@@ -98,9 +103,10 @@ def train(
     Reads each piece once, forward and back: a minute or two a piece of 8,192 tokens on a small
     model and two cores. Every other piece says again some of what it said. With --to, a predictor
     is trained from there on, for `predictor=dms`; broken off, the same command goes on where it
-    was. What FILE holds is not measured again.
+    was. What FILE holds is not measured again; one with a trained predictor is left as it is.
     """
     refuse_unwritable(output)
+    _refuse_trained(output)
     if plot is not None:
         refuse_undrawable(plot)
     if plot is not None and to is None:
@@ -122,7 +128,7 @@ def train(
     if as_json:
         typer.echo(json.dumps(adapter.record | {"windows": adapter.windows}, indent=2))
     else:
-        _show(adapter, spec.max_context_tokens)
+        show_shares(adapter, spec.max_context_tokens)
     _stderr().print(
         escape(f"Adapter in {output}; use it by `--technique dms:adapter={output},window=TOKENS`.")
     )
@@ -135,6 +141,15 @@ class _Lesson:
     ratio: float
     steps: int
     tokens: int
+
+
+def _refuse_trained(output: Path) -> None:
+    """A training takes hours, and its steps' texts may be gone: nothing is written over it."""
+    if holds_trained(output):
+        raise InputError(
+            f"{output} holds a trained predictor, which would be lost: name another --output, or "
+            "remove the file."
+        )
 
 
 def _refuse_model(spec: ModelSpec) -> None:
@@ -281,19 +296,3 @@ def _pieces(
         f"{name}, recalling" if at % 2 else name: recalling(ids, at) if at % 2 else ids
         for at, (name, ids) in enumerate(found.items())
     }
-
-
-def _show(adapter: Adapter, context: int) -> None:
-    """What the heads would hold of a text as long as the model reads, for some savings."""
-    table = Table("entries", "windows: least", "half at most", "most", "survive", box=None)
-    for share in (2, 4, 8):
-        with suppress(TechniqueError):  # below the least window
-            shared = [
-                one for layer in shared_out(adapter, context / share, context) for one in layer
-            ]
-            windows = sorted(one.window for one in shared)
-            sizes = (windows[0], windows[len(windows) // 2], windows[-1])
-            kept = [one.kept for one in shared if one.window < context]
-            survive = sum(kept) / max(1, len(kept))
-            table.add_row(f"1 in {share}", *(f"{size:,}" for size in sizes), f"{survive:.1%}")
-    Console(highlight=False).print(table)

@@ -113,6 +113,16 @@ def load_adapter(name: str) -> Adapter:
         raise TechniqueError(f"dms: {name} is not an adapter of DMS, or damaged: {error}") from None
 
 
+def holds_trained(path: Path) -> bool:
+    """Whether the file at `path` has a trained predictor, of whatever format and however damaged
+    the rest is."""
+    try:
+        with safe_open(path, "numpy") as file:
+            return "dms" in file.keys()  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return False
+
+
 @lru_cache(maxsize=16)
 def _read(path: str, *_: int) -> Adapter:
     with safe_open(path, "numpy") as file:
