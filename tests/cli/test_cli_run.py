@@ -101,6 +101,24 @@ def test_bad_input_is_two_lines_and_exit_code_2(
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize("tokens", [5000, 9000])  # counted, and told by their beginning
+def test_a_prompt_that_is_too_long_hears_what_reads_it(
+    typed: Ullage, copied_folder: Path, tokens: int
+) -> None:
+    """Unless that was chosen already, or the model's context has no place for its slots."""
+    words = ["run", str(copied_folder), "--prompt", "w6 " * tokens, *SIZED]
+    way_out = "`--technique camelot` reads texts of any length"
+    assert "camelot" not in typed(*words).stderr
+    path = copied_folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 4096}))
+    done = typed(*words)
+    assert done.returncode == 2
+    assert done.stderr.endswith(f": {way_out}.\n")
+    done = typed(*words, "--technique", "camelot:slots=5000")
+    assert done.returncode == 2
+    assert "camelot" not in done.stderr
+
+
 def test_a_gguf_file_runs_like_the_model_it_was_made_from(
     ullage: Ullage, gguf_file: Path, tmp_path: Path
 ) -> None:
