@@ -1,25 +1,16 @@
 """ullage train: what a technique has to know of a model, from texts."""
 
 import json
+import shlex
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    track,
-)
+from rich.progress import track
 
 from ullage.cli.asked import PlanOptions
+from ullage.cli.lesson import Lesson, length_in, refuse_idle, say, stderr, trained
 from ullage.cli.machine import device_to_run
 from ullage.cli.options import DeviceOption, ModelArgument
 from ullage.cli.show.shares import show_shares
@@ -30,20 +21,17 @@ from ullage.measure.quality.texts import read_training_texts
 from ullage.planner import build_plan
 from ullage.runtime import out_of_memory
 from ullage.runtime.checkpoint import refuse_planned_only, weights_folder
-from ullage.specs.blocks import full_layer_numbers
 from ullage.specs.model import ModelSpec
 from ullage.specs.plan import Plan
 from ullage.specs.sources import resolve
 from ullage.specs.workload import Workload
 from ullage.techniques.dms.adapter import (
     CAPPED,
-    WINDOWS,
     Adapter,
     holds_trained,
     load_adapter,
 )
 from ullage.techniques.dms.settings import DMS
-from ullage.units import parse_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -84,10 +72,13 @@ def train(
             show_default=False,
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Of the training, a text each.")] = 100,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Of the training, a text each. Default: 100.")
+    ] = None,
     step_tokens: Annotated[
-        str, typer.Option(metavar="TOKENS", help="Length of a step's text.")
-    ] = "2048",
+        str | None,
+        typer.Option(metavar="TOKENS", help="Length of a step's text. Default: 2048."),
+    ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(
@@ -109,16 +100,13 @@ def train(
     _refuse_trained(output)
     if plot is not None:
         refuse_undrawable(plot)
-    if plot is not None and to is None:
-        raise InputError("--plot draws a training: add --to, such as --to 8x.")
+    if to is None:
+        refuse_idle({"--plot": plot, "--steps": steps, "--step-tokens": step_tokens})
     spec = resolve(model)
     refuse_planned_only(spec)
     _refuse_model(spec)
-    length = _length("--tokens", tokens or str(min(_TOKENS, spec.max_context_tokens)), spec)
-    lesson = None
-    if to is not None:
-        lesson = _Lesson(_ratio(to), steps, _length("--step-tokens", step_tokens, spec))
-        _refuse_small(lesson)
+    length = length_in("--tokens", tokens or str(min(_TOKENS, spec.max_context_tokens)), spec)
+    lesson = None if to is None else Lesson.asked(to, steps, step_tokens, spec)
     texts = read_training_texts(data)
     work = Workload(length - 1, 1)
     plan = build_plan(PlanOptions(device).recipe(spec, device_to_run(device), work))
@@ -129,18 +117,10 @@ def train(
         typer.echo(json.dumps(adapter.record | {"windows": adapter.windows}, indent=2))
     else:
         show_shares(adapter, spec.max_context_tokens)
-    _stderr().print(
-        escape(f"Adapter in {output}; use it by `--technique dms:adapter={output},window=TOKENS`.")
-    )
-
-
-@dataclass(frozen=True)
-class _Lesson:
-    """A training: to a cache `ratio` times smaller, in so many steps of a text of `tokens` each."""
-
-    ratio: float
-    steps: int
-    tokens: int
+    predictor = "linear" if lesson is None else "dms"
+    chosen = f"dms:adapter={output},predictor={predictor},window=TOKENS"
+    say(f"Adapter in {output}; use it by")
+    say(f"  --technique {shlex.quote(chosen)}")
 
 
 def _refuse_trained(output: Path) -> None:
@@ -160,44 +140,12 @@ def _refuse_model(spec: ModelSpec) -> None:
         raise TechniqueError(CAPPED)
 
 
-def _refuse_small(lesson: _Lesson) -> None:
-    average = lesson.tokens / lesson.ratio
-    if average < WINDOWS[0]:
-        raise InputError(
-            f"--to {lesson.ratio:g}x of --step-tokens {lesson.tokens:,} leaves {average:.0f} to a "
-            f"head, below the least window, {WINDOWS[0]}: ask for more tokens, or less to save."
-        )
-
-
-def _length(option: str, given: str, spec: ModelSpec) -> int:
-    length = parse_tokens(given)
-    if length < 2 * WINDOWS[0]:
-        raise InputError(
-            f"{option} {length:,}: at least {2 * WINDOWS[0]} are needed to learn anything from."
-        )
-    if length > spec.max_context_tokens:
-        raise InputError(
-            f"{option} {length:,}: {spec.name} reads {spec.max_context_tokens:,} at most."
-        )
-    return length
-
-
-def _ratio(given: str) -> float:
-    try:
-        ratio = float(given.lower().removesuffix("x"))
-    except ValueError:
-        ratio = 0.0
-    if not 1 < ratio <= 64:
-        raise InputError(f"--to {given}: how many times smaller, above 1 and at most 64, as in 8x.")
-    return ratio
-
-
 def _adapter(
     plan: Plan,
     texts: dict[str, str],
     length: int,
     count: int,
-    lesson: _Lesson | None,
+    lesson: Lesson | None,
     output: Path,
 ) -> "tuple[Adapter, list[Point]]":
     """The adapter, in its file, and the steps that it took."""
@@ -215,7 +163,7 @@ def _adapter(
         adapter = _measured(plan, model, pieces, output)
         if lesson is None:
             return adapter, []
-        adapter, points = _trained(plan, model, lessons, lesson, adapter, state)
+        adapter, points = trained(plan, model, lessons, lesson, adapter, state)
     adapter.save(output)
     state.unlink()
     return adapter, points
@@ -239,44 +187,9 @@ def _measured(
         found = load_adapter(path)
         if found.record.items() >= record.items() and found.fingerprint == fingerprint(model):
             return found
-    shown = track(texts, "reading", console=_stderr(), transient=True)
+    shown = track(texts, "reading", console=stderr(), transient=True)
     measure(model, shown, record).save(output)
     return load_adapter(path)  # rounded, as a training that goes on will find it
-
-
-def _trained(
-    plan: Plan,
-    model: "PreTrainedModel",
-    pieces: "dict[str, torch.Tensor]",
-    lesson: _Lesson,
-    adapter: Adapter,
-    state: Path,
-) -> "tuple[Adapter, list[Point]]":
-    from ullage.techniques.dms.course import course_to, trained
-
-    layers = full_layer_numbers(plan.recipe.model)
-    course = course_to(lesson.ratio, lesson.tokens, lesson.steps, layers, adapter)
-    texts = list(islice(cycle(pieces.values()), lesson.steps))
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("KL {task.fields[divergence]:.4f}  kept {task.fields[kept]:.1%}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=_stderr(), transient=True) as progress:
-        task = progress.add_task("", total=lesson.steps, divergence=0.0, kept=1.0)
-
-        def watch(point: "Point") -> None:
-            progress.update(task, advance=1, divergence=point.divergence, kept=point.kept)
-
-        adapter, points = trained(model, adapter, texts, course, state, watch)
-    record = adapter.record | {"training": asdict(lesson), "last": asdict(points[-1])}
-    return replace(adapter, record=record), points
-
-
-def _stderr() -> Console:
-    return Console(stderr=True, highlight=False)
 
 
 def _pieces(
