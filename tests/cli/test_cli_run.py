@@ -77,7 +77,7 @@ def test_what_no_budget_would_run_is_refused_before_the_budget(
         (["--prompt", ""], "empty"),
         (["--prompt", "w6 " * 300], "300 tokens"),
         ([], "Give one prompt"),
-        (["--prompt-file", "/no/such/file"], "Cannot read the prompt"),
+        (["--prompt-file", "/no/such/file"], "from /no/such/file: No such file"),
         (["--prompt", "w6", "--memory", "-1GiB"], "size"),
         (["--prompt", "w6", "--attention", "eager"], "--attention eager: ullage run has kernels"),
         (["--prompt", "w6", "--attention", "flash"], "--attention flash: ullage run has kernels"),
@@ -114,6 +114,9 @@ def test_a_prompt_that_is_too_long_hears_what_reads_it(
     done = typed(*words)
     assert done.returncode == 2
     assert done.stderr.endswith(f": {way_out}.\n")
+    assert (
+        "`--technique camelot` in place of dms reads" in typed(*words, "--technique", "dms").stderr
+    )
     done = typed(*words, "--technique", "camelot:slots=5000")
     assert done.returncode == 2
     assert "camelot" not in done.stderr

@@ -81,14 +81,15 @@ class Session:
         """How a longer text is read, as the end of a sentence, where it can be."""
         if self.given is not None or self.bank is not None:
             return ""
-        chosen = (techniques.parse(text) for text in self.options.technique)
-        if any(technique.acts_on == "context" for technique in chosen):
+        chosen = {one.acts_on: one.name for one in map(techniques.parse, self.options.technique)}
+        if "context" in chosen:
             return ""
         camelot = CAMELoT()
         most_tokens = camelot.most_tokens(self.spec)
         if camelot.unsupported(self.spec) or most_tokens <= self.spec.max_context_tokens:
             return ""
-        return f": `--technique {camelot.name}` reads texts of any length"
+        instead = f" in place of {chosen['kv']}" if "kv" in chosen else ""
+        return f": `--technique {camelot.name}`{instead} reads texts of any length"
 
     def refuse_early(self, text: str, new_tokens: int) -> None:
         """Refuse a budget too small for a prompt of one token before anything heavy is imported.
