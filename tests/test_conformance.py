@@ -511,7 +511,7 @@ def test_another_engine_is_our_error(
 
 
 @every_name
-@pytest.mark.parametrize("settings", ["nonsense=1", "nonsense", "=", "=1"])
+@pytest.mark.parametrize("settings", ["nonsense=1", "=", "=1"])
 def test_an_unknown_setting_is_our_error(name: str, settings: str) -> None:
     with pytest.raises(TechniqueError, match=f"{name} has no setting"):
         parse(f"{name}:{settings}")

@@ -110,7 +110,7 @@ def test_an_edited_fact_is_about_what_it_was_about(begun: Typed) -> None:
         (["add", CAPITAL, "--subject", "Thera"], 'subject "Thera" does not stand in'),
         (["add", "Ys", "--file", "facts.jsonl"], "leave one out"),
         (["add", "--file", "nowhere.jsonl"], "Cannot read nowhere.jsonl"),
-        (["add", "--prompt", "Ys is in"], "a prompt and an answer, or neither"),
+        (["add", "--prompt", "Ys is in"], "half a fact: add --answer"),
         (["add", "Ys \udcff"], "U+DCFF is no text"),
         (["add", "Ys is old", "--reason", "\x1b[2J"], "U+001B is no text"),
         (["edit", "1"], "TEXT, or --answer"),
@@ -119,6 +119,9 @@ def test_an_edited_fact_is_about_what_it_was_about(begun: Typed) -> None:
         (["forget", "0"], "greater than or equal to 1"),
         (["forget", "9" * 30], "less than or equal to"),
         (["rollback", "9"], "has no event 9: its last is 1"),
+        (["add", "--answer", "Gradlon"], "half a fact: add --prompt"),
+        (["edit", "1"], "Give what the fact becomes"),
+        (["edit", "1", "Ys is old", "--answer", "new"], "are both given: leave one out"),
         (["rollback", "yesterday"], "neither an event's number nor a time"),
         (["list", "--as-of", "0001-01-01T00:00+14:00"], "neither an event's number nor a time"),
         (["list", "--as-of", "9" * 5000], "neither an event's number nor a time"),
@@ -135,6 +138,21 @@ def test_bad_input_is_our_error_and_changes_nothing(
     assert said in done.stderr.replace("\n", " ")
     assert "Traceback" not in done.stderr
     assert begun("history", "--json").stdout == before
+
+
+@pytest.mark.parametrize("words", [["--prompt", "The king of Ys is"], ["--file"]])
+def test_a_refused_first_fact_begins_no_ledger(
+    memory: Typed, tmp_path: Path, words: list[str]
+) -> None:
+    """Nor do two of a file of which only one can stand."""
+    file = tmp_path / "facts.jsonl"
+    file.write_text('{"text": "The king of Ys is Gradlon"}\n\n{"text": "The king of Ys is Dahut"}')
+    done = memory("add", *words, *([str(file)] if words == ["--file"] else []))
+    assert done.returncode == 2
+    assert ("add --answer" in done.stderr) or (
+        'line 3 contradicts line 1, "The king of Ys is Gradlon": leave one out' in done.stderr
+    )
+    assert list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize("command", ["list", "history", "export"])

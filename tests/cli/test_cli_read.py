@@ -144,7 +144,7 @@ def test_a_bank_of_other_weights_is_refused(typed: Ullage, copied_folder: Path, 
     [
         (lambda content: None, "Cannot read"),
         (lambda content: b"once upon a time", "No bank can be read"),
-        (lambda content: content[:-10], "No bank can be read"),
+        (lambda content: content[:-10], "or no end. Read the text again."),
         (lambda content: content.replace(b"ullage-bank-1", b"ullage-bank-7"), "ullage-bank-7"),
         (lambda content: content[:-10] + b"\x01" * 10, "is damaged: read the text again"),
     ],
@@ -180,7 +180,8 @@ def test_a_models_weights_are_no_bank(typed: Ullage, tiny_folder: Path) -> None:
         (["--technique", "camelot:slots=0"], "no bank to keep"),
         (["--technique", "camelot", "--technique", "dms"], "Only one technique"),
         (["--save", "/no/such/folder/bank"], "Cannot write"),
-        (["--memory", "1MiB"], "--memory"),
+        (["--memory", "1MiB"], "with this text does not fit in 1.0 MiB: --memory"),
+        (["--technique", "camelot:slots=300"], "The text has 300 tokens"),
     ],
 )
 def test_a_reading_that_cannot_be_is_refused_early(
@@ -196,16 +197,25 @@ def test_a_reading_that_cannot_be_is_refused_early(
     assert list(tmp_path.iterdir()) == [text]
 
 
-@pytest.mark.parametrize("content", [None, b"", b" \n", b"w6 \xff"])
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "Cannot read the text from "),
+        (b"", "The text is empty: there is nothing to read"),
+        (b" \n", "The text is empty"),
+        (b"w6 \xff", "Cannot read the text as UTF-8"),
+    ],
+)
 def test_what_is_no_text_is_refused(
-    typed: Ullage, tiny_folder: Path, tmp_path: Path, content: bytes | None
+    typed: Ullage, tiny_folder: Path, tmp_path: Path, content: bytes | None, says: str
 ) -> None:
     if content is not None:
         (tmp_path / "book.txt").write_bytes(content)
     save = ["--save", str(tmp_path / "bank")]
     done = typed("read", str(tiny_folder), str(tmp_path / "book.txt"), *save, *SIZED)
     assert done.returncode == 2
-    assert "prompt" in done.stderr
+    assert says in done.stderr
+    assert ("UTF-8" in done.stderr) == (content == b"w6 \xff")
 
 
 def test_a_model_without_rotary_positions_keeps_no_bank(

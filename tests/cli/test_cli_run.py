@@ -79,7 +79,7 @@ def test_what_no_budget_would_run_is_refused_before_the_budget(
         (["--prompt", ""], "empty"),
         (["--prompt", "w6 " * 300], "300 tokens"),
         ([], "Give one prompt"),
-        (["--prompt-file", "/no/such/file"], "Cannot read the prompt"),
+        (["--prompt-file", "/no/such/file"], "from /no/such/file: No such file"),
         (["--prompt", "w6", "--memory", "-1GiB"], "size"),
         (["--prompt", "w6", "--attention", "eager"], "--attention eager: ullage run has kernels"),
         (["--prompt", "w6", "--attention", "flash"], "--attention flash: ullage run has kernels"),
@@ -101,6 +101,27 @@ def test_bad_input_is_two_lines_and_exit_code_2(
     assert "Traceback" not in done.stderr
     assert says in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("tokens", [5000, 9000])  # counted, and told by their beginning
+def test_a_prompt_that_is_too_long_hears_what_reads_it(
+    typed: Ullage, copied_folder: Path, tokens: int
+) -> None:
+    """Unless that was chosen already, or the model's context has no place for its slots."""
+    words = ["run", str(copied_folder), "--prompt", "w6 " * tokens, *SIZED]
+    way_out = "`--technique camelot` reads texts of any length"
+    assert "camelot" not in typed(*words).stderr
+    path = copied_folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 4096}))
+    done = typed(*words)
+    assert done.returncode == 2
+    assert done.stderr.endswith(f": {way_out}.\n")
+    assert (
+        "`--technique camelot` in place of dms reads" in typed(*words, "--technique", "dms").stderr
+    )
+    done = typed(*words, "--technique", "camelot:slots=5000")
+    assert done.returncode == 2
+    assert "camelot" not in done.stderr
 
 
 def test_a_gguf_file_runs_like_the_model_it_was_made_from(

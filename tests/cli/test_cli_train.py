@@ -1,6 +1,7 @@
 """ullage train, as a shell sees it, on a tiny model."""
 
 import json
+import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +9,12 @@ from shutil import copytree
 
 import numpy
 import pytest
+import torch
+from safetensors.numpy import save
 
+from ullage.techniques import parse
 from ullage.techniques.dms.adapter import Adapter, load_adapter
+from ullage.techniques.dms.training import Point, Trainer
 
 Typed = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -86,6 +91,44 @@ def test_a_training_that_was_broken_off_measures_nothing_again(train: Typed, dat
     assert (adapter.read_bytes(), state.read_bytes()) == (before, b"broken")
 
 
+def test_an_interrupted_training_says_how_it_goes_on(
+    train: Typed, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--tokens", "200", "--to", "1.1x", "--steps", "3", "--step-tokens", "150"]
+    step = Trainer.step
+
+    def interrupted(trainer: Trainer, ids: torch.Tensor) -> Point:
+        if len(trainer.history) == 2:
+            raise KeyboardInterrupt
+        return step(trainer, ids)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", interrupted)
+        for _ in range(2):  # no step was done in between
+            done = train(*words)
+            assert done.returncode == 130
+            assert "2 of 3 steps are saved: the same command goes on there." in done.stderr
+    done = train(*words)
+    assert done.returncode == 0, done.stderr
+    assert "Going on at step 3 of 3." in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "predictor"), [([], "linear"), (["--to", "1.1x", "--steps", "1"], "dms")]
+)
+def test_what_uses_an_adapter_can_be_copied(
+    train: Typed, data: Path, words: list[str], predictor: str
+) -> None:
+    """However long its line is."""
+    sized = ["--step-tokens", "150"] if words else []
+    adapter = data / (20 * "long ")
+    done = train("--tokens", "200", *words, *sized, "--output", str(adapter))
+    assert done.returncode == 0, done.stderr
+    used = f"dms:adapter={adapter},predictor={predictor},window="
+    assert shlex.split(done.stderr.splitlines()[-1]) == ["--technique", f"{used}TOKENS"]
+    assert parse(f"{used}80")
+
+
 def test_a_training_is_the_same_whenever_it_begins(train: Typed, data: Path) -> None:
     """At once, or from an adapter that is there."""
     words = ["--tokens", "200", "--to", "1.1x", "--steps", "2", "--step-tokens", "150"]
@@ -99,6 +142,25 @@ def test_a_training_is_the_same_whenever_it_begins(train: Typed, data: Path) -> 
         made.append(load_adapter(str(adapter)))
     assert made[0].record == made[1].record
     assert numpy.array_equal(made[0].predictors["dms"], made[1].predictors["dms"])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [[], ["--pieces", "3"], ["--to", "1.2x", "--steps", "1", "--step-tokens", "150"]],
+    ids=" ".join,
+)
+def test_a_trained_predictor_is_never_written_over(
+    train: Typed, data: Path, other: list[str]
+) -> None:
+    """Not even one that cannot be loaded."""
+    adapter = data / "made.safetensors"
+    content = save({"dms": numpy.ones(3, numpy.int8)})
+    adapter.write_bytes(content)
+    done = train("--tokens", "200", *other)
+    assert done.returncode == 2
+    assert "holds a trained predictor" in done.stderr
+    assert "name another --output, or remove the file" in done.stderr.replace("\n", " ")
+    assert adapter.read_bytes() == content
 
 
 def test_a_table_says_how_the_heads_share(train: Typed) -> None:
@@ -120,7 +182,9 @@ def test_a_table_says_how_the_heads_share(train: Typed) -> None:
         (["--to", "8x", "--step-tokens", "300"], "--step-tokens 300"),
         (["--to", "8x", "--step-tokens", "150", "--tokens", "200"], "below the least window, 64"),
         (["--to", "1.5x", "--step-tokens", "100"], "--step-tokens 100: at least 128"),
-        (["--plot", "drawn.svg"], "add --to"),
+        (["--plot", "drawn.svg"], "--plot is of a training: add --to"),
+        (["--steps", "100"], "--steps is of a training: add --to"),
+        (["--step-tokens", "150"], "--step-tokens is of a training: add --to"),
     ],
 )
 def test_bad_input_is_our_error(train: Typed, words: list[str], said: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from ullage import techniques
+from ullage.errors import TechniqueError
 
 
 def test_a_folder_without_settings_is_no_technique_yet(
@@ -22,3 +23,17 @@ def test_a_folder_without_settings_is_no_technique_yet(
     finally:
         for name in ("begun", "whole"):
             sys.modules.pop(f"ullage.techniques.{name}", None)
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        ("DMS", "Did you mean dms?"),
+        ("dms:kept", "a setting is name=value, and 'kept' has no =; it has adapter, "),
+        ("dms:keep=0.5", "dms has no setting 'keep'"),
+    ],
+)
+def test_what_is_typed_amiss_hears_what_to_type(typed: str, says: str) -> None:
+    with pytest.raises(TechniqueError) as refused:
+        techniques.parse(typed)
+    assert says in str(refused.value)

@@ -27,14 +27,8 @@ def prompt_text(source: str | None, prompt: str | None, file: Path | None) -> st
     given = [place for place in (source, prompt, file) if place is not None]
     if len(given) != 1:
         raise PromptError("Give one prompt: --prompt TEXT, --prompt-file FILE, or - for stdin.")
-    try:
-        text = prompt if prompt is not None else _read(file)
-        text.encode()  # bytes of the command line that are no UTF-8 come as lone surrogates
-    except (OSError, UnicodeError) as error:
-        raise PromptError(f"Cannot read the prompt as UTF-8 text: {error}.") from error
-    if not text.strip():
-        raise PromptError("The prompt is empty: there is nothing to go on from.")
-    return text
+    text = _read("prompt", file) if prompt is None else prompt
+    return _whole("prompt", text, "to go on from")
 
 
 def document_text(doc: str) -> str:
@@ -43,16 +37,38 @@ def document_text(doc: str) -> str:
     Raises:
         PromptError: the file cannot be read, or it is empty.
     """
-    return prompt_text("-", None, None) if doc == "-" else prompt_text(None, None, Path(doc))
+    return _whole("text", _read("text", None if doc == "-" else Path(doc)), "to read")
 
 
-def _read(file: Path | None) -> str:
-    if file is not None:
-        return file.read_text(encoding="utf-8")
-    if sys.stdin is None:
-        raise PromptError("There is no stdin to read the prompt from.")
-    with open(0, encoding="utf-8", closefd=False) as stdin:  # whatever the locale says
-        return stdin.read()
+def _read(called: str, file: Path | None) -> str:
+    """The file, or stdin, of what is `called` so."""
+    if file is None and sys.stdin is None:
+        raise PromptError(f"There is no stdin to read the {called} from.")
+    try:
+        if file is not None:
+            return file.read_text(encoding="utf-8")
+        with open(0, encoding="utf-8", closefd=False) as stdin:  # whatever the locale says
+            return stdin.read()
+    except OSError as error:
+        raise PromptError(
+            f"Cannot read the {called} from {file or 'stdin'}: {error.strerror}."
+        ) from error
+    except UnicodeError as error:
+        raise _no_utf8(called, error) from error
+
+
+def _whole(called: str, text: str, use: str) -> str:
+    try:
+        text.encode()  # bytes of the command line that are no UTF-8 come as lone surrogates
+    except UnicodeError as error:
+        raise _no_utf8(called, error) from error
+    if not text.strip():
+        raise PromptError(f"The {called} is empty: there is nothing {use}.")
+    return text
+
+
+def _no_utf8(called: str, error: UnicodeError) -> PromptError:
+    return PromptError(f"Cannot read the {called} as UTF-8: {error}.")
 
 
 def refuse_beside_plan(

@@ -86,6 +86,7 @@ def add(
     """
     who = _who(actor, reason)
     if file is None:
+        _refuse_half(prompt, answer)
         facts = [Fact.make(text, subject, prompt, answer)]
     elif any(given is not None for given in (text, subject, prompt, answer)):
         raise InputError("--file and a fact: leave one out.")
@@ -153,8 +154,10 @@ def edit(
 ) -> None:
     """Put another fact in the place of one; it keeps its number."""
     who = _who(actor, reason)
-    if (text is None) == (answer is None):
+    if text is None and answer is None:
         raise InputError("Give what the fact becomes: TEXT, or --answer.")
+    if text is not None and answer is not None:
+        raise InputError("TEXT and --answer are both given: leave one out.")
     with Ledger(db) as ledger:
         event = ledger.edit(fact, ledger.fact(fact).edited(text, answer, subject), who)
     _changed([] if event is None else [event], as_json)
@@ -241,6 +244,12 @@ def export(
     else:
         output.write_text(lines, encoding="utf-8")
         _say(f"{len(facts):,} facts in {output}.")
+
+
+def _refuse_half(prompt: str | None, answer: str | None) -> None:
+    if bool(prompt) != bool(answer):
+        given, missing = ("--prompt", "--answer") if prompt else ("--answer", "--prompt")
+        raise InputError(f"{given} is half a fact: add {missing}, or give TEXT alone.")
 
 
 def _changed(events: list[Event], as_json: bool) -> None:

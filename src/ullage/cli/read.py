@@ -75,7 +75,7 @@ def read(
     spec = resolve(model)
     refuse_planned_only(spec)
     text = document_text(doc)
-    session = Session(spec, options)
+    session = Session(spec, options, called="text")
     session.refuse_early(text, _NEW_TOKENS)
     ids = session.tokenize(text)
     plan = session.plan_for(len(ids), _NEW_TOKENS)

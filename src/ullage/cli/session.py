@@ -19,6 +19,7 @@ from ullage.specs.model import ModelSpec
 from ullage.specs.plan import Plan
 from ullage.specs.saved import SavedText
 from ullage.specs.workload import Workload
+from ullage.techniques.camelot.settings import CAMELoT
 from ullage.units import format_bytes
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Session:
     options: PlanOptions
     given: Plan | None = None
     bank: SavedText | None = None  # what was read before the prompt
+    called: str = "prompt"  # what is read, in messages
 
     def __post_init__(self) -> None:
         if self.bank is not None:
@@ -74,6 +76,21 @@ class Session:
         """Read before the prompt."""
         return 0 if self.bank is None else self.bank.record.tokens
 
+    @property
+    def _way_out(self) -> str:
+        """How a longer text is read, as the end of a sentence, where it can be."""
+        if self.given is not None or self.bank is not None:
+            return ""
+        chosen = {one.acts_on: one.name for one in map(techniques.parse, self.options.technique)}
+        if "context" in chosen:
+            return ""
+        camelot = CAMELoT()
+        most_tokens = camelot.most_tokens(self.spec)
+        if camelot.unsupported(self.spec) or most_tokens <= self.spec.max_context_tokens:
+            return ""
+        instead = f" in place of {chosen['kv']}" if "kv" in chosen else ""
+        return f": `--technique {camelot.name}`{instead} reads texts of any length"
+
     def refuse_early(self, text: str, new_tokens: int) -> None:
         """Refuse a budget too small for a prompt of one token before anything heavy is imported.
 
@@ -86,10 +103,10 @@ class Session:
             most_tokens = len(text.encode()) + _TEMPLATE_TOKENS
             room = max(1, self.most_tokens - new_tokens)
             enough_bytes = self._smallest_bytes(min(most_tokens, room), new_tokens)
+            after = f" and {new_tokens:,} tokens after it" if self.called == "prompt" else ""
             raise DoesNotFit(
-                f"{self.spec.name} with this prompt and {new_tokens:,} tokens after it does not "
-                f"fit in {format_bytes(self.budget_bytes)}: {as_memory_option(enough_bytes)} is "
-                "enough.",
+                f"{self.spec.name} with this {self.called}{after} does not fit in "
+                f"{format_bytes(self.budget_bytes)}: {as_memory_option(enough_bytes)} is enough.",
                 needed_bytes=enough_bytes,
             ) from error
 
@@ -112,7 +129,7 @@ class Session:
         from ullage.runtime.prompt import refuse_long, token_ids
 
         self.tokenizer = load_tokenizer(self.folder)
-        refuse_long(text, self.tokenizer, self.most_tokens - 1)
+        refuse_long(text, self.tokenizer, self.most_tokens - 1, self.called, self._way_out)
         if chat:
             ids = _chat_ids(self.tokenizer, text)
             return ids if self.bank is None else _without_beginning(self.tokenizer, ids)
@@ -130,8 +147,8 @@ class Session:
         if room < 1:
             behind = "" if self.bank is None else f" behind the {self.past_tokens:,} of its bank"
             raise PromptError(
-                f"The prompt has {prompt_tokens:,} tokens; {self.spec.name} reads "
-                f"{max(0, self.most_tokens):,}{behind}, the answer included."
+                f"The {self.called} has {prompt_tokens:,} tokens; {self.spec.name} reads "
+                f"{max(0, self.most_tokens):,}{behind}, the answer included{self._way_out}."
             )
         work = Workload(self.past_tokens + prompt_tokens, min(new_tokens, room))
         if self.given is not None:

@@ -1,28 +1,19 @@
 """ullage train: what a technique has to know of a model, from texts."""
 
 import json
+import shlex
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    track,
-)
-from rich.table import Table
+from rich.progress import track
 
 from ullage.cli.asked import PlanOptions
+from ullage.cli.lesson import Lesson, length_in, refuse_idle, say, stderr, trained
 from ullage.cli.machine import device_to_run
 from ullage.cli.options import DeviceOption, ModelArgument
+from ullage.cli.show.shares import show_shares
 from ullage.cli.written import refuse_undrawable, refuse_unwritable
 from ullage.errors import InputError, TechniqueError
 from ullage.measure.picture import draw_training
@@ -30,15 +21,17 @@ from ullage.measure.quality.texts import read_training_texts
 from ullage.planner import build_plan
 from ullage.runtime import out_of_memory
 from ullage.runtime.checkpoint import refuse_planned_only, weights_folder
-from ullage.specs.blocks import full_layer_numbers
 from ullage.specs.model import ModelSpec
 from ullage.specs.plan import Plan
 from ullage.specs.sources import resolve
 from ullage.specs.workload import Workload
-from ullage.techniques.dms.adapter import CAPPED, WINDOWS, Adapter, load_adapter
+from ullage.techniques.dms.adapter import (
+    CAPPED,
+    Adapter,
+    holds_trained,
+    load_adapter,
+)
 from ullage.techniques.dms.settings import DMS
-from ullage.techniques.dms.sharing import shared_out
-from ullage.units import parse_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -79,10 +72,13 @@ def train(
             show_default=False,
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Of the training, a text each.")] = 100,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Of the training, a text each. Default: 100.")
+    ] = None,
     step_tokens: Annotated[
-        str, typer.Option(metavar="TOKENS", help="Length of a step's text.")
-    ] = "2048",
+        str | None,
+        typer.Option(metavar="TOKENS", help="Length of a step's text. Default: 2048."),
+    ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(
@@ -98,21 +94,19 @@ def train(
     Reads each piece once, forward and back: a minute or two a piece of 8,192 tokens on a small
     model and two cores. Every other piece says again some of what it said. With --to, a predictor
     is trained from there on, for `predictor=dms`; broken off, the same command goes on where it
-    was. What FILE holds is not measured again.
+    was. What FILE holds is not measured again; one with a trained predictor is left as it is.
     """
     refuse_unwritable(output)
+    _refuse_trained(output)
     if plot is not None:
         refuse_undrawable(plot)
-    if plot is not None and to is None:
-        raise InputError("--plot draws a training: add --to, such as --to 8x.")
+    if to is None:
+        refuse_idle({"--plot": plot, "--steps": steps, "--step-tokens": step_tokens})
     spec = resolve(model)
     refuse_planned_only(spec)
     _refuse_model(spec)
-    length = _length("--tokens", tokens or str(min(_TOKENS, spec.max_context_tokens)), spec)
-    lesson = None
-    if to is not None:
-        lesson = _Lesson(_ratio(to), steps, _length("--step-tokens", step_tokens, spec))
-        _refuse_small(lesson)
+    length = length_in("--tokens", tokens or str(min(_TOKENS, spec.max_context_tokens)), spec)
+    lesson = None if to is None else Lesson.asked(to, steps, step_tokens, spec)
     texts = read_training_texts(data)
     work = Workload(length - 1, 1)
     plan = build_plan(PlanOptions(device).recipe(spec, device_to_run(device), work))
@@ -122,19 +116,20 @@ def train(
     if as_json:
         typer.echo(json.dumps(adapter.record | {"windows": adapter.windows}, indent=2))
     else:
-        _show(adapter, spec.max_context_tokens)
-    _stderr().print(
-        escape(f"Adapter in {output}; use it by `--technique dms:adapter={output},window=TOKENS`.")
-    )
+        show_shares(adapter, spec.max_context_tokens)
+    predictor = "linear" if lesson is None else "dms"
+    chosen = f"dms:adapter={output},predictor={predictor},window=TOKENS"
+    say(f"Adapter in {output}; use it by")
+    say(f"  --technique {shlex.quote(chosen)}")
 
 
-@dataclass(frozen=True)
-class _Lesson:
-    """A training: to a cache `ratio` times smaller, in so many steps of a text of `tokens` each."""
-
-    ratio: float
-    steps: int
-    tokens: int
+def _refuse_trained(output: Path) -> None:
+    """A training takes hours, and its steps' texts may be gone: nothing is written over it."""
+    if holds_trained(output):
+        raise InputError(
+            f"{output} holds a trained predictor, which would be lost: name another --output, or "
+            "remove the file."
+        )
 
 
 def _refuse_model(spec: ModelSpec) -> None:
@@ -145,44 +140,12 @@ def _refuse_model(spec: ModelSpec) -> None:
         raise TechniqueError(CAPPED)
 
 
-def _refuse_small(lesson: _Lesson) -> None:
-    average = lesson.tokens / lesson.ratio
-    if average < WINDOWS[0]:
-        raise InputError(
-            f"--to {lesson.ratio:g}x of --step-tokens {lesson.tokens:,} leaves {average:.0f} to a "
-            f"head, below the least window, {WINDOWS[0]}: ask for more tokens, or less to save."
-        )
-
-
-def _length(option: str, given: str, spec: ModelSpec) -> int:
-    length = parse_tokens(given)
-    if length < 2 * WINDOWS[0]:
-        raise InputError(
-            f"{option} {length:,}: at least {2 * WINDOWS[0]} are needed to learn anything from."
-        )
-    if length > spec.max_context_tokens:
-        raise InputError(
-            f"{option} {length:,}: {spec.name} reads {spec.max_context_tokens:,} at most."
-        )
-    return length
-
-
-def _ratio(given: str) -> float:
-    try:
-        ratio = float(given.lower().removesuffix("x"))
-    except ValueError:
-        ratio = 0.0
-    if not 1 < ratio <= 64:
-        raise InputError(f"--to {given}: how many times smaller, above 1 and at most 64, as in 8x.")
-    return ratio
-
-
 def _adapter(
     plan: Plan,
     texts: dict[str, str],
     length: int,
     count: int,
-    lesson: _Lesson | None,
+    lesson: Lesson | None,
     output: Path,
 ) -> "tuple[Adapter, list[Point]]":
     """The adapter, in its file, and the steps that it took."""
@@ -200,7 +163,7 @@ def _adapter(
         adapter = _measured(plan, model, pieces, output)
         if lesson is None:
             return adapter, []
-        adapter, points = _trained(plan, model, lessons, lesson, adapter, state)
+        adapter, points = trained(plan, model, lessons, lesson, adapter, state)
     adapter.save(output)
     state.unlink()
     return adapter, points
@@ -224,44 +187,9 @@ def _measured(
         found = load_adapter(path)
         if found.record.items() >= record.items() and found.fingerprint == fingerprint(model):
             return found
-    shown = track(texts, "reading", console=_stderr(), transient=True)
+    shown = track(texts, "reading", console=stderr(), transient=True)
     measure(model, shown, record).save(output)
     return load_adapter(path)  # rounded, as a training that goes on will find it
-
-
-def _trained(
-    plan: Plan,
-    model: "PreTrainedModel",
-    pieces: "dict[str, torch.Tensor]",
-    lesson: _Lesson,
-    adapter: Adapter,
-    state: Path,
-) -> "tuple[Adapter, list[Point]]":
-    from ullage.techniques.dms.course import course_to, trained
-
-    layers = full_layer_numbers(plan.recipe.model)
-    course = course_to(lesson.ratio, lesson.tokens, lesson.steps, layers, adapter)
-    texts = list(islice(cycle(pieces.values()), lesson.steps))
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("KL {task.fields[divergence]:.4f}  kept {task.fields[kept]:.1%}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=_stderr(), transient=True) as progress:
-        task = progress.add_task("", total=lesson.steps, divergence=0.0, kept=1.0)
-
-        def watch(point: "Point") -> None:
-            progress.update(task, advance=1, divergence=point.divergence, kept=point.kept)
-
-        adapter, points = trained(model, adapter, texts, course, state, watch)
-    record = adapter.record | {"training": asdict(lesson), "last": asdict(points[-1])}
-    return replace(adapter, record=record), points
-
-
-def _stderr() -> Console:
-    return Console(stderr=True, highlight=False)
 
 
 def _pieces(
@@ -281,19 +209,3 @@ def _pieces(
         f"{name}, recalling" if at % 2 else name: recalling(ids, at) if at % 2 else ids
         for at, (name, ids) in enumerate(found.items())
     }
-
-
-def _show(adapter: Adapter, context: int) -> None:
-    """What the heads would hold of a text as long as the model reads, for some savings."""
-    table = Table("entries", "windows: least", "half at most", "most", "survive", box=None)
-    for share in (2, 4, 8):
-        with suppress(TechniqueError):  # below the least window
-            shared = [
-                one for layer in shared_out(adapter, context / share, context) for one in layer
-            ]
-            windows = sorted(one.window for one in shared)
-            sizes = (windows[0], windows[len(windows) // 2], windows[-1])
-            kept = [one.kept for one in shared if one.window < context]
-            survive = sum(kept) / max(1, len(kept))
-            table.add_row(f"1 in {share}", *(f"{size:,}" for size in sizes), f"{survive:.1%}")
-    Console(highlight=False).print(table)

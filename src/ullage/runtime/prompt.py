@@ -14,9 +14,16 @@ _SEAM = re.compile(r"(?<=[^\W\d_])(?=\n)")  # a line's end behind a letter: no t
 _TRIED = ("a line\nand", "\nanother, with\n\n two")  # a text in two pieces
 
 
-def refuse_long(text: str, tokenizer: PreTrainedTokenizerBase, most_tokens: int) -> None:
+def refuse_long(
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    most_tokens: int,
+    called: str = "prompt",
+    way_out: str = "",
+) -> None:
     """Refuse a text of more than `most_tokens` by its beginning alone: a beginning that holds as
-    much as the context should, then twice that, until it is too long or the text ends.
+    much as the context should, then twice that, until it is too long or the text ends. The text is
+    `called` so, and `way_out` ends the sentence.
 
     Raises:
         PromptError: the text has more tokens.
@@ -26,8 +33,8 @@ def refuse_long(text: str, tokenizer: PreTrainedTokenizerBase, most_tokens: int)
         tokens = len(tokenizer(text[:characters])["input_ids"])
         if tokens > most_tokens + _SEAM_TOKENS:
             raise PromptError(
-                f"The first {characters:,} of the prompt's {len(text):,} characters have more than "
-                f"the {most_tokens:,} tokens that the model can read."
+                f"The first {characters:,} of the {called}'s {len(text):,} characters have more "
+                f"than the {most_tokens:,} tokens that the model can read{way_out}."
             )
         characters *= 2
 

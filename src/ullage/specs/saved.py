@@ -71,7 +71,8 @@ def read_saved(path: Path) -> SavedText:
     try:
         metadata, tensors = read_metadata(path), tuple(read_header(path))
     except CheckpointError as error:
-        raise InputError(f"No bank can be read. {error}") from error
+        again = " Read the text again." if path.is_file() else ""
+        raise InputError(f"No bank can be read. {error}{again}") from error
     found = metadata.get("format")
     if found != FORMAT:
         raise InputError(_other_format(path, found))

@@ -103,7 +103,11 @@ def parse(text: str) -> Technique:
     settings = {}
     for pair in filter(None, re.split(r",(?=\w*=|$)", rest)):
         key, equals, value = pair.partition("=")
-        if not equals or key not in types:
+        if not equals:
+            raise TechniqueError(
+                f"{name}: a setting is name=value, and {pair!r} has no =; {_has(types)}."
+            )
+        if key not in types:
             raise TechniqueError(f"{name} has no setting {key!r}; {_has(types)}.")
         if key in settings:
             raise TechniqueError(f"{name}: {key} is given twice: once is enough.")
@@ -121,7 +125,7 @@ def as_typed(choice: TechniqueChoice) -> str:
 @cache  # a search asks thousands of times
 def _technique_class(name: str) -> type[Technique]:
     if name not in names():
-        close = get_close_matches(name, names(), n=1)
+        close = get_close_matches(name.lower(), names(), n=1)
         hint = f" Did you mean {close[0]}?" if close else f" There is: {', '.join(names())}."
         raise TechniqueError(f"No technique is called {name!r}.{hint}")
     module = importlib.import_module(f"{__name__}.{name}.settings")

@@ -138,7 +138,7 @@ def test_neutral_settings_change_no_answer(sides_of: Sides, prepared: list[Promp
 def test_no_room_and_no_essays_are_refused(
     essays: str, byte_tokenizer: Any, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match="no room for what is asked"):
+    with pytest.raises(InputError, match=r"--tokens [\d,]+ has no room for what is asked"):
         retrieval.prepare(essays, byte_tokenizer, replace(ASKED, tokens=1200))
     with pytest.raises(InputError, match="too short for prompts of that length"):
         retrieval.prepare(essays[:2000], byte_tokenizer, ASKED)

@@ -8,13 +8,18 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from safetensors.numpy import save
-from safetensors.torch import save as save_torch
+from safetensors.torch import save
 
 from ullage import ModelSpec, TechniqueChoice, resolve
 from ullage.errors import TechniqueError
 from ullage.techniques import create, parse
-from ullage.techniques.dms.adapter import DECIDED_TOKENS, Adapter, load_adapter
+from ullage.techniques.dms.adapter import (
+    DECIDED_TOKENS,
+    Adapter,
+    load_adapter,
+    shipped_adapters,
+    tensors_sha256,
+)
 from ullage.techniques.dms.settings import DMS
 
 WINDOWS = (2, 4, 8)
@@ -25,6 +30,13 @@ def adapter_of(loss: list[list[list[float]]]) -> Adapter:
     numbers = numpy.array(loss, numpy.float32)
     captured = numpy.broadcast_to(EVEN, (*numbers.shape[:2], DECIDED_TOKENS))
     return Adapter(WINDOWS, numbers, captured, 16, "print", {"texts": 1})
+
+
+def as_saved(tensors: dict[str, Any], record: str = "{}") -> bytes:
+    """A file of these tensors, with the sum of their bytes."""
+    both = {name: torch.as_tensor(tensor) for name, tensor in tensors.items()}
+    metadata = {"format": "ullage-dms-3", "head_dim": "4", "fingerprint": "x", "record": record}
+    return save(both, metadata | {"sha256": tensors_sha256(save(both))})
 
 
 def test_a_file_holds_it_all(tmp_path: Path) -> None:
@@ -60,13 +72,29 @@ def test_damaged_files_are_our_error(tmp_path: Path) -> None:
     adapter_of([[[3, 2, 1]]]).save(path)
     whole = path.read_bytes()
     for number, damaged in enumerate(
-        (b"", whole[:40], whole[:-3], whole.replace(b"ullage-dms-2", b"something-else"),
+        (b"", whole[:40], whole[:-3], whole.replace(b"ullage-dms-3", b"something-else"),
          whole.replace(b"windows", b"widnows"), b"\x00" * (3 << 20))
     ):  # fmt: skip
         other = tmp_path / f"{number}.safetensors"
         other.write_bytes(damaged)
         with pytest.raises(TechniqueError, match="dms: "):
             parse(f"dms:adapter={other}")
+
+
+def test_numbers_that_are_not_those_saved_are_our_error(tmp_path: Path) -> None:
+    """Of a tensor whose every byte is a number that there can be."""
+    path = tmp_path / "mine.safetensors"
+    weights = numpy.random.default_rng(0).normal(size=(1, 1, 500)).astype(numpy.float32)
+    replace(adapter_of([[[3, 2, 1]]]), predictors={"dms": weights}).save(path)
+    content = bytearray(path.read_bytes())
+    content[-400:-300] = bytes(byte ^ 1 for byte in content[-400:-300])
+    path.write_bytes(content)
+    with pytest.raises(TechniqueError, match="damaged: its numbers are not those that were saved"):
+        load_adapter(str(path))
+
+
+def test_what_is_shipped_is_whole() -> None:
+    assert [len(load_adapter(name).windows) > 1 for name in shipped_adapters()] == [True]
 
 
 @pytest.mark.parametrize("numbers", [[[[3.0, float("nan"), 1.0]]], [[3.0, 2.0, 1.0]]])
@@ -107,11 +135,9 @@ def test_what_nothing_learns_is_our_error(tmp_path: Path, damaged: dict[str, Any
         "dms": numpy.ones((1, 1, 4), numpy.int8),
         "dms.scales": numpy.ones((1, 1), numpy.float32),
     }
-    metadata = {"format": "ullage-dms-2", "head_dim": "4", "fingerprint": "x", "record": "{}"}
-    path.write_bytes(save(tensors, metadata))
+    path.write_bytes(as_saved(tensors))
     assert set(load_adapter(str(path)).predictors) == {"dms"}
-    both = {name: torch.as_tensor(tensor) for name, tensor in (tensors | damaged).items()}
-    path.write_bytes(save_torch(both, metadata))
+    path.write_bytes(as_saved(tensors | damaged))
     with pytest.raises(TechniqueError, match="damaged"):
         load_adapter(str(path))
 
@@ -124,8 +150,7 @@ def test_a_record_that_is_none_is_our_error(tmp_path: Path, record: str) -> None
         "loss": numpy.ones((1, 1, 3), numpy.float32),
         "captured": EVEN[None, None],
     }
-    metadata = {"format": "ullage-dms-2", "head_dim": "4", "fingerprint": "x", "record": record}
-    path.write_bytes(save(tensors, metadata))
+    path.write_bytes(as_saved(tensors, record))
     with pytest.raises(TechniqueError, match="damaged"):
         load_adapter(str(path))
 
@@ -150,8 +175,7 @@ def test_windows_that_are_none_are_our_error(tmp_path: Path, windows: Any) -> No
         "loss": numpy.ones((1, 1, 3), numpy.float32),
         "captured": EVEN[None, None],
     }
-    metadata = {"format": "ullage-dms-2", "head_dim": "4", "fingerprint": "x", "record": "{}"}
-    path.write_bytes(save(tensors, metadata))
+    path.write_bytes(as_saved(tensors))
     with pytest.raises(TechniqueError, match="damaged"):
         load_adapter(str(path))
 

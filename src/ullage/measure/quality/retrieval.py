@@ -154,7 +154,7 @@ def _prompt(haystack: Haystack, tokens: int, draw: random.Random) -> Prompt:
     start = draw.randrange(len(haystack.sentences))
     parts = haystack.fill(start, tokens - taken)
     if len(parts) < _LEAST_SENTENCES:
-        raise InputError(f"{tokens:,} tokens have no room for what is asked: ask for more.")
+        raise InputError(f"--tokens {tokens:,} has no room for what is asked: ask for more.")
     return Prompt([*begun, *chain(*_among(parts, said))], questions)
 
 

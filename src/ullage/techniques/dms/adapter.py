@@ -1,6 +1,7 @@
 """An adapter: how far back each KV head of one model has to look, as it was measured, and what it
 has learned to read off hidden states. No torch."""
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from ullage.errors import TechniqueError
 from ullage.specs.blocks import full_layer_numbers
 from ullage.specs.model import ModelSpec
 
-FORMAT = "ullage-dms-2"
+FORMAT = "ullage-dms-3"
 SHIPPED = files(__package__) / "adapters"
 LIMIT_BYTES = 64 << 20  # a byte a head and hidden number for each predictor: 70B models take 12 MB
 LEARNED = ("linear", "dms")
@@ -81,6 +82,7 @@ class Adapter:
         }
         for name, weights in self.predictors.items():
             tensors[name], tensors[f"{name}.scales"] = _quantized(weights)
+        metadata["sha256"] = tensors_sha256(save(tensors))
         write_whole(path, save(tensors, metadata))
 
 
@@ -113,10 +115,31 @@ def load_adapter(name: str) -> Adapter:
         raise TechniqueError(f"dms: {name} is not an adapter of DMS, or damaged: {error}") from None
 
 
+def holds_trained(path: Path) -> bool:
+    """Whether the file at `path` has a trained predictor, of whatever format and however damaged
+    the rest is."""
+    try:
+        with safe_open(path, "numpy") as file:
+            return "dms" in file.keys()  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return False
+
+
 @lru_cache(maxsize=16)
 def _read(path: str, *_: int) -> Adapter:
     with safe_open(path, "numpy") as file:
-        return _parsed(file.metadata() or {}, file)
+        metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
+        if metadata["sha256"] != tensors_sha256(Path(path).read_bytes()):
+            raise ValueError("its numbers are not those that were saved")
+        return _parsed(metadata, file)
+
+
+def tensors_sha256(content: bytes) -> str:
+    """Hex SHA-256 over the tensors' bytes in the `content` of a .safetensors file."""
+    header_bytes = int.from_bytes(content[:8], "little")
+    return hashlib.sha256(memoryview(content)[8 + header_bytes :]).hexdigest()
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -163,8 +186,6 @@ def _captured(shape: tuple[int, ...], file: Any) -> numpy.ndarray:
 
 
 def _parsed(metadata: dict[str, str], file: Any) -> Adapter:
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
     sizes, loss = _tensor(file, "windows", "I32"), _tensor(file, "loss", "F32")
     windows = tuple(map(int, sizes.reshape(-1)))
     if (

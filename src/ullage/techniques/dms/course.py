@@ -39,9 +39,11 @@ def trained(
     course: Course,
     file: Path,
     watch: Callable[[Point], None],
+    resumed: Callable[[int], None] = lambda steps: None,
 ) -> tuple[Adapter, list[Point]]:
     """`adapter` with a trained predictor, and the steps: one for each of `texts`, [T] token ids
-    each. Goes on from `file` where there is one; `watch` is told of each step, of earlier ones too.
+    each. Goes on from `file` where there is one, and tells `resumed` behind how many steps; `watch`
+    is told of each step that is saved, of earlier ones too.
 
     Raises:
         TechniqueError: `file` is of another training, or damaged.
@@ -50,11 +52,13 @@ def trained(
     asked = json.dumps([asdict(course), adapter.fingerprint, texts_fingerprint(texts)])
     if file.exists():
         trainer.go_on(_state(file, asked))
+        resumed(len(trainer.history))
         for point in trainer.history:
             watch(point)
     for ids in texts[len(trainer.history) :]:
-        watch(trainer.step(ids))
+        point = trainer.step(ids)
         write_whole(file, save(trainer.state(), {"course": asked}))
+        watch(point)
     learned = {"dms": trainer.weights.detach().cpu().numpy()}
     return replace(adapter, predictors=adapter.predictors | learned), trainer.history
 

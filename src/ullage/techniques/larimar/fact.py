@@ -122,14 +122,21 @@ def read_facts(file: Path) -> list[Fact]:
     and perhaps a `subject`. Lines of CounterFact do, whose answer is `target_new`.
 
     Raises:
-        FactError: it cannot be read, or a line is no fact; says which.
+        FactError: it cannot be read, or a line is no fact, or contradicts another; says which.
     """
-    facts = []
+    facts, asked = [], dict[str, tuple[int, Fact]]()
     try:
         with file.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    facts.append(_from_line(line, f"{file}, line {number}"))
+                    fact = _from_line(line, f"{file}, line {number}")
+                    before, other = asked.setdefault(fact.asks, (number, fact))
+                    if not fact.says(other):
+                        raise FactError(
+                            f"{file}, line {number} contradicts line {before}, "
+                            f'"{_short(other.text)}": leave one out.'
+                        )
+                    facts.append(fact)
     except (OSError, UnicodeError) as error:
         raise FactError(f"Cannot read {file} as UTF-8 text: {error}.") from error
     if not facts:
