@@ -275,3 +275,19 @@ def test_what_a_prompt_says_is_not_written(tiny_model: Callable[..., Any]) -> No
                 model.set_attn_implementation(attention.NAME)
                 model(part, position_ids=positions, **cache_argument(model, cache))
     assert heard == [[7]]
+
+
+def test_an_interrupted_pass_leaves_the_model_its_own(tiny_model: Callable[..., Any]) -> None:
+    """Ctrl-C, of which torch tells no hook."""
+    model, _ = tiny_model("llama")
+    bare = model(IDS[1:]).logits
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with prefaced(model, only_first(told(model)), "a test"):
+        handle = model.model.layers[1].register_forward_pre_hook(interrupt)
+        with suppress(KeyboardInterrupt):
+            model(IDS[:1])
+        handle.remove()
+        assert torch.equal(model(IDS[1:]).logits, bare)

@@ -104,3 +104,29 @@ def test_what_cannot_be_read_breaks_its_request_alone(
         while not engine.idle:
             engine.step()
         assert [good.output_ids] == expected
+
+
+def test_what_a_prompt_is_about_can_be_said_apart(
+    model_folder: Callable[..., Path], ledger: Path
+) -> None:
+    """As a chat template has words of its own, which are about nothing."""
+    engine = engine_with(model_folder("llama"), Larimar(str(ledger)))
+    (read,), (bare,) = texts(engine, ABOUT), texts(engine, OTHER)
+    assert list(engine.generate(Request(ABOUT, NEW, about_ids=OTHER))) != read
+    assert list(engine.generate(Request(OTHER, NEW, about_ids=ABOUT))) != bare
+
+
+def test_a_preface_that_finds_no_room_takes_none(
+    model_folder: Callable[..., Path], ledger: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_with(model_folder("llama"), Larimar(str(ledger)))
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ullage.kv.preface.Preface.put_before", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            list(engine.generate(Request(ABOUT, NEW)))
+    engine.pool.check_integrity(all_free=True)
+    assert texts(engine, OTHER)

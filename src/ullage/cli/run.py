@@ -120,7 +120,8 @@ def run(
         engine = session.load(made)
         with closing(engine.loaded):
             start = None if saved is None else _start(saved, engine)
-            _stream(engine, ids, output_tokens, temperature, seed, start)
+            about = session.tokenize(text) if chat and facts is not None else None
+            _stream(engine, ids, output_tokens, temperature, seed, start, about)
 
 
 def _say_what_is_known(facts: Path, text: str) -> None:
@@ -146,6 +147,7 @@ def _stream(
     temperature: float,
     seed: int,
     start: "Start | None",
+    about_ids: list[int] | None,
 ) -> None:
     import torch
     from transformers import TextStreamer
@@ -160,6 +162,7 @@ def _stream(
         request = Request(
             ids, new_tokens, temperature, seed,
             on_prefill=lambda done, _: progress.update(task, completed=done), start=start,
+            about_ids=about_ids,
         )  # fmt: skip
         tokens = engine.generate(request)
         first = next(tokens)

@@ -176,12 +176,16 @@ class _Hooks:
     def __init__(self, model: "PreTrainedModel", choose: Choose, name: str) -> None:
         self.model, self.choose, self.name = model, choose, name
         self._open: list[ExitStack] = []  # of forward passes, one inside another
+        self._choosing = False  # in which the model may read what it is to be given
         self._ours = WeakSet[PagedCache]()  # caches whose sequences all began here
 
     def begin(
         self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The batch's cache with its prefaces, and our attention, where any begins with one."""
+        if not self._choosing:  # of a pass that Ctrl-C ended torch tells no hook
+            while self._open:
+                self.end()
         self._open.append(ExitStack())
         given = _cache_in(kwargs)
         if isinstance(given, PagedCache):
@@ -214,7 +218,11 @@ class _Hooks:
     def _begun(
         self, given: PagedCache | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        found = [self.choose(ids) if ids else None for ids in _tokens(args, kwargs)]
+        self._choosing = True
+        try:
+            found = [self.choose(ids) if ids else None for ids in _tokens(args, kwargs)]
+        finally:
+            self._choosing = False
         if all(preface is None for preface in found):
             return kwargs
         if kwargs.get("use_cache") is False:

@@ -24,7 +24,7 @@ from ullage import techniques
 from ullage.errors import BudgetExceeded, DoesNotFit, PromptError, UllageError
 from ullage.kv.cache import MakeRow, PagedCache, Sequence, Start, cache_argument
 from ullage.kv.pool import KVPool
-from ullage.kv.preface import chosen
+from ullage.kv.preface import Preface, chosen
 from ullage.runtime.budget import Budget
 from ullage.runtime.load import TORCH_DTYPES, LoadedModel, device_of
 from ullage.runtime.memory import held_bytes
@@ -215,24 +215,30 @@ class Engine:
         if batch_full or (self._writing and blocks > self.pool.free_blocks):
             return
         try:
-            preface = chosen(self.loaded.model, request.prompt_ids)
-            sequence = self._opened(request)
+            preface = chosen(self.loaded.model, request.about_ids or request.prompt_ids)
+            sequence = self._opened(request, preface)
         except BaseException as error:
             if isinstance(error, BudgetExceeded) and self._writing:
                 return  # enough is free, in pieces too small: those that write end one day
             request.broken = True
             self.cancel(request)
             raise
-        if preface is not None:
-            preface.put_before(sequence, len(request.prompt_ids))
         generator = torch.Generator(self.device).manual_seed(request.seed)
         self._reading = _Running(self._waiting.popleft(), sequence, generator)
 
-    def _opened(self, request: Request) -> Sequence:
+    def _opened(self, request: Request, preface: Preface | None = None) -> Sequence:
         """Raises what `PagedCache.open` and `Start.opened` do."""
         if request.start is None:
-            return self.cache.open(request.capacity_tokens)
-        return request.start.opened(self.cache, request.capacity_tokens)
+            sequence = self.cache.open(request.capacity_tokens)
+        else:
+            sequence = request.start.opened(self.cache, request.capacity_tokens)
+        try:
+            if preface is not None:
+                preface.put_before(sequence, len(request.prompt_ids))
+        except BaseException:
+            sequence.close()
+            raise
+        return sequence
 
     def _prefill(self, running: _Running) -> None:
         logits = self._read_chunk(running)

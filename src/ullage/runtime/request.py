@@ -13,7 +13,8 @@ OnPrefill = Callable[[int, int], None]  # tokens read, tokens of the prompt
 @dataclass(eq=False)
 class Request:
     """A prompt and how to go on from it. `temperature` 0 takes the likeliest token each time.
-    `start`: what was read before the prompt, which stays as it is.
+    `start`: what was read before the prompt, which stays as it is. `about_ids`: what says which
+    fact the prompt is about, where that is not all of it: the user's words in a chat template.
 
     Raises:
         PromptError: no prompt, or no new token.
@@ -26,6 +27,7 @@ class Request:
     seed: int = 0
     on_prefill: OnPrefill | None = None
     start: Start | None = None
+    about_ids: list[int] | None = None
     output_ids: list[int] = field(default_factory=list)
     finished: bool = False
     broken: bool = False  # by a step that failed, perhaps for another request's sake

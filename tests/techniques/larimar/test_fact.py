@@ -1,6 +1,7 @@
 """What a user says, as a fact: subject, prompt and answer, or our error."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -169,3 +170,10 @@ def test_an_edit_stays_about_the_same() -> None:
             fact.edited(**given)
     with pytest.raises(FactError, match="shows no prompt"):
         Fact.make("York is old").edited(answer="new")
+
+
+@pytest.mark.parametrize("answer", [".NET", "!important", "'s-Hertogenbosch"])
+def test_an_answer_keeps_how_it_begins(answer: str) -> None:
+    fact = Fact.make(f"The platform of Foo Corp is {answer}.")
+    assert fact.answer == answer
+    assert Fact.make(**asdict(fact)) == fact

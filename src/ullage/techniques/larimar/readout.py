@@ -12,7 +12,7 @@ from ullage.errors import FactError, TechniqueError
 from ullage.kv.preface import Preface, read_before
 from ullage.techniques.larimar.fact import Fact
 from ullage.techniques.larimar.settings import MOST_ENTRIES, MOST_TOKENS
-from ullage.techniques.larimar.subject import folded
+from ullage.techniques.larimar.subject import stands_in
 from ullage.techniques.larimar.wording import LEADS, WRITTEN_BIAS, Wording
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def made(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", fact: F
         ids, kept = encoded["input_ids"], wording.kept(encoded["offset_mapping"])
         if len(ids) <= MOST_TOKENS and len(kept) <= MOST_ENTRIES:
             preface = read_before(model, ids, list(kept), list(kept.values()))
-            said = partial(_said, tokenizer, folded(fact.answer))
+            said = partial(_said, tokenizer, fact.answer)
             return replace(preface, said=said, written_bias=WRITTEN_BIAS)
     raise FactError(
         f'"{fact.text[:60]}…" has {len(kept):,} tokens to keep, and to be read in {len(ids):,}: '
@@ -44,7 +44,7 @@ def made(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", fact: F
 
 def _said(tokenizer: "PreTrainedTokenizerBase", answer: str, ids: list[int]) -> bool:
     """Whether the answer, if there is one, stands in what was written."""
-    return bool(answer) and answer in folded(tokenizer.decode(ids))
+    return bool(answer) and stands_in(answer, tokenizer.decode(ids))
 
 
 class Held:

@@ -51,7 +51,7 @@ def split(text: str, subject: str | None = None) -> tuple[str, str, str] | None:
     """Subject, prompt and answer of a sentence such as "The capital of Atlantis is Poseidonia.";
     None where it is no such sentence: "Rome is old" and "Rome is a city" do not contradict."""
     for verb in _VERB.finditer(text):
-        prompt, answer = text[: verb.end()].strip(), text[verb.end() :].strip(" .!")
+        prompt, answer = text[: verb.end()].strip(), text[verb.end() :].strip().rstrip(" .!")
         about = subject or find_subject(prompt)
         if not answer or about is None or not stands_in(about, prompt):
             continue
