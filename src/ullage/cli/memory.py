@@ -159,7 +159,8 @@ def edit(
     if text is not None and answer is not None:
         raise InputError("TEXT and --answer are both given: leave one out.")
     with Ledger(db) as ledger:
-        event = ledger.edit(fact, ledger.fact(fact).edited(text, answer, subject), who)
+        was = ledger.fact(fact)
+        event = ledger.edit(fact, was.edited(text, answer, subject), who, was)
     _changed([] if event is None else [event], as_json)
 
 

@@ -3,6 +3,7 @@ are is in `ullage.specs.saved`."""
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ def write(path: Path, record: Record, sequence: Sequence) -> None:
     Raises:
         TechniqueError: rows that are not saved.
     """
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # another process may write it, too
     try:
         with part.open("wb") as file:
             file.write(_header(record, sequence, _UNKNOWN_SHA256))
@@ -40,6 +41,8 @@ def write(path: Path, record: Record, sequence: Sequence) -> None:
                 file.write(content)
             file.seek(0)
             file.write(_header(record, sequence, digest.hexdigest()))
+            file.flush()
+            os.fsync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

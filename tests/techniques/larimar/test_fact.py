@@ -177,3 +177,9 @@ def test_an_answer_keeps_how_it_begins(answer: str) -> None:
     fact = Fact.make(f"The platform of Foo Corp is {answer}.")
     assert fact.answer == answer
     assert Fact.make(**asdict(fact)) == fact
+
+
+def test_a_new_text_behind_the_same_prompt_is_another_answer() -> None:
+    fact = Fact.make(prompt="Paris lies in", answer="Spain")
+    assert fact.edited("Paris lies in Italy.") == Fact.make(prompt="Paris lies in", answer="Italy")
+    assert fact.edited("Paris lies inland.").prompt != "Paris lies in"

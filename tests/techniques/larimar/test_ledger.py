@@ -255,3 +255,19 @@ def test_a_ledger_may_be_in_no_file(capital: Capital, me: Who) -> None:
         assert list(ledger.events(after=2)) == []
         with pytest.raises(FactError, match="this ledger has no fact 2"):
             ledger.forget([2], me)
+
+
+def test_an_edit_of_what_was_edited_meanwhile_is_refused(ledger: Ledger, me: Who) -> None:
+    """Else the other's edit would be undone by one that never saw it."""
+    first = Fact.make("The capital of Atlantis is Poseidonia.")
+    number = ledger.add([first], me).numbers[0]
+    ledger.edit(number, Fact.make("The king of Atlantis is Poseidon."), me)
+    with pytest.raises(FactError, match="edited meanwhile"):
+        ledger.edit(number, first.edited(answer="Thera"), me, first)
+
+
+def test_who_and_why_are_a_line_each(ledger: Ledger) -> None:
+    who = Who("me", "so\n2  add  nobody")
+    ledger.add([Fact.make("The capital of Atlantis is Poseidonia.")], who)
+    assert ledger.head is not None
+    assert ledger.head.reason == "so 2 add nobody"

@@ -73,11 +73,19 @@ class Fact:
         if (text is None) == (answer is None):
             raise FactError("Give what the fact becomes: its text, or its answer.")
         if text is not None:
-            still = self.subject if stands_in(self.subject, text) else None
-            return self.make(text, subject or still)
+            answer = self._answer_in(plain(text))
+            if not answer:
+                still = self.subject if stands_in(self.subject, text) else None
+                return self.make(text, subject or still)
         if not self.prompt:
             raise FactError(f'"{_short(self.text)}" shows no prompt that an answer follows.')
         return self.make(None, subject or self.subject, self.prompt, answer)
+
+    def _answer_in(self, text: str) -> str:
+        """What `text` says behind this prompt; nothing where that does not begin it."""
+        said, rest = text[: len(self.prompt)], text[len(self.prompt) :]
+        begins = self.prompt and rest.startswith(" ") and folded(said) == folded(self.prompt)
+        return rest.strip().rstrip(" .!") if begins else ""
 
     @cached_property
     def content(self) -> str:

@@ -72,7 +72,11 @@ class FactMemory:
 
     def __enter__(self) -> Self:
         """Raises what `attached` does."""
-        self._attached.enter_context(self.attached())
+        try:
+            self._attached.enter_context(self.attached())
+        except BaseException:
+            self._closing.close()
+            raise
         return self
 
     def __exit__(
@@ -120,9 +124,10 @@ class FactMemory:
     ) -> None:
         """Put another fact in the place of one: a text, or another answer to its prompt; raises
         what `write` does."""
-        fact = self.ledger.fact(number).edited(text, answer)
+        was = self.ledger.fact(number)
+        fact = was.edited(text, answer)
         with self._made(fact):
-            self.ledger.edit(number, fact, self._who(reason))
+            self.ledger.edit(number, fact, self._who(reason), was)
         self.refresh()
 
     def forget(self, number: int, *, reason: str = "") -> None:

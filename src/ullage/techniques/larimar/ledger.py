@@ -29,7 +29,7 @@ Moment = int | datetime  # an event's number, or a time
 
 @dataclass(frozen=True)
 class Who:
-    """Who changes a ledger, and why.
+    """Who changes a ledger, and why, each in one line.
 
     Raises:
         FactError: either is no text.
@@ -39,8 +39,8 @@ class Who:
     reason: str = ""
 
     def __post_init__(self) -> None:
-        for text in (self.actor, self.reason):
-            plain(text)
+        for name in ("actor", "reason"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
 
 
 @dataclass(frozen=True)
@@ -104,14 +104,18 @@ class Ledger:
                 numbers.append(standing)
         return Added(numbers, new)
 
-    def edit(self, number: int, fact: Fact, who: Who) -> Event | None:
-        """Put `fact` in the place of fact `number`; None if it is the same.
+    def edit(self, number: int, fact: Fact, who: Who, was: Fact | None = None) -> Event | None:
+        """Put `fact` in the place of fact `number`, where that still is what it `was` when the edit
+        was made up; None if it is the same.
 
         Raises:
-            FactError: no such fact stands, or another says this already or contradicts it.
+            FactError: no such fact stands, or another one by now, or another says this already or
+                contradicts it.
         """
         with self._writing():
             before = self.fact(number)
+            if was is not None and before != was:
+                raise FactError(f"Fact {number} was edited meanwhile: look at it and try again.")
             if before == fact:
                 return None
             other = self._standing(fact)
