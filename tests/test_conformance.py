@@ -19,6 +19,7 @@ from ullage import ModelSpec, build_plan, resolve, techniques
 from ullage.errors import TechniqueError
 from ullage.kv import attention
 from ullage.kv.cache import PagedCache, cache_argument
+from ullage.kv.fingerprint import fingerprint
 from ullage.kv.pool import KVPool
 from ullage.planner.memory import phase_footprints
 from ullage.runtime import engine
@@ -31,7 +32,6 @@ from ullage.specs.plan import Recipe, TechniqueChoice
 from ullage.specs.workload import PHASES, Engine, Execution, Workload
 from ullage.techniques import Technique, choice_of, create, parse
 from ullage.techniques.dms.adapter import DECIDED_TOKENS, LEARNED, Adapter
-from ullage.techniques.dms.fingerprint import fingerprint
 from ullage.techniques.larimar.fact import Fact
 from ullage.techniques.larimar.ledger import Ledger, Who
 from ullage.techniques.quantization.linear import tensor_bytes

@@ -173,7 +173,8 @@ def _measured(
     plan: Plan, model: "PreTrainedModel", pieces: "dict[str, torch.Tensor]", output: Path
 ) -> Adapter:
     """As it is in `output`, once it is there, unless what is there was measured on the same."""
-    from ullage.techniques.dms.fingerprint import fingerprint, texts_fingerprint
+    from ullage.kv.fingerprint import fingerprint
+    from ullage.techniques.dms.fingerprint import texts_fingerprint
     from ullage.techniques.dms.measure import measure
 
     texts, path = list(pieces.values()), str(output.absolute())  # and no shipped adapter's name

@@ -12,11 +12,11 @@ from pathlib import Path
 from ullage import techniques
 from ullage.errors import InputError
 from ullage.kv.cache import Sequence
+from ullage.kv.fingerprint import fingerprint
 from ullage.kv.saved import FromFile, write
 from ullage.runtime.engine import Engine
 from ullage.specs.plan import Recipe
 from ullage.specs.saved import Record, SavedText
-from ullage.techniques.dms.fingerprint import fingerprint
 
 
 def save(

@@ -17,11 +17,11 @@ import torch
 from torch.nn import functional as F
 
 from ullage.errors import TechniqueError
+from ullage.kv.fingerprint import fingerprint
 from ullage.specs.blocks import full_layer_numbers
 from ullage.specs.families import spec_from_config
 from ullage.specs.survivors import SINKS
 from ullage.techniques.dms.adapter import WINDOWS, Adapter
-from ullage.techniques.dms.fingerprint import fingerprint
 from ullage.techniques.dms.gradients import HEAD_TOKENS, LayerInput, differentiable, last_hidden
 from ullage.techniques.dms.ridge import Fit
 

@@ -251,7 +251,7 @@ class DMS(Technique):
             yield
             return
         if self.adapter:
-            from ullage.techniques.dms.fingerprint import fingerprint
+            from ullage.kv.fingerprint import fingerprint
 
             if fingerprint(model) != load_adapter(self.adapter).fingerprint:
                 raise TechniqueError(f"dms: {self.adapter} was made for other weights than these.")
