@@ -7,19 +7,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import DynamicCache
 
 from ullage.errors import TechniqueError
 from ullage.kv import attention
-from ullage.kv.cache import MakeRow, PagedCache, cache_argument
-from ullage.kv.pool import HeapBlocks
+from ullage.kv.cache import MakeRow, PagedCache
+from ullage.kv.given import given_cache, paged
 from ullage.kv.rows import Row
-from ullage.specs.families import spec_from_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_CACHE_NAMES = ("cache", "past_key_values")
 
 
 @contextmanager
@@ -65,21 +61,10 @@ def _page(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A PagedCache where none was given, or an empty one of transformers, as `generate` does."""
+    """A PagedCache, whichever was given."""
     if kwargs.get("use_cache") is False:  # `generate` would give the text again, and our cache too
         raise TechniqueError(f"{name} is a way to keep the cache: leave use_cache=False out.")
-    given = _given(kwargs)
-    if isinstance(given, PagedCache):
-        return args, kwargs
-    if given is not None and not (isinstance(given, DynamicCache) and not given.get_seq_length()):
-        raise TechniqueError(
-            f"{name} keeps entries in a PagedCache: it cannot go on from a given "
-            f"{type(given).__name__}."
-        )
-    spec = spec_from_config(model.config.get_text_config().to_dict())
-    pool = HeapBlocks(spec.head_dim, model.dtype, model.device)
-    rest = {key: value for key, value in kwargs.items() if key not in _CACHE_NAMES}
-    return args, {**rest, **cache_argument(model, PagedCache(spec, pool)), "use_cache": True}
+    return args, paged(model, kwargs, name)
 
 
 def _prepare(
@@ -92,7 +77,7 @@ def _prepare(
 ) -> None:
     """Give the cache layer of this step its kind of rows, and the rotation and the hidden states of
     its tokens."""
-    cache = _given(kwargs)
+    cache = given_cache(kwargs)
     if not isinstance(cache, PagedCache):
         raise TechniqueError(f"{name} is attached to the whole model: call that, not a part of it.")
     layer = cache.paged[module.layer_idx]  # type: ignore[index]
@@ -105,11 +90,6 @@ def _prepare(
         )
     cos, sin = kwargs.get("position_embeddings") or (None, None)
     layer.give_beside((cos, sin, hidden))
-
-
-def _given(kwargs: dict[str, Any]) -> Any:
-    """The cache that a forward pass is given, if any."""
-    return next((kwargs[key] for key in _CACHE_NAMES if kwargs.get(key) is not None), None)
 
 
 def _refuse_others(model: "PreTrainedModel") -> None:

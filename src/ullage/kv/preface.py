@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
-from transformers import DynamicCache
+from transformers import Cache
 
 from ullage.errors import TechniqueError
 from ullage.kv import attention
 from ullage.kv.cache import PagedCache, cache_argument
 from ullage.kv.cache import Sequence as CacheSequence
 from ullage.kv.entries import stored
+from ullage.kv.given import given_cache, paged
 from ullage.kv.kernels import Piece
 from ullage.kv.pool import HeapBlocks
 from ullage.kv.rows import Before
@@ -24,8 +25,6 @@ from ullage.specs.families import spec_from_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_CACHE_NAMES = ("cache", "past_key_values")
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,8 @@ def prefaced(model: "PreTrainedModel", choose: Choose, name: str) -> Iterator[No
 
     Raises:
         TechniqueError: a preface is attached to the model already, or it takes no attention but its
-            own. Its forward pass: what would begin behind a preface keeps no cache.
+            own. Its forward pass: what would begin behind a preface keeps no cache, or one that can
+            be made none of ours, as a StaticCache.
     """
     if _hooks_of(model) is not None:
         raise TechniqueError(f"{name} is attached to this model already: leave that `with` first.")
@@ -187,12 +187,12 @@ class _Hooks:
             while self._open:
                 self.end()
         self._open.append(ExitStack())
-        given = _cache_in(kwargs)
+        given = given_cache(kwargs)
         if isinstance(given, PagedCache):
             _hear(given, args, kwargs)
         if self._is_to_begin(given):
-            kwargs = self._begun(given, args, kwargs)
-            given = _cache_in(kwargs)
+            kwargs = self._begun(args, kwargs)
+            given = given_cache(kwargs)
         if isinstance(given, PagedCache):
             self._open[-1].enter_context(_attention_of_ours(self.model))
         return args, kwargs
@@ -213,11 +213,9 @@ class _Hooks:
             if not rows:
                 self._ours.add(given)  # even if nothing is chosen yet
             return not rows or (given in self._ours and any(not row.length for row in rows))
-        return given is None or (isinstance(given, DynamicCache) and not given.get_seq_length())
+        return given is None or (isinstance(given, Cache) and not given.get_seq_length())
 
-    def _begun(
-        self, given: PagedCache | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
+    def _begun(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         self._choosing = True
         try:
             found = [self.choose(ids) if ids else None for ids in _tokens(args, kwargs)]
@@ -227,7 +225,8 @@ class _Hooks:
             return kwargs
         if kwargs.get("use_cache") is False:
             raise TechniqueError(f"{self.name} goes on from a cache: leave use_cache=False out.")
-        cache = given if isinstance(given, PagedCache) else self._new_cache()
+        kwargs = paged(self.model, kwargs, self.name)
+        cache: PagedCache = given_cache(kwargs)
         self._ours.add(cache)
         dtype = cache.pool.dtype
         notes = [None if preface is None else _Note(preface) for preface in found]
@@ -238,17 +237,7 @@ class _Hooks:
                     for note in notes
                 ]
             )
-        rest = {key: value for key, value in kwargs.items() if key not in _CACHE_NAMES}
-        return {**rest, **cache_argument(self.model, cache), "use_cache": True}
-
-    def _new_cache(self) -> PagedCache:
-        spec = spec_from_config(self.model.config.get_text_config().to_dict())
-        return PagedCache(spec, HeapBlocks(spec.head_dim, self.model.dtype, self.model.device))
-
-
-def _cache_in(kwargs: dict[str, Any]) -> Any:
-    """The cache that a forward pass is given, if any."""
-    return next((kwargs[key] for key in _CACHE_NAMES if kwargs.get(key) is not None), None)
+        return kwargs
 
 
 def _hear(cache: PagedCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -274,7 +263,7 @@ def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[list[int]]:
     if ids is None:
         return []
     mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-    if mask is None or mask.dim() != 2:
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:  # one of `generate`'s own, or none
         return ids.tolist()  # type: ignore[no-any-return]
     pairs = zip(ids.tolist(), mask[:, -ids.shape[1] :].tolist(), strict=True)
     return [[token for token, real in zip(*row, strict=True) if real] for row in pairs]
