@@ -194,6 +194,23 @@ def test_it_takes_no_blocks(tiny_model: Callable[..., Any]) -> None:
     assert all(row.before is None for row in cache.open(20).rows)
 
 
+@pytest.mark.parametrize(
+    "technique", [DMS.neutral(), DMS(kept=0.25, window=4), CAMELoT(slots=8, segment=4)], ids=str
+)
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_closed_sequence_holds_no_preface(
+    tiny_model: Callable[..., Any], family: str, technique: Any
+) -> None:
+    """Its entries would live as long as whoever keeps the sequence."""
+    model, spec = tiny_model(family)
+    rows = {} if technique.unsupported(spec) else technique.rows(spec)
+    cache = PagedCache(spec, HeapBlocks(spec.head_dim, torch.float32, "cpu"), rows)
+    sequence = cache.open(20)
+    told(model).put_before(sequence, 20)
+    sequence.close()
+    assert [row.before for row in sequence.rows] == [None, None]
+
+
 def test_what_cannot_begin_behind_one_is_our_error(tiny_model: Callable[..., Any]) -> None:
     model, _ = tiny_model("llama")
     preface = told(model)

@@ -203,6 +203,7 @@ class BankRow(Row):
             self._visible = held(state, "visible", torch.bool, shape).to(device)
 
     def release(self) -> None:
+        super().release()
         self.ring.release()
         self.sinks.length = 0
         self.bank = Bank(self.slots, self.rules.bank_at, self.rules)

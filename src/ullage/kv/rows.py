@@ -144,7 +144,8 @@ class Row(ABC):
 
     @abstractmethod
     def release(self) -> None:
-        """Give all blocks back; the row is empty."""
+        """Give all blocks back; the row is empty, and sees nothing beside itself."""
+        self.before = None
 
     def state(self) -> State:
         """All that it holds, as it lies: good until the row goes on.
@@ -206,6 +207,7 @@ class FullRow(Row):
         return twin
 
     def release(self) -> None:
+        super().release()
         self.slots.release()
         self._length = 0
 
@@ -251,6 +253,7 @@ class SlidingRow(Row):
         return twin
 
     def release(self) -> None:
+        super().release()
         self.ring.release()
 
     def state(self) -> State:

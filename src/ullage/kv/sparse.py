@@ -227,6 +227,7 @@ class SparseRow(Row):
         return twin
 
     def release(self) -> None:
+        super().release()
         for head in self.heads:
             head.release()
 
