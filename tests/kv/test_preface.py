@@ -60,6 +60,25 @@ def test_a_bias_counts_an_entry_that_often(tiny_model: Callable[..., Any]) -> No
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_text_may_be_read_in_parts(tiny_model: Callable[..., Any], family: str) -> None:
+    """So that its passes are no larger than others are; whatever the order in which `kept` is."""
+    model, _ = tiny_model(family)
+    kept, bias, passes = [6, 0, 4], [0.0, 1.0, 2.0], list[int]()
+    whole = read_before(model, TOLD, kept, bias)
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: passes.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    parts = read_before(model, TOLD, kept, bias, at_once=3)
+    handle.remove()
+    assert passes == [3, 3, 1]
+    for piece, expected in zip(parts.pieces, whole.pieces, strict=True):
+        torch.testing.assert_close(piece.keys, expected.keys, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(piece.values, expected.values, atol=1e-4, rtol=1e-4)
+        assert piece.bias is not None
+        assert torch.equal(piece.bias, torch.tensor([[[1.0, 2.0, 0.0]]]).expand_as(piece.bias))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_where_nothing_is_chosen_the_model_is_its_own(
     tiny_model: Callable[..., Any], family: str
 ) -> None:

@@ -132,41 +132,54 @@ def chosen(model: "PreTrainedModel", ids: list[int]) -> Preface | None:
 
 @torch.no_grad()
 def read_before(
-    model: "PreTrainedModel", ids: Sequence[int], kept: Sequence[int], bias: Sequence[float]
+    model: "PreTrainedModel",
+    ids: Sequence[int],
+    kept: Sequence[int],
+    bias: Sequence[float],
+    at_once: int | None = None,
 ) -> Preface:
     """What `model` makes of the text `ids`, which ends just before position 0: the entries of the
-    tokens at `kept`, whose scores get `bias` added."""
+    tokens at `kept`, whose scores get `bias` added. `at_once` tokens go through it in a forward
+    pass; None: all of them."""
     spec = spec_from_config(model.config.get_text_config().to_dict())
     cache = _Heard(spec, HeapBlocks(spec.head_dim, model.dtype, model.device))
+    order = sorted(range(len(kept)), key=kept.__getitem__)  # as they are read
+    chunk, end = at_once or len(ids), len(ids)
     with _attention_of_ours(model):
-        model(
-            input_ids=torch.tensor([ids], device=model.device),
-            position_ids=torch.arange(-len(ids), 0, device=model.device)[None],
-            **cache_argument(model, cache),
-            use_cache=True,
-            logits_to_keep=1,
-        )
-    at = torch.tensor(kept, device=model.device)
-    added = torch.tensor(bias, device=model.device).expand(spec.num_kv_heads, 1, -1).contiguous()
-    pieces = (
-        Piece(keys[0][:, at], values[0][:, at], bias=added) for keys, values in cache.heard.values()
-    )
+        for start in range(0, end, chunk):
+            stop = min(start + chunk, end)
+            places = [kept[at] - start for at in order if start <= kept[at] < stop]
+            cache.keep = torch.tensor(places, dtype=torch.long, device=model.device)
+            model(
+                input_ids=torch.tensor([ids[start:stop]], device=model.device),
+                position_ids=torch.arange(start - end, stop - end, device=model.device)[None],
+                **cache_argument(model, cache),
+                use_cache=True,
+                logits_to_keep=1,
+            )
+    added = torch.tensor([bias[at] for at in order], device=model.device)
+    added = added.expand(spec.num_kv_heads, 1, -1).contiguous()
     cache.reset()
-    return Preface(tuple(pieces))
+    laid_out = ([torch.cat(parts, dim=1) for parts in zip(*own, strict=True)] for own in cache.own)
+    return Preface(tuple(Piece(keys, values, bias=added) for keys, values in laid_out))
 
 
 class _Heard(PagedCache):
-    """Keeps what each layer is given beside what its rows make of it: they may let go of some."""
+    """Keeps what each layer is given beside what its rows make of it: they may let go of some. Of
+    the tokens of a pass those at `keep`: [Hkv, R, D] each."""
+
+    keep: torch.Tensor  # [R]
 
     def __init__(self, *how: Any) -> None:
         super().__init__(*how)
-        self.heard: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.own: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in self.paged]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *more: Any,
         **named: Any,
     ) -> Any:  # fmt: skip
-        self.heard[layer_idx] = key_states, value_states
+        own = key_states[0][:, self.keep], value_states[0][:, self.keep]
+        self.own[layer_idx].append(own)
         return super().update(key_states, value_states, layer_idx, *more, **named)
 
 

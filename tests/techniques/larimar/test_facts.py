@@ -16,7 +16,7 @@ from ullage.techniques.larimar.fact import Fact
 from ullage.techniques.larimar.facts import FactMemory, tokenizer_of
 from ullage.techniques.larimar.ledger import Ledger, Who
 from ullage.techniques.larimar.readout import Held, made
-from ullage.techniques.larimar.settings import MOST_ENTRIES, Larimar
+from ullage.techniques.larimar.settings import MOST_ENTRIES, READ_TOKENS, Larimar
 from ullage.techniques.larimar.wording import LEADS
 
 FACT = {"prompt": "w20 w21", "answer": "w30 w31", "subject": "w20"}
@@ -189,6 +189,18 @@ def test_a_long_answer_is_kept_with_fewer_words_before_it(model: Any, tokenizer:
     with pytest.raises(FactError, match="Write it as several"):
         memory.write(prompt="w40 w21", answer=tokens, subject="w40")
     assert list(memory.facts) == [number]  # what cannot be read is not written
+
+
+def test_a_long_fact_is_read_in_passes_that_are_planned(
+    model: Any, tokenizer: Any, memory: FactMemory
+) -> None:
+    passes: list[int] = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: passes.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    memory.write(prompt="w20 w21", answer=" ".join(["w30"] * 100), subject="w20")
+    handle.remove()
+    assert max(passes) == READ_TOKENS < sum(passes)
 
 
 def test_a_tokenizer_is_found_where_the_model_is(

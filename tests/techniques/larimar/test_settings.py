@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from ullage.planner.engines.forward import layer_term
 from ullage.specs.footprint import Footprint
 from ullage.specs.model import ModelSpec
 from ullage.specs.workload import Execution, Step
 from ullage.techniques.larimar.ledger import Ledger
-from ullage.techniques.larimar.settings import MOST_ENTRIES, MOST_TOKENS, Larimar
+from ullage.techniques.larimar.settings import MOST_ENTRIES, MOST_TOKENS, READ_TOKENS, Larimar
 
 BEFORE = Footprint(10, 20, 30, 40, 50)
 
@@ -33,6 +34,22 @@ def test_facts_are_beside_the_entries_of_sequences(
     assert after == Footprint(10, 20 + 3 * 2**20 + beside_bytes, 30, 40, 50)
     loading = Step("load", 2, 0, 0, execution)
     assert Larimar(facts).footprint(BEFORE, spec, loading) == BEFORE
+
+
+@pytest.mark.parametrize("tokens", [1, 10, READ_TOKENS, 100])
+def test_a_fact_is_made_in_what_a_prompt_takes(
+    tiny_spec: Callable[..., ModelSpec], facts: str, tokens: int
+) -> None:
+    """Of as many tokens as go through the model at once; what is larger takes no more for it."""
+    spec, execution = tiny_spec("llama"), Execution(dtype="fp32", kv_dtype="fp32")
+
+    def planned(tokens: int) -> Footprint:
+        step = Step("prefill", 1, 100, tokens, execution)
+        before = Footprint(activation_bytes=layer_term(spec, step).nbytes)
+        return Larimar(facts).footprint(before, spec, step)
+
+    larger = Step("prefill", 1, 100, max(tokens, READ_TOKENS), execution)
+    assert planned(tokens).activation_bytes == layer_term(spec, larger).nbytes
 
 
 @pytest.mark.parametrize(

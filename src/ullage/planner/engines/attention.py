@@ -12,6 +12,7 @@ from ullage.planner.engines import forward
 from ullage.specs.blocks import entry_bytes
 from ullage.specs.dtypes import DTYPE_BYTES, SCALED
 from ullage.specs.footprint import Label, Term
+from ullage.specs.layer import always_width
 from ullage.specs.model import LayerCache, ModelSpec
 from ullage.specs.plan import Recipe
 from ullage.specs.tiles import (
@@ -109,7 +110,7 @@ class _Attention:
         outputs = 2 if self.queries > 1 else 1
         width = 2 * model.hidden_size + outputs * model.num_heads * model.head_dim
         width += self.cache.width
-        return self.step.new_tokens * (forward.always_width(model) + width) * self.number_bytes
+        return self.step.new_tokens * (always_width(model) + width) * self.number_bytes
 
     def _row_bytes(self, kernel_bytes: int) -> int:
         """What the row lays out for the kernel, and the kernel's own scratch."""

@@ -3,11 +3,10 @@
 Letters as in the field: N new tokens in a forward pass, T held tokens.
 """
 
-from functools import lru_cache
-
 from ullage.planner.constants import Constants
 from ullage.specs.dtypes import DTYPE_BYTES
 from ullage.specs.footprint import Term
+from ullage.specs.layer import attention_width, mlp_width
 from ullage.specs.loading import load_spike_bytes
 from ullage.specs.model import ModelSpec, TensorSpec
 from ullage.specs.plan import Recipe
@@ -16,43 +15,11 @@ from ullage.specs.workload import Step
 
 def layer_term(model: ModelSpec, step: Step) -> Term:
     """Hidden states of the layer that stands highest; layers run one after the other."""
-    hidden, head_dim = model.hidden_size, model.head_dim
-    heads, kv_heads = model.num_heads * head_dim, model.num_kv_heads * head_dim
-    base = always_width(model)
-    # layer input and its normed copy; then q, q cos, rotated q and their sum beside k and v
-    attention = base + 2 * hidden + 4 * heads + 2 * kv_heads
-    # layer input, residual and its normed copy; GPT-2's block keeps the attention's output too
-    kept = 4 if _learns_positions(model) else 3
-    mlp = base + kept * hidden + _mlp_copies(model) * model.intermediate_size
+    attention, mlp = attention_width(model), mlp_width(model)
     nbytes = step.new_tokens * max(attention, mlp) * DTYPE_BYTES[step.execution.dtype]
     widest = "attention" if attention > mlp else "MLP"
     source = f"{step.new_tokens:,} tokens x {max(attention, mlp):,} numbers, {widest} the widest"
     return Term("activation", "hidden states of one layer", nbytes, "exact", source)
-
-
-@lru_cache  # a search would count the cache kinds each time
-def always_width(model: ModelSpec) -> int:
-    """Numbers a token that live through all layers: the embedded tokens, and their embedded
-    positions or the rotary cosines and sines, of which sliding and full layers may have their
-    own."""
-    if _learns_positions(model):
-        return 2 * model.hidden_size
-    tables = len({cache.window is None for cache, _ in model.cache_kinds})
-    return model.hidden_size + 2 * model.head_dim * max(1, tables)
-
-
-@lru_cache  # a search would go through the names of all tensors each time
-def _learns_positions(model: ModelSpec) -> bool:
-    return any(tensor.name.endswith("wpe.weight") for tensor in model.tensors)
-
-
-@lru_cache
-def _mlp_copies(model: ModelSpec) -> int:
-    """How many of the MLP's widths live together: gated, act(gate), up and their product, and the
-    gate itself where one projection makes gate and up; plain, the terms of gelu_new's
-    polynomial."""
-    fused = any("gate_up_proj" in tensor.name for tensor in model.tensors)
-    return 3 if model.gated_mlp and not fused else 4
 
 
 def logits_term(model: ModelSpec, step: Step) -> Term:

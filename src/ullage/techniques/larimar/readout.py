@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ullage.errors import FactError, TechniqueError
 from ullage.kv.preface import Preface, read_before
 from ullage.techniques.larimar.fact import Fact
-from ullage.techniques.larimar.settings import MOST_ENTRIES, MOST_TOKENS
+from ullage.techniques.larimar.settings import MOST_ENTRIES, MOST_TOKENS, READ_TOKENS
 from ullage.techniques.larimar.subject import stands_in
 from ullage.techniques.larimar.wording import LEADS, WRITTEN_BIAS, Wording
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def made(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", fact: Fact) -> Preface:
-    """The entries of a fact: one forward pass.
+    """The entries of a fact: a forward pass or a few, of `READ_TOKENS` each.
 
     Raises:
         FactError: it has more tokens than are kept.
@@ -33,7 +33,7 @@ def made(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", fact: F
         encoded = tokenizer(wording.text, return_offsets_mapping=True)
         ids, kept = encoded["input_ids"], wording.kept(encoded["offset_mapping"])
         if len(ids) <= MOST_TOKENS and len(kept) <= MOST_ENTRIES:
-            preface = read_before(model, ids, list(kept), list(kept.values()))
+            preface = read_before(model, ids, list(kept), list(kept.values()), READ_TOKENS)
             said = partial(_said, tokenizer, fact.answer)
             return replace(preface, said=said, written_bias=WRITTEN_BIAS)
     raise FactError(

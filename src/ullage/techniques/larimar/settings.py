@@ -10,6 +10,7 @@ from ullage.errors import TechniqueError
 from ullage.specs.blocks import full_layers
 from ullage.specs.dtypes import DTYPE_BYTES
 from ullage.specs.footprint import Footprint
+from ullage.specs.layer import layer_width
 from ullage.specs.model import ModelSpec
 from ullage.specs.workload import Engine, Step
 from ullage.techniques.base import Technique
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 512  # of the text that a fact's entries are made of
 MOST_ENTRIES = 256  # of a fact, in each layer
+READ_TOKENS = 64  # of the text that go through the model at once
 HELD_MIB = 32
 _MIB = 1 << 20
 
@@ -72,13 +74,20 @@ class Larimar(Technique):
 
     def footprint(self, before: Footprint, model: ModelSpec, work: Step) -> Footprint:
         """With what is held of facts, what each sequence sees of one that may be held no longer,
-        or in another format, and what is there while one is made."""
+        or in another format, and what is there while one is made: between two forward passes,
+        which takes no more than a prompt's pass of as many tokens."""
         if not self.ledger or work.phase == "load":
             return before
+        number_bytes = DTYPE_BYTES[work.execution.dtype]
         width = 2 * model.num_layers * model.num_kv_heads * model.head_dim
-        entry_bytes = width * DTYPE_BYTES[work.execution.dtype]
         beside = (work.sequences + 1) * MOST_ENTRIES + 2 * MOST_TOKENS
-        return replace(before, kv_bytes=before.kv_bytes + self.held * _MIB + beside * entry_bytes)
+        more_tokens = max(0, READ_TOKENS - work.new_tokens) if work.phase == "prefill" else 0
+        return replace(
+            before,
+            kv_bytes=before.kv_bytes + self.held * _MIB + beside * width * number_bytes,
+            activation_bytes=before.activation_bytes
+            + more_tokens * layer_width(model) * number_bytes,
+        )
 
     @contextmanager
     def attach(self, model: "PreTrainedModel") -> Iterator[None]:
