@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from ullage import Device, Execution, Recipe, Workload, build_plan, resolve
-from ullage.errors import FactError
 from ullage.runtime.engine import Engine, Request
 from ullage.runtime.load import load_model, load_tokenizer
 from ullage.techniques import Technique, choice_of
@@ -87,18 +86,20 @@ def test_a_request_is_answered_behind_its_fact(
 
 
 def test_what_cannot_be_read_breaks_its_request_alone(
-    model_folder: Callable[..., Path], ledger: Path
+    model_folder: Callable[..., Path], ledger: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    long = Fact.make(prompt="w62 w9", answer=" ".join(["a"] * 400), subject="w62")
-    with Ledger(ledger) as theirs:
-        theirs.add([long], Who("them"))
     engine = engine_with(model_folder("llama"), Larimar(str(ledger)))
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("ullage.techniques.larimar.readout.read_before", fail)
     with closing(engine.loaded):
         expected = texts(engine, OTHER)
-        good, bad = Request(OTHER, NEW), Request([62, 9], NEW)
+        good, bad = Request(OTHER, NEW), Request(ABOUT, NEW)
         engine.submit(good)
         engine.step()
-        with pytest.raises(FactError, match="Write it as several"):
+        with pytest.raises(torch.OutOfMemoryError):
             list(engine.generate(bad))
         assert bad.broken
         while not engine.idle:

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from ullage.errors import FactError, LedgerError, TechniqueError
+from ullage.kv.preface import Preface, read_before
 from ullage.runtime.load import load_tokenizer
 from ullage.techniques.dms.settings import DMS
 from ullage.techniques.larimar.fact import Fact
 from ullage.techniques.larimar.facts import FactMemory, tokenizer_of
 from ullage.techniques.larimar.ledger import Ledger, Who
 from ullage.techniques.larimar.readout import Held, made
-from ullage.techniques.larimar.settings import MOST_ENTRIES, READ_TOKENS, Larimar
+from ullage.techniques.larimar.settings import MOST_ENTRIES, MOST_TOKENS, READ_TOKENS, Larimar
 from ullage.techniques.larimar.wording import LEADS
 
 FACT = {"prompt": "w20 w21", "answer": "w30 w31", "subject": "w20"}
@@ -185,10 +186,37 @@ def test_a_long_answer_is_kept_with_fewer_words_before_it(model: Any, tokenizer:
     words = " ".join(f"w{6 + at % 10}" for at in range(100))
     number = memory.write(prompt="w20 w21", answer=words, subject="w20")
     assert len(memory._held.of(memory.facts[number])) == 202 <= MOST_ENTRIES
-    tokens = " ".join(["a"] * (MOST_ENTRIES + 1))
-    with pytest.raises(FactError, match="Write it as several"):
-        memory.write(prompt="w40 w21", answer=tokens, subject="w40")
-    assert list(memory.facts) == [number]  # what cannot be read is not written
+
+
+@pytest.mark.parametrize(
+    "fact",
+    [
+        {"prompt": "w40 w21", "answer": " ".join(["a"] * 496), "subject": "w40"},
+        {"prompt": " ".join(["w40", *"a" * 497]), "answer": "b", "subject": "w40"},
+        {"prompt": " ".join(["w40", *"a" * 300]), "answer": " ".join("b" * 190), "subject": "w40"},
+        {"text": " ".join(["w40", *"a" * 498]), "subject": "w40"},
+    ],
+    ids=["answer", "prompt", "both", "sentence"],
+)
+def test_what_a_ledger_takes_can_be_read(
+    model: Any, tokenizer: Any, fact: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its tokens: where they are more than are kept, the first of them."""
+    read: list[tuple[list[int], list[int]]] = []
+
+    def reading(model: Any, ids: list[int], kept: list[int], *how: Any) -> Preface:
+        read.append((ids, [ids[place] for place in kept]))
+        return read_before(model, ids, kept, *how)
+
+    monkeypatch.setattr("ullage.techniques.larimar.readout.read_before", reading)
+    made_up = Fact.make(**fact)
+    preface = made(model, tokenizer, made_up)
+    ((ids, kept),) = read
+    assert len(ids) <= MOST_TOKENS
+    assert len(preface) == len(kept) <= MOST_ENTRIES
+    told = tokenizer(made_up.answer or made_up.text)["input_ids"]
+    own = min(len(told), MOST_ENTRIES - bool(made_up.answer))  # behind the word before an answer
+    assert kept[-own:] == told[:own]
 
 
 def test_a_long_fact_is_read_in_passes_that_are_planned(

@@ -11,7 +11,7 @@ from typing import Any, Self
 from ullage.errors import FactError
 from ullage.techniques.larimar.subject import WORD, find_subject, folded, relation, split, stands_in
 
-LIMIT_CHARACTERS = 1000  # some 250 tokens: what is read back has to fit beside a prompt
+LIMIT_CHARACTERS = 1000  # some 250 tokens, and no more are kept of a fact
 _NAMES = ("text", "subject", "prompt", "answer")
 
 

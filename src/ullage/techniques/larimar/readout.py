@@ -6,9 +6,10 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
-from ullage.errors import FactError, TechniqueError
+from ullage.errors import TechniqueError
 from ullage.kv.preface import Preface, read_before
 from ullage.techniques.larimar.fact import Fact
 from ullage.techniques.larimar.settings import MOST_ENTRIES, MOST_TOKENS, READ_TOKENS
@@ -20,26 +21,27 @@ if TYPE_CHECKING:
 
 
 def made(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", fact: Fact) -> Preface:
-    """The entries of a fact: a forward pass or a few, of `READ_TOKENS` each.
+    """The entries of a fact: a forward pass or a few, of `READ_TOKENS` each. Of a fact of more
+    tokens than are kept, which few of `LIMIT_CHARACTERS` have, these are the first.
 
     Raises:
-        FactError: it has more tokens than are kept.
         TechniqueError: the tokenizer does not say where its tokens stand.
     """
+    if not tokenizer.is_fast:
+        raise TechniqueError("larimar: this tokenizer does not say where its tokens stand.")
     for leads in range(len(LEADS), -1, -1):
         wording = Wording.of(fact, LEADS[:leads])
-        if not tokenizer.is_fast:
-            raise TechniqueError("larimar: this tokenizer does not say where its tokens stand.")
         encoded = tokenizer(wording.text, return_offsets_mapping=True)
         ids, kept = encoded["input_ids"], wording.kept(encoded["offset_mapping"])
         if len(ids) <= MOST_TOKENS and len(kept) <= MOST_ENTRIES:
-            preface = read_before(model, ids, list(kept), list(kept.values()), READ_TOKENS)
-            said = partial(_said, tokenizer, fact.answer)
-            return replace(preface, said=said, written_bias=WRITTEN_BIAS)
-    raise FactError(
-        f'"{fact.text[:60]}…" has {len(kept):,} tokens to keep, and to be read in {len(ids):,}: '
-        f"{MOST_ENTRIES:,} in {MOST_TOKENS:,} are the most. Write it as several."
-    )
+            break
+    kept = dict(islice(kept.items(), MOST_ENTRIES))
+    end = max(MOST_TOKENS, 1 + max(kept, default=0))
+    start = end - MOST_TOKENS
+    places = [place - start for place in kept]
+    preface = read_before(model, ids[start:end], places, list(kept.values()), READ_TOKENS)
+    said = partial(_said, tokenizer, fact.answer)
+    return replace(preface, said=said, written_bias=WRITTEN_BIAS)
 
 
 def _said(tokenizer: "PreTrainedTokenizerBase", answer: str, ids: list[int]) -> bool:
