@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ullage.errors import FactError, LedgerError
 from ullage.techniques.larimar import event as event_module
-from ullage.techniques.larimar.event import Event
+from ullage.techniques.larimar.event import Event, content_hash
 from ullage.techniques.larimar.fact import Fact
 from ullage.techniques.larimar.ledger import Ledger, Who
 
@@ -44,7 +44,7 @@ def test_facts_stand_as_the_last_event_left_them(
     edit = list(ledger.events(fact=2))[-1]
     assert (edit.fact_before, edit.fact_after) == (capital(2), capital(2, "Ys"))
     assert (edit.actor, edit.reason) == ("me", "a test")
-    assert edit.content_hash == capital(2, "Ys").content_hash
+    assert edit.content_hash == content_hash(capital(2, "Ys").content)
 
 
 def test_a_ledger_is_what_it_was_at_any_event_or_time(

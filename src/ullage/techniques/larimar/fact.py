@@ -4,7 +4,6 @@ import json
 import unicodedata
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
@@ -91,12 +90,6 @@ class Fact:
     def content(self) -> str:
         """The one JSON that this fact has."""
         return json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":"), sort_keys=True)
-
-    @property
-    def content_hash(self) -> str:
-        """Hex SHA-256 of `content`: what is made of a fact is of the fact that stands, if this is
-        the same."""
-        return sha256(self.content.encode()).hexdigest()
 
     @property
     def asks(self) -> str:

@@ -50,32 +50,31 @@ def _said(tokenizer: "PreTrainedTokenizerBase", answer: str, ids: list[int]) -> 
 
 
 class Held:
-    """Entries of facts by the hash of what they say, `most_bytes` at most: those that were read
+    """Entries of facts by what they say, `most_bytes` at most: those that were read
     longest ago go first, and are made again when they are asked for."""
 
     def __init__(self, make: Callable[[Fact], Preface], most_bytes: int) -> None:
         self._make, self._most_bytes = make, most_bytes
-        self._held: OrderedDict[str, Preface] = OrderedDict()
+        self._held: OrderedDict[Fact, Preface] = OrderedDict()
         self.nbytes = 0
 
     def __contains__(self, fact: Fact) -> bool:
-        return fact.content_hash in self._held
+        return fact in self._held
 
     def of(self, fact: Fact) -> Preface:
         """The entries of a fact; raises what `made` does."""
-        name = fact.content_hash
-        if name in self._held:
-            self._held.move_to_end(name)
-            return self._held[name]
+        if fact in self._held:
+            self._held.move_to_end(fact)
+            return self._held[fact]
         preface = self._make(fact)
         while self._held and self.nbytes + preface.nbytes > self._most_bytes:
             self.nbytes -= self._held.popitem(last=False)[1].nbytes
         if preface.nbytes <= self._most_bytes:
-            self._held[name] = preface
+            self._held[fact] = preface
             self.nbytes += preface.nbytes
         return preface
 
     def drop(self, fact: Fact) -> None:
         """Nothing of it is left here."""
-        preface = self._held.pop(fact.content_hash, None)
+        preface = self._held.pop(fact, None)
         self.nbytes -= 0 if preface is None else preface.nbytes
