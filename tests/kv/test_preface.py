@@ -313,6 +313,27 @@ def test_what_a_prompt_says_is_not_written(tiny_model: Callable[..., Any]) -> No
     assert heard == [[7]]
 
 
+@pytest.mark.parametrize("cuts", [(1,) * 9, (1, 5, 1, 1, 1), (1, 1, 3, 3, 1)])
+def test_no_more_is_asked_about_than_tells(
+    tiny_model: Callable[..., Any], cuts: tuple[int, ...]
+) -> None:
+    """Of a long text a few tokens each time; but all that were not heard yet."""
+    model, _ = tiny_model("llama")
+    text = torch.arange(20, 29)[None]
+    heard: list[list[int]] = []
+    preface = replace(told(model), said=lambda ids: bool(heard.append(ids)), said_in=2)
+    with prefaced(model, always(preface), "a test"):
+        cache = model(IDS[:1]).past_key_values
+        for part in text.split(cuts, dim=1):
+            model(part, **cache_argument(model, cache))
+    for number, ids in enumerate(heard):
+        assert ids == list(range(ids[0], ids[-1] + 1))
+        assert len(ids) <= 2 + 1 + max(cuts) * (max(cuts) > 1)
+        before = heard[number - 1][-1] if number else 19
+        assert ids[0] <= max(20, before - 1)  # and the newest two that were heard
+    assert heard[-1][-1] == 28
+
+
 def test_an_interrupted_pass_leaves_the_model_its_own(tiny_model: Callable[..., Any]) -> None:
     """Ctrl-C, of which torch tells no hook."""
     model, _ = tiny_model("llama")

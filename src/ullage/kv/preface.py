@@ -31,12 +31,14 @@ if TYPE_CHECKING:
 class Preface:
     """What every layer's rows see: `pieces`, [Hkv, T, D] each in the model's format, all with the
     same bias. They see it until it is `said` by what is written behind the prompt, as token ids;
-    from then on that itself is what they see of it. What is written sees it with the share
-    `written_bias` of its bias: it needs less to go on than to begin."""
+    from then on that itself is what they see of it. The newest `said_in` tokens, and what was not
+    heard before, are enough to tell that; None: all are asked about. What is written sees it with
+    the share `written_bias` of its bias: it needs less to go on than to begin."""
 
     pieces: tuple[Piece, ...]
     said: Callable[[list[int]], bool] | None = None
     written_bias: float = 1.0
+    said_in: int | None = None
 
     def __len__(self) -> int:
         return len(self.pieces[0])
@@ -64,8 +66,8 @@ class Preface:
 
 @dataclass(frozen=True)
 class _Note:
-    """What a row sees, where its prompt ends, and what is written behind that. Where nobody said,
-    the prompt ends before the first pass of a token each."""
+    """What a row sees, where its prompt ends, and what is written behind that, as far back as that
+    tells. Where nobody said, the prompt ends before the first pass of a token each."""
 
     preface: Preface
     prompt_end: int | None = None
@@ -77,11 +79,17 @@ class _Note:
         if self.prompt_end is None and several:
             return self
         end = position if self.prompt_end is None else self.prompt_end
-        known = (*self.written, *ids[max(0, end - position) :])
+        new = ids[max(0, end - position) :]
+        known = (*self.written, *new)
         said, heard = self.preface.said, self.written if several else known
         if said is not None and heard and said(list(heard)):
             return None
-        return replace(self, prompt_end=end, written=known)
+        return replace(self, prompt_end=end, written=self._telling(known, len(new) * several))
+
+    def _telling(self, written: tuple[int, ...], unheard: int) -> tuple[int, ...]:
+        """What of it can tell anything yet."""
+        newest = self.preface.said_in
+        return written if newest is None else written[-(newest + unheard) :]
 
     def written_behind(self, before: Before) -> Before:
         """What the tokens that are written see of what those of the prompt did."""

@@ -219,6 +219,23 @@ def test_what_a_ledger_takes_can_be_read(
     assert kept[-own:] == told[:own]
 
 
+def test_an_answer_is_looked_for_in_what_is_new(
+    memory: FactMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token of a long text costs no more than one of a short text."""
+    asked: list[int] = []
+
+    def said(tokenizer: Any, answer: str, ids: list[int]) -> bool:
+        asked.append(len(ids))
+        return False
+
+    monkeypatch.setattr("ullage.techniques.larimar.readout._said", said)
+    memory.write(**FACT)
+    memory.ask(ABOUT, 60)
+    assert len(asked) == 59
+    assert max(asked) < 20
+
+
 def test_a_long_fact_is_read_in_passes_that_are_planned(
     model: Any, tokenizer: Any, memory: FactMemory
 ) -> None:

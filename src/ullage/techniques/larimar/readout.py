@@ -19,6 +19,8 @@ from ullage.techniques.larimar.wording import LEADS, WRITTEN_BIAS, Wording
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_BESIDE = 8  # tokens around an answer's, which are no more than its bytes: where its words end
+
 
 def made(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", fact: Fact) -> Preface:
     """The entries of a fact: a forward pass or a few, of `READ_TOKENS` each. Of a fact of more
@@ -40,8 +42,8 @@ def made(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", fact: F
     start = end - MOST_TOKENS
     places = [place - start for place in kept]
     preface = read_before(model, ids[start:end], places, list(kept.values()), READ_TOKENS)
-    said = partial(_said, tokenizer, fact.answer)
-    return replace(preface, said=said, written_bias=WRITTEN_BIAS)
+    said, said_in = partial(_said, tokenizer, fact.answer), len(fact.answer.encode()) + _BESIDE
+    return replace(preface, said=said, written_bias=WRITTEN_BIAS, said_in=said_in)
 
 
 def _said(tokenizer: "PreTrainedTokenizerBase", answer: str, ids: list[int]) -> bool:
@@ -50,8 +52,8 @@ def _said(tokenizer: "PreTrainedTokenizerBase", answer: str, ids: list[int]) -> 
 
 
 class Held:
-    """Entries of facts by what they say, `most_bytes` at most: those that were read
-    longest ago go first, and are made again when they are asked for."""
+    """Entries of facts by what they say, `most_bytes` at most: those that were read longest ago go
+    first, and are made again when they are asked for."""
 
     def __init__(self, make: Callable[[Fact], Preface], most_bytes: int) -> None:
         self._make, self._most_bytes = make, most_bytes
