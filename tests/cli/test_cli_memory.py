@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from ullage.cli.memory import export
+from ullage.errors import InputError
 from ullage.techniques.larimar.ledger import Ledger, Who
 
 Typed = Callable[..., subprocess.CompletedProcess[str]]
@@ -89,6 +91,22 @@ def test_a_file_is_written_whole_or_not_at_all(begun: Typed, tmp_path: Path) -> 
         assert done.returncode == 2
         assert said in done.stderr
     assert len(json.loads(begun("list", "--json").stdout)) == 1
+
+
+def test_an_export_is_written_whole_or_not_at_all(
+    begun: Typed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported = tmp_path / "exported.jsonl"
+    exported.write_text("as it was")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(InputError, match=r"Cannot write .*: No space left"):
+        export(tmp_path / "facts.db", exported)
+    assert exported.read_text() == "as it was"
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_an_edited_fact_is_about_what_it_was_about(begun: Typed) -> None:

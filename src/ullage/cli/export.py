@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ullage import exporters
-from ullage.errors import InputError
+from ullage.cli.written import write_text
 from ullage.specs.plan import read_plan
 
 Target = StrEnum("Target", {name: name for name in exporters.names()})  # type: ignore[misc]
@@ -39,12 +39,5 @@ def export(
     if out is None:
         typer.echo(written, nl=False)
     else:
-        _write(out, written)
+        write_text(out, written)
     raise typer.Exit(0 if made.fits else 1)
-
-
-def _write(path: Path, written: str) -> None:
-    try:
-        path.write_text(written, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"Cannot write {path}: {error.strerror}.") from error

@@ -12,7 +12,7 @@ from rich.progress import track
 
 from ullage.cli.options import MemoryOption, ModelArgument
 from ullage.cli.show.remembered import events_as_json, facts_as_json, show_events, show_facts
-from ullage.cli.written import refuse_unwritable
+from ullage.cli.written import refuse_unwritable, write_text
 from ullage.errors import FactError, InputError
 from ullage.techniques.larimar.event import Event
 from ullage.techniques.larimar.fact import Fact, read_facts
@@ -243,7 +243,7 @@ def export(
     if output is None:
         typer.echo(lines, nl=False)
     else:
-        output.write_text(lines, encoding="utf-8")
+        write_text(output, lines)
         _say(f"{len(facts):,} facts in {output}.")
 
 

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from ullage.errors import InputError
+from ullage.specs.whole import write_whole
 
 
 def refuse_unwritable(*files: Path) -> None:
@@ -26,3 +27,15 @@ def refuse_undrawable(plot: Path) -> None:
     if plot.suffix.lower() not in (".svg", ".png"):
         raise InputError(f"--plot {plot}: the picture is .svg or .png.")
     refuse_unwritable(plot)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write it whole, or not at all.
+
+    Raises:
+        InputError: it could not be written.
+    """
+    try:
+        write_whole(file, text.encode())
+    except OSError as error:
+        raise InputError(f"Cannot write {file}: {error.strerror}.") from error

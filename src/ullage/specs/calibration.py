@@ -8,6 +8,7 @@ from pathlib import Path
 from ullage.errors import InputError
 from ullage.specs.decode import decode
 from ullage.specs.device import Device, catalog_name
+from ullage.specs.whole import write_whole
 from ullage.specs.workload import Engine
 
 
@@ -32,12 +33,9 @@ class Calibration:
         Raises:
             InputError: the file cannot be written.
         """
-        partial = path.with_name(path.name + ".partial")
         try:
-            partial.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-            partial.replace(path)
+            write_whole(path, (json.dumps(asdict(self), indent=2) + "\n").encode())
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise InputError(f"Cannot write {path}: {error.strerror}.") from error
 
 

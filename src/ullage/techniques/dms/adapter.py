@@ -17,6 +17,7 @@ from safetensors.numpy import save
 from ullage.errors import TechniqueError
 from ullage.specs.blocks import full_layer_numbers
 from ullage.specs.model import ModelSpec
+from ullage.specs.whole import write_whole
 
 FORMAT = "ullage-dms-3"
 SHIPPED = files(__package__) / "adapters"
@@ -140,16 +141,6 @@ def tensors_sha256(content: bytes) -> str:
     """Hex SHA-256 over the tensors' bytes in the `content` of a .safetensors file."""
     header_bytes = int.from_bytes(content[:8], "little")
     return hashlib.sha256(memoryview(content)[8 + header_bytes :]).hexdigest()
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file, whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _quantized(weights: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:

@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ullage.errors import TechniqueError
-from ullage.techniques.dms.adapter import Adapter, write_whole
+from ullage.specs.whole import write_whole
+from ullage.techniques.dms.adapter import Adapter
 from ullage.techniques.dms.fingerprint import texts_fingerprint
 from ullage.techniques.dms.sharing import shared_out
 from ullage.techniques.dms.training import Course, Point, Trainer

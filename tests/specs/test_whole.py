@@ -1,0 +1,50 @@
+"""Files are there whole, or as they were."""
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from ullage.specs.whole import write_whole
+
+
+def test_a_file_is_what_was_written(tmp_path: Path) -> None:
+    file, link = tmp_path / "file", tmp_path / "link"
+    link.symlink_to(file)
+    for path, content in ((file, b"one"), (link, b"another")):
+        write_whole(path, content)
+        assert file.read_bytes() == content
+    assert link.is_symlink()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_cannot_be_written_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"before")
+
+    def full(path: Path, content: bytes) -> None:
+        with path.open("wb") as opened:
+            opened.write(content[:2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(file, b"after")
+    assert file.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_is_no_file_stays_what_it_is(tmp_path: Path) -> None:
+    """As /dev/stdout does."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    read: list[bytes] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
+    reader.start()
+    write_whole(pipe, b"content")
+    reader.join()
+    assert read == [b"content"]
+    assert pipe.is_fifo()
