@@ -6,12 +6,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from ullage.cli.memory import export
+from ullage.cli.memory import add, export
 from ullage.errors import InputError
-from ullage.techniques.larimar.ledger import Ledger, Who
+from ullage.techniques.larimar.ledger import Added, Ledger, Who
 
 Typed = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -91,6 +92,22 @@ def test_a_file_is_written_whole_or_not_at_all(begun: Typed, tmp_path: Path) -> 
         assert done.returncode == 2
         assert said in done.stderr
     assert len(json.loads(begun("list", "--json").stdout)) == 1
+
+
+def test_what_was_written_is_said_whatever_comes_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As another process may forget it at once."""
+    whole = Ledger.add
+
+    def forgotten(ledger: Ledger, *how: Any) -> Added:
+        added = whole(ledger, *how)
+        ledger.forget(added.numbers, Who("them"))
+        return added
+
+    monkeypatch.setattr(Ledger, "add", forgotten)
+    add(tmp_path / "facts.db", CAPITAL, as_json=True)
+    assert json.loads(capsys.readouterr().out)[0]["text"] == CAPITAL
 
 
 def test_an_export_is_written_whole_or_not_at_all(

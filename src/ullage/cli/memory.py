@@ -97,11 +97,10 @@ def add(
             facts, "writing", console=_stderr(), transient=True, disable=len(facts) <= _SHOWN
         )
         added = ledger.add(shown, who)
-        written = {number: ledger.fact(number) for number in added.numbers}
     if as_json:
-        typer.echo(facts_as_json(written))
+        typer.echo(facts_as_json(added.facts))
     elif len(facts) <= _SHOWN:
-        show_facts(_stdout(), written)
+        show_facts(_stdout(), added.facts)
     stood = len(facts) - added.new
     _say(f"{added.new:,} written" + (f", {stood:,} stood already." if stood else "."))
 

@@ -88,6 +88,7 @@ def test_what_stands_already_is_not_written_again(
     ledger.add([capital(1), capital(2)], me)
     again = ledger.add([capital(2), capital(1, "THERA"), capital(3), capital(3)], me)
     assert (again.numbers, again.new) == ([2, 1, 3, 3], 1)
+    assert again.facts == {2: capital(2), 1: capital(1), 3: capital(3)}  # not as it was said now
     assert ledger.edit(1, capital(1), me) is None
     assert len(list(ledger.events())) == 3
 

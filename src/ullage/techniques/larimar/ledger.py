@@ -45,10 +45,12 @@ class Who:
 
 @dataclass(frozen=True)
 class Added:
-    """The number of each fact that was to be written, and how many of them did not stand yet."""
+    """The number of each fact that was to be written, how many of them did not stand yet, and what
+    stood by each number then."""
 
     numbers: list[int]
     new: int
+    facts: dict[int, Fact]
 
 
 class Ledger:
@@ -91,7 +93,7 @@ class Ledger:
         Raises:
             FactError: one contradicts a fact that stands, or one before it: none is written.
         """
-        numbers, new = [], 0
+        numbers, new, stood = [], 0, dict[int, Fact]()
         with self._writing():
             first = self._next_number
             for fact in facts:
@@ -99,10 +101,13 @@ class Ledger:
                 if standing is None:
                     standing, new = self._next_number, new + 1
                     self._append("add", who, standing, None, fact)
-                elif not fact.says(self.fact(standing)):
-                    raise FactError(self._contradiction(fact, standing, first))
+                    stood[standing] = fact
+                else:
+                    stood[standing] = self.fact(standing)
+                    if not fact.says(stood[standing]):
+                        raise FactError(self._contradiction(fact, standing, first))
                 numbers.append(standing)
-        return Added(numbers, new)
+        return Added(numbers, new, stood)
 
     def edit(self, number: int, fact: Fact, who: Who, was: Fact | None = None) -> Event | None:
         """Put `fact` in the place of fact `number`, where that still is what it `was` when the edit
