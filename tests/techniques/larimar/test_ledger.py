@@ -175,6 +175,36 @@ def test_tampering_shows(ledger: Ledger, capital: Capital, me: Who, change: str)
         ledger.verify()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE events SET after = replace(after, 'Thera', 'Ys') WHERE number = 3",
+        "UPDATE events SET content_hash = '0' WHERE number = 3",
+        "UPDATE events SET number = 9 WHERE number = 3",
+        "DELETE FROM events WHERE number = 2",
+        "DELETE FROM events WHERE number < 3",
+    ],
+)
+def test_nothing_is_chained_to_what_was_tampered_with(
+    ledger: Ledger, capital: Capital, me: Who, change: str
+) -> None:
+    ledger.add([capital(1), capital(2), capital(3)], me)
+    for trigger in ("events_stay", "events_last"):
+        ledger._connection.execute(f"DROP TRIGGER {trigger}")
+    ledger._connection.execute(change)
+    before = list(ledger.events())
+    for write in (
+        lambda: ledger.add([capital(4)], me),
+        lambda: ledger.edit(3, capital(3, "Is"), me),
+        lambda: ledger.forget([3], me),
+        lambda: ledger.rollback(0, me),
+        lambda: ledger.bind("smol", "abc", me),
+    ):
+        with pytest.raises(LedgerError, match="was tampered with: event"):
+            write()
+    assert list(ledger.events()) == before
+
+
 def test_an_event_that_does_not_follow_shows_though_it_is_chained(
     ledger: Ledger, capital: Capital, me: Who
 ) -> None:

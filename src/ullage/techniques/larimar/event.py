@@ -50,6 +50,11 @@ class Event:
         text = json.dumps([before, held], ensure_ascii=False, separators=(",", ":"))
         return type(self)(**held, chain_hash=sha256(text.encode()).hexdigest())
 
+    def follows(self, before: str) -> bool:
+        """Whether it is as it was written, behind an event of that chain hash."""
+        hashed = self.content_hash == content_hash(self.after)
+        return hashed and self == self.chained(before)
+
     @property
     def record(self) -> dict[str, Any]:
         """Its columns, in their order."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from ullage.errors import LedgerError, TechniqueError
+from ullage.errors import TechniqueError
 from ullage.kv.preface import Preface, prefaced
 from ullage.techniques.larimar.event import START
 from ullage.techniques.larimar.fact import Fact
@@ -176,11 +176,7 @@ class FactMemory:
             LedgerError: it was tampered with.
         """
         for event in self.ledger.events(after=self._seen):
-            if event != event.chained(self._chain):
-                raise LedgerError(
-                    f"{self.ledger.path} was tampered with: event {event.number} is not as it was "
-                    "written."
-                )
+            self.ledger.refuse_changed(event, self._chain)
             self._seen, self._chain = event.number, event.chain_hash
             if event.fact is None:
                 continue

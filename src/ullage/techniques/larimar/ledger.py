@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from ullage.errors import FactError, LedgerError
 from ullage.techniques.larimar.database import connect, in_memory, our_errors, transaction
-from ullage.techniques.larimar.event import START, Action, Event, content_hash, stamp
+from ullage.techniques.larimar.event import START, Action, Event, stamp
 from ullage.techniques.larimar.fact import Fact, plain
 
 _COLUMNS = ", ".join(Event.__annotations__)
@@ -57,11 +57,13 @@ class Ledger:
     """A ledger in the file `path`; use it as a context manager, in one thread.
 
     Each method that changes it is one transaction: when it returns, what it did is on disk, all of
-    it, and if it raises, or the process is killed, nothing is.
+    it, and if it raises, or the process is killed, nothing is. Each raises a LedgerError where the
+    last event is not as it was written; `verify` goes through all of them.
     """
 
     def __init__(self, path: Path, *, create: bool = False, read_only: bool = False) -> None:
-        """
+        """`create` begins one without events where there is none, whatever is written then.
+
         Raises:
             LedgerError: as `database.connect`.
         """
@@ -246,24 +248,40 @@ class Ledger:
         """
         chain, standing = START, dict[int | None, str]()
         for event in self.events():
-            if (
-                event != event.chained(chain)
-                or event.content_hash != content_hash(event.after)
-                or (event.fact is not None and event.before != standing.get(event.fact))
-            ):
-                raise LedgerError(
-                    f"{self.path} was tampered with: event {event.number} is not as it was written."
-                )
+            self.refuse_changed(event, chain)
+            if event.fact is not None and event.before != standing.get(event.fact):
+                raise self._tampered(event)
             chain = event.chain_hash
             standing.pop(event.fact, None)
             if event.after is not None:
                 standing[event.fact] = event.after
 
+    def refuse_changed(self, event: Event, before: str) -> None:
+        """
+        Raises:
+            LedgerError: `event` is not as it was written behind one of the chain hash `before`.
+        """
+        if not event.follows(before):
+            raise self._tampered(event)
+
+    def _tampered(self, event: Event) -> LedgerError:
+        return LedgerError(
+            f"{self.path} was tampered with: event {event.number} is not as it was written."
+        )
+
     @contextmanager
     def _writing(self) -> Iterator[None]:
         with transaction(self._connection, self.path):
-            self._last = self.head
+            self._last = self._sound_head()
             yield
+
+    def _sound_head(self) -> Event | None:
+        """The last event, which others are chained to: it has to follow the one before it."""
+        rows = self._all(f"SELECT {_COLUMNS} FROM events ORDER BY number DESC LIMIT 2")
+        events = [Event(*row) for row in rows]
+        if events:
+            self.refuse_changed(events[0], events[1].chain_hash if events[1:] else START)
+        return events[0] if events else None
 
     @property
     def _next_number(self) -> int:
