@@ -6,7 +6,8 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -146,8 +147,11 @@ from pathlib import Path
 from ullage.errors import LedgerError
 from ullage.techniques.larimar.ledger import Fact, Ledger, Who
 try:
-    with Ledger(Path(sys.argv[1]), read_only=sys.argv[2] == "read") as ledger:
-        print(len(ledger.facts()))
+    with Ledger(Path(sys.argv[1]), read_only=sys.argv[2] != "write") as ledger:
+        print(len(ledger.facts()), flush=True)
+        if sys.argv[2] == "follow":
+            for _ in sys.stdin:
+                print(len(ledger.facts()), flush=True)
         if sys.argv[2] == "write":
             ledger.add([Fact.make("The king of Ys is Bob")], Who("me"))
 except LedgerError as error:
@@ -155,23 +159,35 @@ except LedgerError as error:
 """
 
 
+@contextmanager
+def closed(path: Path) -> Iterator[None]:
+    """Nobody but root can write the file, or in its folder."""
+    path.chmod(0o400)
+    path.parent.chmod(0o500)
+    try:
+        yield
+    finally:
+        path.parent.chmod(0o700)
+        path.chmod(0o600)
+
+
 @pytest.fixture
-def read_only(path: Path, capital: Capital, me: Who) -> Callable[[str], str]:
-    """`read_only(what)`: what a process says that reads or writes in a folder that is read-only."""
+def reader(path: Path) -> Callable[[str], subprocess.Popen[str]]:
+    """`reader(what)`: a process that does `what`, and says what came of it."""
     if PLAIN and not shutil.which("setpriv"):
         pytest.skip("root may write anywhere, and there is no setpriv to be less")
+    command = [*PLAIN, sys.executable, "-c", READER, str(path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return lambda what: subprocess.Popen([*command, what], text=True, **pipes)  # type: ignore[call-overload,no-any-return]
+
+
+@pytest.fixture
+def read_only(path: Path, reader: Callable[[str], subprocess.Popen[str]]) -> Callable[[str], str]:
+    """`read_only(what)`: what a process says that reads or writes in a folder that is read-only."""
 
     def act(what: str) -> str:
-        path.chmod(0o400)
-        path.parent.chmod(0o500)
-        try:
-            return subprocess.run(
-                [*PLAIN, sys.executable, "-c", READER, str(path), what],
-                capture_output=True, text=True, check=True,
-            ).stdout  # fmt: skip
-        finally:
-            path.parent.chmod(0o700)
-            path.chmod(0o600)
+        with closed(path), reader(what) as process:
+            return process.communicate()[0]
 
     return act
 
@@ -201,3 +217,33 @@ def test_events_that_a_read_only_file_cannot_take_in_are_not_passed_over(
             file.write_bytes(content)
     assert "its last events are in" in read_only("read")
     assert len(Ledger(path).facts()) == 1
+
+
+@pytest.mark.parametrize("staying", [True, False])
+def test_what_others_write_to_a_read_only_ledger_is_read(
+    reader: Callable[[str], subprocess.Popen[str]],
+    path: Path,
+    opened: Callable[..., Ledger],
+    capital: Capital,
+    me: Who,
+    staying: bool,
+) -> None:
+    """By who had it open before, whether the writer has it open still."""
+    with opened(create=True) as ledger:
+        ledger.add([capital(1)], me)
+    with closed(path):
+        process = reader("follow")
+        assert process.stdin
+        assert process.stdout
+        assert process.stdout.readline() == "1\n"
+    with process:
+        for count in (2, 3):
+            writer = Ledger(path)
+            writer.add([capital(count)], me)
+            if not staying:
+                writer._connection.close()
+            with closed(path):
+                process.stdin.write("\n")
+                process.stdin.flush()
+                assert process.stdout.readline() == f"{count}\n"
+            writer._connection.close()

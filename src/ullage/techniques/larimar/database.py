@@ -3,7 +3,7 @@
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from ullage.errors import LedgerError
@@ -49,7 +49,7 @@ def connect(path: Path, create: bool = False, read_only: bool = False) -> sqlite
 
     What is committed is on disk (WAL, synchronous=FULL): neither a killed process nor a machine
     that loses its power takes it away. With `read_only` a file or folder that cannot be written
-    will do.
+    will do; see `is_stale`.
 
     Raises:
         LedgerError: there is none, it is no ledger, of another version, or cannot be opened.
@@ -66,6 +66,19 @@ def connect(path: Path, create: bool = False, read_only: bool = False) -> sqlite
                 raise
             _refuse_unread_wal(path)
             return _opened(path, "ro&immutable=1", create=False)
+
+
+class _Connection(sqlite3.Connection):
+    """`still` is the state of a file that SQLite was told never changes; None of any other."""
+
+    still: tuple[float, ...] | None = None
+
+
+def is_stale(connection: sqlite3.Connection, path: Path) -> bool:
+    """Whether others wrote to a file that could not be written when this was opened, as they can:
+    then it has to be opened again."""
+    still = connection.still if isinstance(connection, _Connection) else None
+    return still is not None and still != _state(path)
 
 
 def in_memory() -> sqlite3.Connection:
@@ -104,9 +117,12 @@ def our_errors(path: Path) -> Iterator[None]:
 
 
 def _opened(path: Path, mode: str, create: bool) -> sqlite3.Connection:
+    before = _state(path) if "immutable" in mode else None
     connection = sqlite3.connect(
-        f"{path.absolute().as_uri()}?mode={mode}", timeout=BUSY_S, isolation_level=None, uri=True
-    )
+        f"{path.absolute().as_uri()}?mode={mode}", timeout=BUSY_S, isolation_level=None, uri=True,
+        factory=_Connection,
+    )  # fmt: skip
+    connection.still = before
     try:
         connection.execute("PRAGMA synchronous = FULL")
         if create:
@@ -166,8 +182,22 @@ def _pragma(connection: sqlite3.Connection, name: str) -> int:
         return int(found.fetchone()[0])
 
 
+def _state(path: Path) -> tuple[float, ...]:
+    """What tells that a file, or what is yet to be taken into it, was written to."""
+    state: list[float] = []
+    for file in (path, _wal(path)):
+        with suppress(OSError):
+            found = file.stat()
+            state += found.st_ino, found.st_size, found.st_mtime_ns
+    return tuple(state)
+
+
+def _wal(path: Path) -> Path:
+    return path.with_name(path.name + "-wal")
+
+
 def _refuse_unread_wal(path: Path) -> None:
-    wal = path.with_name(path.name + "-wal")
+    wal = _wal(path)
     if wal.exists() and wal.stat().st_size:
         raise LedgerError(
             f"{path} cannot be written, and its last events are in {wal.name}, to be taken in "

@@ -14,7 +14,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from ullage.errors import FactError, LedgerError
-from ullage.techniques.larimar.database import connect, in_memory, our_errors, transaction
+from ullage.techniques.larimar.database import (
+    connect,
+    in_memory,
+    is_stale,
+    our_errors,
+    transaction,
+)
 from ullage.techniques.larimar.event import START, Action, Event, stamp
 from ullage.techniques.larimar.fact import Fact, plain
 
@@ -327,5 +333,8 @@ class Ledger:
         return next(iter(self._all(query, *values)), None)
 
     def _all(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        if is_stale(self._connection, self.path):
+            self._connection.close()
+            self._connection = connect(self.path, read_only=True)
         with our_errors(self.path):
             return self._connection.execute(query, values).fetchall()
