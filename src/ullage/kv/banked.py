@@ -23,7 +23,7 @@ from ullage.kv.pool import Blocks
 from ullage.kv.rotation import Angles, Turn, after, normed, rotated
 from ullage.kv.rows import Attend, NewTokens, Row, Taken, seen_by
 from ullage.kv.slots import Ring, Slots
-from ullage.kv.sparse import Survivors
+from ullage.kv.sparse_head import Survivors
 from ullage.kv.state import State, held, packed
 from ullage.specs.consolidation import Consolidation
 

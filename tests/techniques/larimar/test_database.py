@@ -178,7 +178,7 @@ def reader(path: Path) -> Callable[[str], subprocess.Popen[str]]:
         pytest.skip("root may write anywhere, and there is no setpriv to be less")
     command = [*PLAIN, sys.executable, "-c", READER, str(path)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    return lambda what: subprocess.Popen([*command, what], text=True, **pipes)  # type: ignore[call-overload,no-any-return]
+    return lambda what: subprocess.Popen([*command, what], text=True, **pipes)
 
 
 @pytest.fixture
