@@ -16,7 +16,8 @@ from ullage.cli.written import refuse_unwritable, write_text
 from ullage.errors import FactError, InputError
 from ullage.techniques.larimar.event import Event
 from ullage.techniques.larimar.fact import Fact, read_facts
-from ullage.techniques.larimar.ledger import Ledger, Moment, Who
+from ullage.techniques.larimar.history import Moment
+from ullage.techniques.larimar.ledger import Ledger, Who
 
 _SHOWN = 20  # facts of a file are too many to print
 _MOST = 1 << 31  # of events: SQLite counts further, and nobody does

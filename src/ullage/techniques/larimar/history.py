@@ -1,0 +1,164 @@
+"""What a ledger of facts holds, read: its events, and the facts that stand after them. No torch."""
+
+import json
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from ullage.errors import FactError, LedgerError
+from ullage.techniques.larimar.database import connect, in_memory, is_stale, our_errors
+from ullage.techniques.larimar.event import START, Event, stamp
+from ullage.techniques.larimar.fact import Fact
+
+_COLUMNS = ", ".join(Event.__annotations__)
+_STANDING = """SELECT fact, after FROM events WHERE after IS NOT NULL AND number IN
+    (SELECT max(number) FROM events WHERE number <= ? AND fact IS NOT NULL GROUP BY fact)
+    ORDER BY fact"""
+
+Moment = int | datetime  # an event's number, or a time
+
+
+class History:
+    """The ledger in the file `path`; use it as a context manager, in one thread."""
+
+    def __init__(self, path: Path, *, create: bool = False, read_only: bool = False) -> None:
+        """`create` begins one without events where there is none, whatever is written then.
+
+        Raises:
+            LedgerError: as `database.connect`.
+        """
+        self.path = path
+        self._connection = connect(path, create, read_only)
+
+    @classmethod
+    def in_memory(cls) -> Self:
+        """One that ends with this process, in no file."""
+        ledger = cls.__new__(cls)
+        ledger.path, ledger._connection = Path("this ledger"), in_memory()
+        return ledger
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self._connection.close()
+
+    @property
+    def model(self) -> tuple[str, str] | None:
+        """Name and fingerprint of the model that it is bound to."""
+        found = self._one("SELECT after FROM events WHERE fact IS NULL LIMIT 1")
+        if found is None:
+            return None
+        said = json.loads(found[0])
+        return said["model"], said["fingerprint"]
+
+    @property
+    def head(self) -> Event | None:
+        """The last event. Its `chain_hash` is of all that ever happened."""
+        found = self._one(f"SELECT {_COLUMNS} FROM events ORDER BY number DESC LIMIT 1")
+        return None if found is None else Event(*found)
+
+    def fact(self, number: int) -> Fact:
+        """
+        Raises:
+            FactError: no such fact stands.
+        """
+        found = self._one("SELECT after FROM facts WHERE fact = ?", number)
+        if found is not None:
+            return Fact.from_json(found[0])
+        was = self._one("SELECT max(number) FROM events WHERE fact = ?", number)
+        if was is None or was[0] is None:
+            raise FactError(f"{self.path} has no fact {number}.")
+        raise FactError(f"Fact {number} does not stand: event {was[0]} took it away.")
+
+    def facts(self, as_of: Moment | None = None) -> dict[int, Fact]:
+        """The facts that stand, or stood at `as_of`, by number.
+
+        Raises:
+            LedgerError: there was no such event.
+        """
+        if as_of is None:
+            rows = self._all("SELECT fact, after FROM facts ORDER BY fact")
+        else:
+            rows = self._all(_STANDING, self.number_at(as_of))
+        return {number: Fact.from_json(content) for number, content in rows}
+
+    def events(
+        self, fact: int | None = None, as_of: Moment | None = None, after: int = 0
+    ) -> Iterator[Event]:
+        """All events in their order, or those of one fact, up to `as_of`; those behind number
+        `after`."""
+        last = self.number_at(as_of) if as_of is not None else 1 << 62
+        only, of = ("", ()) if fact is None else ("AND fact = ?", (fact,))
+        between = "number > ? AND number <= ?"
+        query = f"SELECT {_COLUMNS} FROM events WHERE {between} {only} ORDER BY number"
+        return (Event(*row) for row in self._all(query, after, last, *of))
+
+    def number_at(self, moment: Moment) -> int:
+        """The number of the last event at `moment`; 0 before the first.
+
+        Raises:
+            LedgerError: there is no such event yet.
+        """
+        head = self.head
+        last = 0 if head is None else head.number
+        if isinstance(moment, int):
+            if not 0 <= moment <= last:
+                raise LedgerError(f"{self.path} has no event {moment}: its last is {last}.")
+            return moment
+        found = self._one("SELECT max(number) FROM events WHERE time <= ?", stamp(moment))
+        return int((found and found[0]) or 0)
+
+    def verify(self) -> None:
+        """Go through all events: hashes, numbers, and what each found before it.
+
+        Raises:
+            LedgerError: one was changed, taken out or put in after it was written; says which.
+        """
+        chain, standing = START, dict[int | None, str]()
+        for event in self.events():
+            self.refuse_changed(event, chain)
+            if event.fact is not None and event.before != standing.get(event.fact):
+                raise self._tampered(event)
+            chain = event.chain_hash
+            standing.pop(event.fact, None)
+            if event.after is not None:
+                standing[event.fact] = event.after
+
+    def refuse_changed(self, event: Event, before: str) -> None:
+        """
+        Raises:
+            LedgerError: `event` is not as it was written behind one of the chain hash `before`.
+        """
+        if not event.follows(before):
+            raise self._tampered(event)
+
+    def _tampered(self, event: Event) -> LedgerError:
+        return LedgerError(
+            f"{self.path} was tampered with: event {event.number} is not as it was written."
+        )
+
+    def _sound_head(self) -> Event | None:
+        """The last event, which others are chained to: it has to follow the one before it."""
+        rows = self._all(f"SELECT {_COLUMNS} FROM events ORDER BY number DESC LIMIT 2")
+        events = [Event(*row) for row in rows]
+        if events:
+            self.refuse_changed(events[0], events[1].chain_hash if events[1:] else START)
+        return events[0] if events else None
+
+    def _one(self, query: str, *values: Any) -> tuple[Any, ...] | None:
+        return next(iter(self._all(query, *values)), None)
+
+    def _all(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        if is_stale(self._connection, self.path):
+            self._connection.close()
+            self._connection = connect(self.path, read_only=True)
+        with our_errors(self.path):
+            return self._connection.execute(query, values).fetchall()
