@@ -11,7 +11,8 @@ from transformers import DynamicCache, StaticCache
 
 from ullage.errors import TechniqueError
 from ullage.kv.cache import PagedCache, cache_argument
-from ullage.kv.preface import prefaced, read_before
+from ullage.kv.preface import read_before
+from ullage.kv.prefaced import prefaced
 from ullage.techniques.dms.settings import DMS
 
 IDS = torch.randint(6, 64, (1, 12), generator=torch.Generator().manual_seed(1))

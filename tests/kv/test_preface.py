@@ -13,7 +13,8 @@ from ullage.errors import TechniqueError
 from ullage.kv import attention
 from ullage.kv.cache import PagedCache, cache_argument
 from ullage.kv.pool import HeapBlocks, KVPool
-from ullage.kv.preface import Preface, chosen, prefaced, read_before
+from ullage.kv.preface import Preface, read_before
+from ullage.kv.prefaced import chosen, prefaced
 from ullage.techniques.camelot.settings import CAMELoT
 from ullage.techniques.dms.settings import DMS
 

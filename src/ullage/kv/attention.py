@@ -1,7 +1,7 @@
 """The attention function and the mask function that transformers calls under the name "ullage"."""
 
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,8 @@ from ullage.kv.pool import Place
 from ullage.kv.rows import Attend, NewTokens, Row
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from ullage.kv.cache import Beside, PagedLayer
 
 NAME = "ullage"
@@ -174,3 +176,18 @@ def register() -> None:
     silently be attended to."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, flash_attention_mask)
+
+
+@contextmanager
+def of_ours(model: "PreTrainedModel") -> Iterator[None]:
+    """`model` with this attention, and with its own again behind it."""
+    before = model.config._attn_implementation
+    if before == NAME:
+        yield
+        return
+    register()
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

@@ -24,7 +24,8 @@ from ullage import techniques
 from ullage.errors import BudgetExceeded, DoesNotFit, PromptError, UllageError
 from ullage.kv.cache import MakeRow, PagedCache, Sequence, Start, cache_argument
 from ullage.kv.pool import KVPool
-from ullage.kv.preface import Preface, chosen
+from ullage.kv.preface import Preface
+from ullage.kv.prefaced import chosen
 from ullage.runtime.budget import Budget
 from ullage.runtime.load import TORCH_DTYPES, LoadedModel, device_of
 from ullage.runtime.memory import held_bytes

@@ -14,7 +14,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from ullage.errors import TechniqueError
-from ullage.kv.preface import Preface, prefaced
+from ullage.kv.preface import Preface
+from ullage.kv.prefaced import prefaced
 from ullage.techniques.larimar.event import START
 from ullage.techniques.larimar.fact import Fact
 from ullage.techniques.larimar.gate import Gate
