@@ -390,7 +390,7 @@ def test_a_budget_without_room_for_the_cache_is_refused(
     decode = plan.phases["decode"]
     room = 500 * MIB - plan.phases["prefill"].activation_bytes - decode.logits_bytes
     for held, fits in ((room - decode.kv_bytes, True), (room - decode.kv_bytes + 1, False)):
-        monkeypatch.setattr("ullage.runtime.engine.held_bytes", lambda _, held=held: held)
+        monkeypatch.setattr("ullage.runtime.pool.held_bytes", lambda _, held=held: held)
         if fits:
             assert Engine(loaded("llama"), plan).budget.free_bytes == 0
         else:

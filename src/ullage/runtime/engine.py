@@ -23,14 +23,12 @@ import torch
 from ullage import techniques
 from ullage.errors import BudgetExceeded, DoesNotFit, PromptError, UllageError
 from ullage.kv.cache import MakeRow, PagedCache, Sequence, Start, cache_argument
-from ullage.kv.pool import KVPool
 from ullage.kv.preface import Preface
 from ullage.kv.prefaced import chosen
 from ullage.runtime.budget import Budget
-from ullage.runtime.load import TORCH_DTYPES, LoadedModel, device_of
-from ullage.runtime.memory import held_bytes
+from ullage.runtime.load import LoadedModel, device_of
+from ullage.runtime.pool import new_pool
 from ullage.runtime.request import OnPrefill, Request
-from ullage.specs.blocks import block_bytes
 from ullage.specs.plan import Plan, Recipe
 from ullage.units import format_bytes
 
@@ -59,33 +57,12 @@ class Engine:
         self.loaded, self.plan = loaded, plan
         self.budget = Budget(plan.budget_bytes)
         self.device = device_of(plan.recipe)
-        self.pool = self._new_pool()
+        self.pool = new_pool(plan, self.budget, self.device)
         self.cache = PagedCache(plan.recipe.model, self.pool, rows_of(plan.recipe))
         self._waiting: deque[Request] = deque()
         self._reading: _Running | None = None
         self._writing: list[_Running] = []
         self._held: list[Sequence] = []  # by `reading`
-
-    def _new_pool(self) -> KVPool:
-        """The budget less what is there and less the largest workspace; no larger than the plan's
-        sequences need."""
-        recipe = self.plan.recipe
-        self.budget.claim("what is loaded", held_bytes(self.device))
-        self.budget.claim(
-            "workspace",
-            max(
-                phase.activation_bytes + phase.logits_bytes
-                for name, phase in self.plan.phases.items()
-                if name != "load"
-            ),
-        )
-        model, work = recipe.model, recipe.workload
-        blocks = work.sequences * techniques.sequence_blocks(recipe, work.context_tokens)
-        pool_bytes = blocks * block_bytes(model, recipe.execution.kv_dtype)
-        self.budget.claim("KV pool", pool_bytes)
-        beside_bytes = self.plan.phases["decode"].kv_bytes - pool_bytes
-        self.budget.claim("what techniques keep beside it", max(0, beside_bytes))
-        return KVPool(blocks, model.head_dim, TORCH_DTYPES[recipe.execution.kv_dtype], self.device)
 
     def submit(self, request: Request) -> None:
         """Queue `request`.
