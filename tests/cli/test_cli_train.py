@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import save
 
 from ullage.techniques import parse
-from ullage.techniques.dms.adapter import Adapter, load_adapter
+from ullage.techniques.dms.adapter import ADAPTERS, Adapter
 from ullage.techniques.dms.training import Point, Trainer
 
 Typed = Callable[..., subprocess.CompletedProcess[str]]
@@ -139,7 +139,7 @@ def test_a_training_is_the_same_whenever_it_begins(train: Typed, data: Path) -> 
         assert train(*first).returncode == 0
         if first != words:
             assert train(*words).returncode == 0
-        made.append(load_adapter(str(adapter)))
+        made.append(ADAPTERS.load(str(adapter)))
     assert made[0].record == made[1].record
     assert numpy.array_equal(made[0].predictors["dms"], made[1].predictors["dms"])
 

@@ -15,7 +15,7 @@ from ullage.specs.dtypes import dtype_name, kv_dtype_name
 from ullage.specs.model import ModelSpec
 from ullage.specs.plan import Recipe, TechniqueChoice
 from ullage.specs.workload import Attention, Engine, Execution, Workload
-from ullage.techniques.dms.adapter import load_adapter, shipped_adapters
+from ullage.techniques.dms.adapter import ADAPTERS
 from ullage.units import format_bytes, parse_bytes, parse_tokens
 
 
@@ -142,7 +142,7 @@ class PlanOptions:
 
 def _sparse(model: ModelSpec) -> str:
     """DMS as `model` does best with it."""
-    shipped = model.name in shipped_adapters() and not load_adapter(model.name).unsuited(model)
+    shipped = model.name in ADAPTERS.names() and not ADAPTERS.load(model.name).unsuited(model)
     return f"dms:adapter={model.name}" if shipped else "dms"
 
 

@@ -26,10 +26,10 @@ from ullage.specs.plan import Plan
 from ullage.specs.sources import resolve
 from ullage.specs.workload import Workload
 from ullage.techniques.dms.adapter import (
+    ADAPTERS,
     CAPPED,
     Adapter,
     holds_trained,
-    load_adapter,
 )
 from ullage.techniques.dms.settings import DMS
 
@@ -185,12 +185,12 @@ def _measured(
         "texts_sha256": texts_fingerprint(texts),
     }
     with suppress(TechniqueError):
-        found = load_adapter(path)
+        found = ADAPTERS.load(path)
         if found.record.items() >= record.items() and found.fingerprint == fingerprint(model):
             return found
     shown = track(texts, "reading", console=stderr(), transient=True)
     measure(model, shown, record).save(output)
-    return load_adapter(path)  # rounded, as a training that goes on will find it
+    return ADAPTERS.load(path)  # rounded, as a training that goes on will find it
 
 
 def _pieces(

@@ -12,13 +12,12 @@ from safetensors.torch import save
 
 from ullage import ModelSpec, TechniqueChoice, resolve
 from ullage.errors import TechniqueError
+from ullage.specs.learned import tensors_sha256
 from ullage.techniques import create, parse
 from ullage.techniques.dms.adapter import (
+    ADAPTERS,
     DECIDED_TOKENS,
     Adapter,
-    load_adapter,
-    shipped_adapters,
-    tensors_sha256,
 )
 from ullage.techniques.dms.settings import DMS
 
@@ -43,7 +42,7 @@ def test_a_file_holds_it_all(tmp_path: Path) -> None:
     path = tmp_path / "mine.safetensors"
     adapter = adapter_of([[[3, 2, 1]]])
     adapter.save(path)
-    read = load_adapter(str(path))
+    read = ADAPTERS.load(str(path))
     assert numpy.array_equal(read.loss, adapter.loss)
     assert numpy.array_equal(read.captured, adapter.captured)
     assert (read.windows, read.head_dim, read.fingerprint, read.record) == (
@@ -57,14 +56,14 @@ def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "mine.safetensors"
     for fingerprint in ("one", "two"):  # of one length, and within a tick of the clock perhaps
         replace(adapter_of([[[3, 2, 1]]]), fingerprint=fingerprint).save(path)
-        assert load_adapter(str(path)).fingerprint == fingerprint
-    assert load_adapter(str(path)) is load_adapter(str(path))
+        assert ADAPTERS.load(str(path)).fingerprint == fingerprint
+    assert ADAPTERS.load(str(path)) is ADAPTERS.load(str(path))
     path.write_bytes(b"damaged")
     with pytest.raises(TechniqueError, match="damaged"):
-        load_adapter(str(path))
+        ADAPTERS.load(str(path))
     path.unlink()
     with pytest.raises(TechniqueError, match="neither a file nor"):
-        load_adapter(str(path))
+        ADAPTERS.load(str(path))
 
 
 def test_damaged_files_are_our_error(tmp_path: Path) -> None:
@@ -90,11 +89,11 @@ def test_numbers_that_are_not_those_saved_are_our_error(tmp_path: Path) -> None:
     content[-400:-300] = bytes(byte ^ 1 for byte in content[-400:-300])
     path.write_bytes(content)
     with pytest.raises(TechniqueError, match="damaged: its numbers are not those that were saved"):
-        load_adapter(str(path))
+        ADAPTERS.load(str(path))
 
 
 def test_what_is_shipped_is_whole() -> None:
-    assert [len(load_adapter(name).windows) > 1 for name in shipped_adapters()] == [True]
+    assert [len(ADAPTERS.load(name).windows) > 1 for name in ADAPTERS.names()] == [True]
 
 
 @pytest.mark.parametrize("numbers", [[[[3.0, float("nan"), 1.0]]], [[3.0, 2.0, 1.0]]])
@@ -102,7 +101,7 @@ def test_numbers_that_no_measurement_gives_are_our_error(tmp_path: Path, numbers
     path = tmp_path / "mine.safetensors"
     adapter_of(numbers).save(path)
     with pytest.raises(TechniqueError, match="damaged"):
-        load_adapter(str(path))
+        ADAPTERS.load(str(path))
 
 
 def test_what_was_learned_is_read_as_it_was_but_for_rounding(tmp_path: Path) -> None:
@@ -112,7 +111,7 @@ def test_what_was_learned_is_read_as_it_was_but_for_rounding(tmp_path: Path) -> 
     replace(adapter_of([[[3, 2, 1]]]), predictors={"dms": weights, "linear": 0 * weights}).save(
         path
     )
-    read = load_adapter(str(path)).predictors
+    read = ADAPTERS.load(str(path)).predictors
     assert numpy.abs(read["dms"] - weights).max() <= 10 / 127
     assert not read["linear"].any()
 
@@ -136,10 +135,10 @@ def test_what_nothing_learns_is_our_error(tmp_path: Path, damaged: dict[str, Any
         "dms.scales": numpy.ones((1, 1), numpy.float32),
     }
     path.write_bytes(as_saved(tensors))
-    assert set(load_adapter(str(path)).predictors) == {"dms"}
+    assert set(ADAPTERS.load(str(path)).predictors) == {"dms"}
     path.write_bytes(as_saved(tensors | damaged))
     with pytest.raises(TechniqueError, match="damaged"):
-        load_adapter(str(path))
+        ADAPTERS.load(str(path))
 
 
 @pytest.mark.parametrize("record", ["[1]", "{", "[" * 100_000])
@@ -152,7 +151,7 @@ def test_a_record_that_is_none_is_our_error(tmp_path: Path, record: str) -> None
     }
     path.write_bytes(as_saved(tensors, record))
     with pytest.raises(TechniqueError, match="damaged"):
-        load_adapter(str(path))
+        ADAPTERS.load(str(path))
 
 
 def test_an_adapter_of_a_large_model_is_read(tmp_path: Path) -> None:
@@ -164,7 +163,7 @@ def test_an_adapter_of_a_large_model_is_read(tmp_path: Path) -> None:
     learned = {"linear": weights, "dms": weights}
     Adapter(WINDOWS, loss, captured, 128, "print", {}, learned).save(path)
     assert path.stat().st_size > 2 << 20
-    assert load_adapter(str(path)).unsuited(resolve("llama-3.1-8b")) is None
+    assert ADAPTERS.load(str(path)).unsuited(resolve("llama-3.1-8b")) is None
 
 
 @pytest.mark.parametrize("windows", [[[2, 4, 8]], 2, [], [2.5, 4, 8], [4, 2, 8], [0, 2, 4]])
@@ -177,7 +176,7 @@ def test_windows_that_are_none_are_our_error(tmp_path: Path, windows: Any) -> No
     }
     path.write_bytes(as_saved(tensors))
     with pytest.raises(TechniqueError, match="damaged"):
-        load_adapter(str(path))
+        ADAPTERS.load(str(path))
 
 
 @pytest.mark.parametrize("adapter", [5, True, [1], None])

@@ -1,26 +1,19 @@
 """An adapter: how far back each KV head of one model has to look, as it was measured, and what it
 has learned to read off hidden states. No torch."""
 
-import hashlib
 import json
-import os
 from dataclasses import dataclass, field
-from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
-from ullage.errors import TechniqueError
 from ullage.specs.blocks import full_layer_numbers
+from ullage.specs.learned import Shelf, tensor
 from ullage.specs.model import ModelSpec
-from ullage.specs.whole import write_whole
 
-FORMAT = "ullage-dms-3"
-SHIPPED = files(__package__) / "adapters"
 LIMIT_BYTES = 64 << 20  # a byte a head and hidden number for each predictor: 70B models take 12 MB
 LEARNED = ("linear", "dms")
 DECIDED_TOKENS = 64  # at once
@@ -71,7 +64,6 @@ class Adapter:
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all."""
         metadata = {
-            "format": FORMAT,
             "head_dim": str(self.head_dim),
             "fingerprint": self.fingerprint,
             "record": json.dumps(self.record),
@@ -83,37 +75,7 @@ class Adapter:
         }
         for name, weights in self.predictors.items():
             tensors[name], tensors[f"{name}.scales"] = _quantized(weights)
-        metadata["sha256"] = tensors_sha256(save(tensors))
-        write_whole(path, save(tensors, metadata))
-
-
-def shipped_adapters() -> list[str]:
-    """The names of the adapters that are part of ullage: those of their models."""
-    files = (Path(item.name) for item in SHIPPED.iterdir())
-    return sorted(file.stem for file in files if file.suffix == ".safetensors")
-
-
-def load_adapter(name: str) -> Adapter:
-    """The adapter that is shipped as `name`, or the file of that path, as it is now. Planning asks
-    often: a file that has not changed is read once.
-
-    Raises:
-        TechniqueError: there is none, or it is damaged.
-    """
-    path = os.path.join(str(SHIPPED), f"{name}.safetensors")
-    try:
-        if not os.path.isfile(path):
-            path = name
-        if not os.path.isfile(path):
-            known = ", ".join(shipped_adapters())
-            raise TechniqueError(f"dms: no adapter {name!r}: neither a file nor one of {known}.")
-        state = os.stat(path)
-        if state.st_size > LIMIT_BYTES:
-            raise TechniqueError(f"dms: {name} is too large for an adapter.")
-        # whoever writes one in place of another, as `save` does, writes another file
-        return _read(path, state.st_dev, state.st_ino, state.st_mtime_ns, state.st_size)
-    except (SafetensorError, KeyError, ValueError, RecursionError, OSError) as error:
-        raise TechniqueError(f"dms: {name} is not an adapter of DMS, or damaged: {error}") from None
+        ADAPTERS.save(path, tensors, metadata)
 
 
 def holds_trained(path: Path) -> bool:
@@ -126,23 +88,6 @@ def holds_trained(path: Path) -> bool:
         return False
 
 
-@lru_cache(maxsize=16)
-def _read(path: str, *_: int) -> Adapter:
-    with safe_open(path, "numpy") as file:
-        metadata = file.metadata() or {}
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
-        if metadata["sha256"] != tensors_sha256(Path(path).read_bytes()):
-            raise ValueError("its numbers are not those that were saved")
-        return _parsed(metadata, file)
-
-
-def tensors_sha256(content: bytes) -> str:
-    """Hex SHA-256 over the tensors' bytes in the `content` of a .safetensors file."""
-    header_bytes = int.from_bytes(content[:8], "little")
-    return hashlib.sha256(memoryview(content)[8 + header_bytes :]).hexdigest()
-
-
 def _quantized(weights: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
     """In int8, and a scale for each head: it is the order of products that counts."""
     scales = numpy.abs(weights).max(-1, keepdims=True) / 127
@@ -150,16 +95,8 @@ def _quantized(weights: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
     return numpy.rint(weights / safe).astype(numpy.int8), scales[..., 0].astype(numpy.float32)
 
 
-def _tensor(file: Any, name: str, kind: str) -> numpy.ndarray:
-    """In the format that `Adapter.save` writes: there are some that numpy does not have."""
-    found = file.get_slice(name).get_dtype()
-    if found != kind:
-        raise ValueError(f"{name} is in {found}, not in {kind}")
-    return file.get_tensor(name)  # type: ignore[no-any-return]
-
-
 def _predictor(name: str, shape: tuple[int, ...], file: Any) -> numpy.ndarray:
-    numbers, scales = _tensor(file, name, "I8"), _tensor(file, f"{name}.scales", "F32")
+    numbers, scales = tensor(file, name, "I8"), tensor(file, f"{name}.scales", "F32")
     if numbers.ndim != 3 or numbers.shape[:2] != shape:
         raise ValueError(f"{name} is no predictor of its heads")
     if scales.shape != shape or not numpy.isfinite(scales).all():
@@ -168,7 +105,7 @@ def _predictor(name: str, shape: tuple[int, ...], file: Any) -> numpy.ndarray:
 
 
 def _captured(shape: tuple[int, ...], file: Any) -> numpy.ndarray:
-    captured = _tensor(file, "captured", "F32")
+    captured = tensor(file, "captured", "F32")
     if captured.ndim != 3 or captured.shape[:2] != shape or captured.shape[2] != DECIDED_TOKENS:
         raise ValueError("it does not say what survivors catch")
     if not (numpy.isfinite(captured).all() and (captured >= 0).all() and (captured <= 1).all()):
@@ -177,7 +114,7 @@ def _captured(shape: tuple[int, ...], file: Any) -> numpy.ndarray:
 
 
 def _parsed(metadata: dict[str, str], file: Any) -> Adapter:
-    sizes, loss = _tensor(file, "windows", "I32"), _tensor(file, "loss", "F32")
+    sizes, loss = tensor(file, "windows", "I32"), tensor(file, "loss", "F32")
     windows = tuple(map(int, sizes.reshape(-1)))
     if (
         sizes.ndim != 1
@@ -202,3 +139,9 @@ def _parsed(metadata: dict[str, str], file: Any) -> Adapter:
         record,
         {name: _predictor(name, loss.shape[:2], file) for name in LEARNED if name in held},
     )
+
+
+ADAPTERS = Shelf(
+    "dms", "adapter of DMS", "ullage-dms-3", Path(str(files(__package__))) / "adapters",
+    LIMIT_BYTES, _parsed,
+)  # fmt: skip

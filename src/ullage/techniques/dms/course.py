@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from ullage.errors import TechniqueError
+from ullage.specs.learned import saved_state
 from ullage.specs.whole import write_whole
 from ullage.techniques.dms.adapter import Adapter
 from ullage.techniques.dms.fingerprint import texts_fingerprint
@@ -52,29 +51,13 @@ def trained(
     trainer = Trainer(model, course, torch.from_numpy(adapter.predictors["linear"]))
     asked = json.dumps([asdict(course), adapter.fingerprint, texts_fingerprint(texts)])
     if file.exists():
-        trainer.go_on(_state(file, asked))
+        trainer.go_on(saved_state("dms", file, asked))
         resumed(len(trainer.history))
         for point in trainer.history:
             watch(point)
     for ids in texts[len(trainer.history) :]:
         point = trainer.step(ids)
-        write_whole(file, save(trainer.state(), {"course": asked}))
+        write_whole(file, save(trainer.state(), {"training": asked}))
         watch(point)
     learned = {"dms": trainer.weights.detach().cpu().numpy()}
     return replace(adapter, predictors=adapter.predictors | learned), trainer.history
-
-
-def _state(file: Path, asked: str) -> dict[str, torch.Tensor]:
-    try:
-        with safe_open(file, "pt") as opened:
-            if (opened.metadata() or {}).get("course") == asked:
-                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise TechniqueError(
-            f"dms: {file}, which training would go on from, is damaged: {error}. Remove it to "
-            "begin anew."
-        ) from None
-    raise TechniqueError(
-        f"dms: {file} is of a training with other settings or texts: ask for the same, or "
-        "remove it to begin anew."
-    )

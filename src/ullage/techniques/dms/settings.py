@@ -19,7 +19,7 @@ from ullage.specs.model import ModelSpec
 from ullage.specs.survivors import SINKS, Survival
 from ullage.specs.workload import Engine, Execution, Step, Workload
 from ullage.techniques.base import Technique, with_full_layers
-from ullage.techniques.dms.adapter import DECIDED_TOKENS, LEARNED, load_adapter
+from ullage.techniques.dms.adapter import ADAPTERS, DECIDED_TOKENS, LEARNED
 from ullage.techniques.dms.budget import LEAST_KEPT, most_kept
 from ullage.techniques.dms.overhead import scratch_bytes, state_bytes
 from ullage.techniques.dms.sharing import shared_out
@@ -88,7 +88,7 @@ class DMS(Technique):
         if type(self.adapter) is not str:
             raise TechniqueError(f"dms: adapter is a name or a path, not {self.adapter!r}.")
         if self.adapter:
-            load_adapter(self.adapter)
+            ADAPTERS.load(self.adapter)
         if self.predictor in LEARNED and self._learned is None:
             raise TechniqueError(
                 f"dms: predictor={self.predictor} needs an adapter that has learned it: see "
@@ -116,7 +116,7 @@ class DMS(Technique):
         """The weights of a learned predictor, [L, Hkv, E]."""
         if not self.adapter:
             return None
-        return load_adapter(self.adapter).predictors.get(self.predictor)
+        return ADAPTERS.load(self.adapter).predictors.get(self.predictor)
 
     @classmethod
     def neutral(cls) -> Self:
@@ -160,7 +160,7 @@ class DMS(Technique):
         layers = full_layer_numbers(model)
         if not self.adapter:
             return dict.fromkeys(layers, (self._alike,) * model.num_kv_heads)
-        adapter = load_adapter(self.adapter)
+        adapter = ADAPTERS.load(self.adapter)
         shares = shared_out(adapter, *self._held(model), self.predictor != "window")
         every = self._every(min(share.window for layer in shares for share in layer))
         made = [
@@ -208,7 +208,7 @@ class DMS(Technique):
             return None
         if not full_layers(model):
             return "no layer of it keeps keys and values of every token, head by head."
-        return load_adapter(self.adapter).unsuited(model) if self.adapter else None
+        return ADAPTERS.load(self.adapter).unsuited(model) if self.adapter else None
 
     def footprint(self, before: Footprint, model: ModelSpec, work: Step) -> Footprint:
         if self.kept == 1:
@@ -253,7 +253,7 @@ class DMS(Technique):
         if self.adapter:
             from ullage.kv.fingerprint import fingerprint
 
-            if fingerprint(model) != load_adapter(self.adapter).fingerprint:
+            if fingerprint(model) != ADAPTERS.load(self.adapter).fingerprint:
                 raise TechniqueError(f"dms: {self.adapter} was made for other weights than these.")
         with rows_in(model, rows, SparseRow, "DMS"):
             yield
