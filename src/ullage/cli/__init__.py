@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 from ullage.cli.machine import NEEDS_RUN
 from ullage.errors import UllageError
 
-_NOT_COMMANDS = {"asked", "given", "lesson", "machine", "options", "session", "show", "written"}
+_NOT_COMMANDS = {"asked", "given", "machine", "options", "session", "show", "written"}
 _OF_RUN = {"accelerate", "gguf", "matplotlib", "torch", "transformers"}  # the extra's modules
 
 

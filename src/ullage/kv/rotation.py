@@ -4,8 +4,10 @@ The angles are learned from the tokens that come by, as attention is handed thei
 and nothing else: a model's way of scaling them is of no matter here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from math import pi
+from typing import Any
 
 import torch
 
@@ -29,6 +31,23 @@ def normed(cos: torch.Tensor, sin: torch.Tensor) -> Turn:
     """Without the factor by which some models lengthen what they rotate."""
     length = (cos.square() + sin.square()).sqrt()
     return cos / length, sin / length
+
+
+@contextmanager
+def turns_of(model: torch.nn.Module) -> Iterator[dict[int, list[Turn]]]:
+    """Of each layer, by number, what turned the tokens of each forward pass in here: of the first
+    sequence of a batch. Layers that turn alike share tensors."""
+    turns: dict[int, list[Turn]] = {}
+
+    def see(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cos, sin = kwargs["position_embeddings"]
+        turns.setdefault(module.layer_idx, []).append((cos[0], sin[0]))  # type: ignore[arg-type]
+
+    with ExitStack() as undo:
+        for name, module in model.named_modules():
+            if name.endswith("attn") and hasattr(module, "layer_idx"):
+                undo.callback(module.register_forward_pre_hook(see, with_kwargs=True).remove)
+        yield turns
 
 
 class Angles:

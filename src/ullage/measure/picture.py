@@ -2,14 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ullage.errors import InputError
 from ullage.measure.audit import Audit
 from ullage.units import MIB
-
-if TYPE_CHECKING:
-    from ullage.techniques.dms.training import Point
 
 
 def draw_audit(audit: Audit, path: Path) -> None:
@@ -39,8 +36,10 @@ def draw_audit(audit: Audit, path: Path) -> None:
     save(figure, path)
 
 
-def draw_training(points: "Sequence[Point]", path: Path) -> None:
-    """Draw into `path` what a predictor's training made of divergence and kept share, step by step.
+def draw_training(
+    losses: Sequence[float], loss_label: str, shares: Sequence[float], share_label: str, path: Path
+) -> None:
+    """Draw into `path` what a training made of its loss, and of a share, step by step.
 
     Raises:
         InputError: the file cannot be written, or its ending is no picture's.
@@ -48,13 +47,13 @@ def draw_training(points: "Sequence[Point]", path: Path) -> None:
     from matplotlib.figure import Figure  # the figure alone: no window system is asked for
 
     figure = Figure(figsize=(8, 5), layout="constrained")
-    loss, kept = figure.subplots(2, 1, sharex=True)
-    steps = range(1, len(points) + 1)
-    loss.plot(steps, [point.divergence for point in points])
-    loss.set(ylabel="KL divergence, nats a token", yscale="log")
-    kept.plot(steps, [100 * point.kept for point in points], color="tab:green")
-    kept.set(xlabel="steps", ylabel="kept beyond the window, %", ylim=(0, 100))
-    for axes in (loss, kept):
+    loss, share = figure.subplots(2, 1, sharex=True)
+    steps = range(1, len(losses) + 1)
+    loss.plot(steps, losses)
+    loss.set(ylabel=loss_label, yscale="log")
+    share.plot(steps, [100 * value for value in shares], color="tab:green")
+    share.set(xlabel="steps", ylabel=f"{share_label}, %", ylim=(0, 100))
+    for axes in (loss, share):
         axes.grid(alpha=0.3)
     save(figure, path)
 

@@ -11,16 +11,18 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ullage.errors import TechniqueError
 from ullage.kv.preface import Preface
 from ullage.kv.prefaced import prefaced
+from ullage.techniques.larimar.adapter import Adapter
 from ullage.techniques.larimar.event import START
 from ullage.techniques.larimar.fact import Fact
 from ullage.techniques.larimar.gate import Gate
+from ullage.techniques.larimar.latent import Latent
 from ullage.techniques.larimar.ledger import Ledger, Who
-from ullage.techniques.larimar.readout import Held, made
+from ullage.techniques.larimar.readout import KV, Held
 from ullage.techniques.larimar.settings import HELD_MIB
 
 if TYPE_CHECKING:
@@ -45,9 +47,11 @@ class FactMemory:
         *,
         who: Who = _ME,
         held_bytes: int = HELD_MIB << 20,
+        adapter: Adapter | None = None,
     ) -> None:
         """`ledger`: one that is open, or the file of one, which is begun where there is none;
-        None: facts that end with this memory. `held_bytes`: of entries that are kept at hand.
+        None: facts that end with this memory. `held_bytes`: of what is kept of facts at hand:
+        latents by an `adapter` of this model, entries without.
 
         Raises:
             LedgerError: the ledger cannot be opened, or was tampered with.
@@ -58,7 +62,9 @@ class FactMemory:
             ledger = Ledger.in_memory() if ledger is None else Ledger(ledger, create=True)
             self._closing.enter_context(ledger)
         self.ledger = ledger
-        self._held = Held(lambda fact: made(model, tokenizer, fact), held_bytes)
+        self._held: Held[Any] = Held(
+            Latent(model, tokenizer, adapter) if adapter else KV(model, tokenizer), held_bytes
+        )
         self._gate, self._facts = Gate(), dict[int, Fact]()
         self._seen, self._chain = 0, START  # the last event, and its hash
         self.refresh()
@@ -97,7 +103,7 @@ class FactMemory:
 
     @property
     def nbytes(self) -> int:
-        """Of the entries that are held."""
+        """Of what is kept of facts."""
         return self._held.nbytes
 
     def write(
@@ -192,7 +198,7 @@ class FactMemory:
     @contextmanager
     def _made(self, fact: Fact) -> Iterator[None]:
         """With its entries: what cannot be read is not written, and what is not written is gone."""
-        self._held.of(fact)
+        self._held.hold(fact)
         try:
             yield
         except BaseException:

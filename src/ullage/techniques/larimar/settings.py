@@ -14,6 +14,7 @@ from ullage.specs.layer import layer_width
 from ullage.specs.model import ModelSpec
 from ullage.specs.workload import Engine, Step
 from ullage.techniques.base import Technique
+from ullage.techniques.larimar.adapter import ADAPTERS, Adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,7 +30,8 @@ _MIB = 1 << 20
 class Larimar(Technique):
     """The facts of the ledger at `ledger` are read by prompts that name their subjects; no ledger
     is the model as it is. With the readout "kv" they are read as the entries that the model itself
-    makes of them. Of `held` MiB of these those stay that were read last.
+    makes of them; with "latent" as an adapter makes them of less, which is one that is shipped, by
+    its name, or a file. Of `held` MiB of what is kept those stay that were read last.
 
     `tokenizer` is the folder of the model's; without it, that which the model was read from.
     """
@@ -39,15 +41,17 @@ class Larimar(Technique):
     engines: ClassVar[tuple[Engine, ...]] = ("ullage",)
 
     ledger: str = ""
-    readout: Literal["kv"] = "kv"
+    readout: Literal["kv", "latent"] = "kv"
+    adapter: str = ""
     held: int = HELD_MIB
     tokenizer: str = ""
 
     def __post_init__(self) -> None:
         if type(self.held) is not int or self.held < 1:
             raise TechniqueError(f"larimar: held is a positive count of MiB, not {self.held!r}.")
-        if self.readout != "kv":
-            raise TechniqueError(f"larimar: readout is kv, not {self.readout!r}.")
+        if self.readout not in ("kv", "latent"):
+            raise TechniqueError(f"larimar: readout is kv or latent, not {self.readout!r}.")
+        self._refuse_adapter()
         if not isinstance(self.ledger, str) or (self.ledger and not Path(self.ledger).is_file()):
             raise TechniqueError(
                 f'larimar: there is no ledger at {self.ledger!r}: `ullage memory add DB "..."` '
@@ -58,6 +62,17 @@ class Larimar(Technique):
         ):
             raise TechniqueError(f"larimar: tokenizer is a folder, not {self.tokenizer!r}.")
 
+    def _refuse_adapter(self) -> None:
+        if not isinstance(self.adapter, str):
+            raise TechniqueError(f"larimar: adapter is a name or a path, not {self.adapter!r}.")
+        if bool(self.adapter) != (self.readout == "latent"):
+            raise TechniqueError(
+                "larimar: readout=latent and adapter=NAME go together; shipped are "
+                f"{', '.join(ADAPTERS.names())}, others come from `ullage train larimar`."
+            )
+        if self.adapter:
+            ADAPTERS.load(self.adapter)
+
     @classmethod
     def neutral(cls) -> Self:
         return cls()
@@ -65,12 +80,10 @@ class Larimar(Technique):
     def unsupported(self, model: ModelSpec) -> str | None:
         if not self.ledger:
             return None
-        sliding = sum(cache.window is not None for cache in model.caches)
-        if full_layers(model) + sliding < model.num_layers:
-            return "not every layer of it keeps keys and values, head by head."
-        if not model.rope_tables:
-            return "its positions are not rotary: nothing can stand before the first."
-        return None
+        reason = unsupported(model)
+        if reason is None and self.adapter:
+            reason = ADAPTERS.load(self.adapter).unsuited(model)
+        return reason
 
     def footprint(self, before: Footprint, model: ModelSpec, work: Step) -> Footprint:
         """With what is held of facts, what each sequence sees of one that may be held no longer,
@@ -81,10 +94,14 @@ class Larimar(Technique):
         number_bytes = DTYPE_BYTES[work.execution.dtype]
         width = 2 * model.num_layers * model.num_kv_heads * model.head_dim
         beside = (work.sequences + 1) * MOST_ENTRIES + 2 * MOST_TOKENS
+        adapter_bytes = ADAPTERS.load(self.adapter).nbytes if self.adapter else 0
         more_tokens = max(0, READ_TOKENS - work.new_tokens) if work.phase == "prefill" else 0
         return replace(
             before,
-            kv_bytes=before.kv_bytes + self.held * _MIB + beside * width * number_bytes,
+            kv_bytes=before.kv_bytes
+            + self.held * _MIB
+            + adapter_bytes
+            + beside * width * number_bytes,
             activation_bytes=before.activation_bytes
             + more_tokens * layer_width(model) * number_bytes,
         )
@@ -105,9 +122,33 @@ class Larimar(Technique):
         from ullage.techniques.larimar.facts import FactMemory, tokenizer_of
         from ullage.techniques.larimar.ledger import Ledger
 
+        adapter = self._adapter_of(model)
         tokenizer = tokenizer_of(model, self.tokenizer)
         with (
             Ledger(Path(self.ledger), read_only=True) as ledger,
-            FactMemory(model, tokenizer, ledger, held_bytes=self.held * _MIB),
+            FactMemory(model, tokenizer, ledger, held_bytes=self.held * _MIB, adapter=adapter),
         ):
             yield
+
+    def _adapter_of(self, model: "PreTrainedModel") -> Adapter | None:
+        from ullage.kv.fingerprint import fingerprint
+
+        if not self.adapter:
+            return None
+        adapter = ADAPTERS.load(self.adapter)
+        if fingerprint(model) != adapter.fingerprint:
+            raise TechniqueError(
+                f"larimar: the adapter {self.adapter!r} is of other weights than this model's: "
+                "train one by `ullage train larimar`, or leave readout=latent out."
+            )
+        return adapter
+
+
+def unsupported(model: ModelSpec) -> str | None:
+    """Why no facts can be read before the prompts of `model`; None when they can."""
+    sliding = sum(cache.window is not None for cache in model.caches)
+    if full_layers(model) + sliding < model.num_layers:
+        return "not every layer of it keeps keys and values, head by head."
+    if not model.rope_tables:
+        return "its positions are not rotary: nothing can stand before the first."
+    return None

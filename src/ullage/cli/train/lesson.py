@@ -6,10 +6,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+from ullage.cli.train.steps import steps_shown
 from ullage.errors import InputError
 from ullage.specs.blocks import full_layer_numbers
 from ullage.specs.model import ModelSpec
@@ -98,44 +95,16 @@ def trained(
     layers = full_layer_numbers(plan.recipe.model)
     course = course_to(lesson.ratio, lesson.tokens, lesson.steps, layers, adapter)
     texts = list(islice(cycle(pieces.values()), lesson.steps))
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("KL {task.fields[divergence]:.4f}  kept {task.fields[kept]:.1%}"),
-        TimeRemainingColumn(),
-    )
-    saved = 0
-    with Progress(*columns, console=stderr(), transient=True) as progress:
-        task = progress.add_task("", total=lesson.steps, divergence=0.0, kept=1.0)
-
-        def resumed(steps: int) -> None:
-            if steps < lesson.steps:
-                say(f"Going on at step {steps + 1:,} of {lesson.steps:,}.", progress.console)
+    with steps_shown(
+        lesson.steps, "KL {divergence:.4f}  kept {kept:.1%}", divergence=0.0, kept=1.0
+    ) as shown:
 
         def watch(point: "Point") -> None:
-            nonlocal saved
-            saved += 1
-            progress.update(task, advance=1, divergence=point.divergence, kept=point.kept)
+            shown.made(1, **asdict(point))
 
-        try:
-            adapter, points = trained_by(model, adapter, texts, course, state, watch, resumed)
-        except KeyboardInterrupt:
-            said = f"{saved:,} of {lesson.steps:,} steps are saved: the same command goes on there."
-            say(said, progress.console)
-            raise
+        adapter, points = trained_by(model, adapter, texts, course, state, watch, shown.resumed)
     record = adapter.record | {"training": asdict(lesson), "last": asdict(points[-1])}
     return replace(adapter, record=record), points
-
-
-def say(text: str, console: Console | None = None) -> None:
-    """On stderr, in one line that can be copied."""
-    (console or stderr()).print(escape(text), soft_wrap=True)
-
-
-def stderr() -> Console:
-    """Where all is said that is no data."""
-    return Console(stderr=True, highlight=False)
 
 
 def _ratio(given: str) -> float:

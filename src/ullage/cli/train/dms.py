@@ -1,19 +1,20 @@
-"""ullage train: what a technique has to know of a model, from texts."""
+"""ullage train dms: what DMS has to know of a model, from texts."""
 
 import json
 import shlex
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import track
 
 from ullage.cli.asked import PlanOptions
-from ullage.cli.lesson import Lesson, length_in, refuse_idle, say, stderr, trained
 from ullage.cli.machine import device_to_run
 from ullage.cli.options import DeviceOption, ModelArgument
 from ullage.cli.show.shares import show_shares
+from ullage.cli.train.lesson import Lesson, length_in, refuse_idle, trained
+from ullage.cli.train.steps import say, stderr
 from ullage.cli.written import refuse_undrawable, refuse_unwritable
 from ullage.errors import InputError, TechniqueError
 from ullage.measure.picture import draw_training
@@ -42,8 +43,7 @@ if TYPE_CHECKING:
 _TOKENS = 8192
 
 
-def train(
-    technique: Annotated[Literal["dms"], typer.Argument(help="The technique.")],
+def dms(
     model: ModelArgument,
     data: Annotated[
         Path,
@@ -112,7 +112,10 @@ def train(
     plan = build_plan(PlanOptions(device).recipe(spec, device_to_run(device), work))
     adapter, points = _adapter(plan, texts, length, pieces, lesson, output)
     if plot is not None:
-        draw_training(points, plot)
+        draw_training(
+            [point.divergence for point in points], "KL divergence, nats a token",
+            [point.kept for point in points], "kept beyond the window", plot,
+        )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(adapter.record | {"windows": adapter.windows}, indent=2))
     else:

@@ -1,0 +1,95 @@
+"""Facts to learn from, and how each may be asked for. No torch."""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ullage.errors import FactError, InputError
+from ullage.techniques.larimar.fact import Fact
+
+_TESTS = ("test", "edit")  # in the names of files that are to measure with
+_STRANGE = 3  # every so many facts has an answer that no relation gives
+
+
+@dataclass(frozen=True)
+class AskedFact:
+    """A fact, and prompts that its answer follows."""
+
+    fact: Fact
+    questions: tuple[str, ...]
+
+
+def read_asked_facts(folder: Path, count: int) -> list[AskedFact]:
+    """`count` of the facts in the JSON files of `folder`, or of its folder facts, in an order that
+    is always the same. A file is a list of objects as CounterFact's, with `prompt`, `subject`,
+    `target_new` and perhaps `rephrase_prompt`; or one relation, with `prompt_templates` and
+    `samples` of `subject` and `object`. Objects are mixed: what a model knows teaches nothing.
+    Answers are mixed with names of subjects, so that they may be anything. Files named after a test
+    or an edit are left to be measured with, and so are their subjects wherever they stand.
+
+    Raises:
+        InputError: there are none, or a file is no such list.
+    """
+    chance = random.Random(0)
+    files = sorted((folder / "facts" if (folder / "facts").is_dir() else folder).rglob("*.json"))
+    read = {file: _in_file(file, chance) for file in files}
+    back = {asked.fact.subject for file in files if _is_test(file) for asked in read[file]}
+    found = [asked for file in files for asked in read[file] if asked.fact.subject not in back]
+    if not found:
+        raise InputError(
+            f"{folder} holds no facts to learn from: put JSON files of them there, or in its "
+            "folder facts. Those named after a test or an edit are left out."
+        )
+    chance.shuffle(found)
+    return [
+        _strange(asked, found[-1 - at]) if at % _STRANGE == 0 else asked
+        for at, asked in enumerate(found[:count])
+    ]
+
+
+def _is_test(file: Path) -> bool:
+    return any(word in file.stem.lower() for word in _TESTS)
+
+
+def _in_file(file: Path, chance: random.Random) -> list[AskedFact]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        records = content if isinstance(content, list) else _of_relation(content, chance)
+        return [asked for record in records if (asked := _asked(record)) is not None]
+    except (OSError, UnicodeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{file} holds no list of facts: {error!r}.") from None
+
+
+def _of_relation(relation: dict[str, Any], chance: random.Random) -> list[dict[str, str]]:
+    first, *others = relation["prompt_templates"]
+    samples = relation["samples"]
+    objects = [sample["object"] for sample in samples]
+    chance.shuffle(objects)
+    return [
+        {
+            "prompt": first.format(sample["subject"]),
+            "rephrase_prompt": (others or [first])[0].format(sample["subject"]),
+            "subject": sample["subject"],
+            "target_new": answer,
+        }
+        for sample, answer in zip(samples, objects, strict=True)
+    ]
+
+
+def _asked(record: dict[str, str]) -> AskedFact | None:
+    """None where it is no fact that could be written: a subject that does not stand in it."""
+    prompt, rephrase = record["prompt"], record.get("rephrase_prompt")
+    try:
+        fact = Fact.make(None, record["subject"], prompt, record["target_new"])
+    except FactError:
+        return None
+    return AskedFact(fact, (prompt, rephrase) if rephrase else (prompt,))
+
+
+def _strange(asked: AskedFact, other: AskedFact) -> AskedFact:
+    """Its answer another one's subject."""
+    fact = asked.fact
+    answer = other.fact.subject
+    return AskedFact(Fact.make(None, fact.subject, fact.prompt, answer), asked.questions)
