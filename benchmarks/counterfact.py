@@ -3,13 +3,15 @@
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ullage import resolve
@@ -18,6 +20,7 @@ from ullage.runtime.checkpoint import weights_folder
 from ullage.techniques.larimar.fact import Fact
 
 Record = dict[str, str]
+T = TypeVar("T")
 TOKENS = 8  # of a neighbour's text
 
 
@@ -124,3 +127,8 @@ def percent(good: list[bool]) -> str:
         return "–"
     share = sum(good) / len(good)
     return f"{share:.1%} ±{math.sqrt(share * (1 - share) / len(good)):.1%}"
+
+
+def shown(items: Sequence[T], what: str) -> Iterator[T]:
+    """With a bar while they last, where it is in nobody's table."""
+    yield from track(items, what, transient=True, console=Console(stderr=True))
