@@ -147,10 +147,10 @@ def repeated(bench: Bench) -> Iterator[Row]:
             same = torch.equal(bench.logits(record["prompt"], memory), expected)
             lines.setdefault(edits, []).append((found, same, memory.nbytes))
     for edits, line in lines.items():
-        answers, same, sizes_bytes = zip(*line, strict=True)
+        held_mib = mean(held_bytes for *_, held_bytes in line) / 2**20
         yield [
-            f"{edits:,}", f"{len(line)}", *shares(answers), count(same),
-            f"{mean(sizes_bytes) / 2**20:.2f}",
+            f"{edits:,}", f"{len(line)}", *shares([answer for answer, *_ in line]),
+            count([same for _, same, _ in line]), f"{held_mib:.2f}",
         ]  # fmt: skip
 
 
@@ -197,7 +197,7 @@ def forgetting(bench: Bench) -> Iterator[Row]:
 def standing_line(bench: Bench, memory: FactMemory, asked: dict[int, Record]) -> Row:
     """What a memory tells of facts, by their numbers."""
     answers, same, others = list[Answered](), list[bool](), list[bool]()
-    for number, record in shown(asked.items(), "asking"):
+    for number, record in shown(list(asked.items()), "asking"):
         prompt = record["prompt"]
         answers.append(told(bench.reader(memory), record))
         same.append(torch.equal(bench.logits(prompt, memory), bench.logits(prompt)))
