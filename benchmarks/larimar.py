@@ -19,104 +19,21 @@ which is shown a prompt alone and decides among all facts. Percent, with the sta
 of a fact's entries; milliseconds that a write takes, of which the model is the most.
 """
 
-import argparse
-import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import mean, median
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from rich.progress import track
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ullage import resolve
-from ullage.kv.cache import cache_argument
-from ullage.runtime.checkpoint import weights_folder
-from ullage.techniques.larimar.fact import Fact
+from counterfact import Reader, Record, opened, parser, percent
 from ullage.techniques.larimar.facts import FactMemory
-
-Record = dict[str, str]
-TOKENS = 8  # of a neighbour's text
-
-
-class Answered(NamedTuple):
-    """Of one prompt."""
-
-    likelier: bool  # the first of two answers than the second
-    exact: bool  # the first is what is generated
-
-
-@dataclass
-class Reader:
-    """One way to ask the model."""
-
-    model: Any
-    tokenizer: Any
-    attached: Callable[[], AbstractContextManager[Any]] = nullcontext
-    before: Callable[[str], str] = lambda prompt: ""
-    counts: dict[str, list[bool]] = field(default_factory=dict)
-
-    def count(self, what: str, good: bool) -> None:
-        """One more of a kind."""
-        self.counts.setdefault(what, []).append(good)
-
-    @torch.inference_mode()
-    def answered(self, prompt: str, first: str, second: str) -> Answered:
-        """Two answers behind one prompt. The prompt is read by itself: the gate sees no answer."""
-        ids = self._ids(prompt)
-        answers = [self._ids(f" {answer}", begins=False) for answer in (first, second)]
-        longest = max(map(len, answers))
-        padded = torch.tensor([answer + [0] * (longest - len(answer)) for answer in answers])
-        with self.attached():
-            read = self.model(torch.tensor([ids, ids]), use_cache=True)
-            steps = [read.logits[:, -1:]]
-            for at in range(longest - 1):  # as they are generated: a token at a time
-                going_on = cache_argument(self.model, read.past_key_values)
-                steps.append(self.model(padded[:, at : at + 1], **going_on).logits)
-        logits = torch.cat(steps, dim=1).log_softmax(-1)
-        chances = [
-            sum(logits[row, at, token].item() for at, token in enumerate(answer))
-            for row, answer in enumerate(answers)
-        ]
-        greedy = logits[0, : len(answers[0])].argmax(-1).tolist()
-        return Answered(chances[0] > chances[1], greedy == answers[0])
-
-    @torch.inference_mode()
-    def text(self, prompt: str) -> list[int]:
-        """What is generated."""
-        ids = torch.tensor([self._ids(prompt)])
-        with self.attached():
-            text = self.model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False
-            )
-        return list(text[0, ids.shape[1] :].tolist())
-
-    def _ids(self, text: str, begins: bool = True) -> list[int]:
-        whole = self.before(text) + text if begins else text
-        return list(self.tokenizer(whole, add_special_tokens=begins)["input_ids"])
 
 
 def main() -> None:
     """Write all facts, ask about each, and print a line a way to ask."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--facts", type=int, default=1000)
-    parser.add_argument("--set", choices=["edit", "train"], default="edit")
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--threads", type=int, default=0)
-    given = parser.parse_args()
-    if given.threads:
-        torch.set_num_threads(given.threads)
-    folder = weights_folder(resolve(given.model))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    file = given.data / "facts" / f"counterfact-{given.set}.json"
-    records = list(standing(json.loads(file.read_text(encoding="utf-8")), given.facts))
+    given = parser(__doc__, facts=1000).parse_args()
+    model, tokenizer, records = opened(given)
     memory = FactMemory(model, tokenizer)
     write(memory, records)
     readers = readers_of(model, tokenizer, memory)
@@ -124,17 +41,7 @@ def main() -> None:
         ask(record, readers, memory)
     for name, reader in readers.items():
         print(f"{name}: " + ", ".join(f"{what} {percent(n)}" for what, n in reader.counts.items()))
-    print(f"n = {len(records):,} facts of {file.name}, {given.model}")
-
-
-def standing(records: list[Record], most: int) -> Iterator[Record]:
-    """The first `most` of `records` that do not contradict each other."""
-    asked = set[str]()
-    for record in records:
-        fact = Fact.make(None, record["subject"], record["prompt"], record["target_new"])
-        if fact.asks not in asked and len(asked) < most:
-            asked.add(fact.asks)
-            yield record
+    print(f"n = {len(records):,} facts of counterfact-{given.set}.json, {given.model}")
 
 
 def write(memory: FactMemory, records: list[Record]) -> None:
@@ -187,12 +94,6 @@ def ask(record: Record, readers: dict[str, Reader], memory: FactMemory) -> None:
         reader.count("neighbour own", same or reader.text(neighbour) == base.text(neighbour))
         found = own if same else reader.answered(neighbour, record["locality_ground_truth"], new)
         reader.count("neighbour likelier", found.likelier)
-
-
-def percent(good: list[bool]) -> str:
-    """The share, with its standard error."""
-    share = sum(good) / len(good)
-    return f"{share:.1%} ±{math.sqrt(share * (1 - share) / len(good)):.1%}"
 
 
 def spread(numbers: list[int]) -> float:
