@@ -17,11 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ullage import resolve
 from ullage.kv.cache import cache_argument
 from ullage.runtime.checkpoint import weights_folder
+from ullage.techniques.larimar.adapter import ADAPTERS, Adapter
 from ullage.techniques.larimar.fact import Fact
 
 Record = dict[str, str]
 T = TypeVar("T")
 TOKENS = 8  # of a neighbour's text
+ALL_BYTES = 1 << 40  # to hold facts in: nothing is made twice
 
 
 class Answered(NamedTuple):
@@ -91,8 +93,16 @@ def parser(doc: str | None, facts: int) -> argparse.ArgumentParser:
     parser.add_argument("--facts", type=int, default=facts)
     parser.add_argument("--set", choices=["edit", "train"], default="edit")
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument(
+        "--adapter", default="smollm2-135m", help="of larimar's trained readout; '' for readout=kv"
+    )
     parser.add_argument("--threads", type=int, default=0)
     return parser
+
+
+def adapter_of(given: argparse.Namespace) -> Adapter | None:
+    """That of `--adapter`."""
+    return ADAPTERS.load(given.adapter) if given.adapter else None
 
 
 def opened(given: argparse.Namespace) -> tuple[Any, Any, list[Record]]:

@@ -1,10 +1,10 @@
 """Facts of CounterFact, written all at once and read one by one: edits, paraphrases, neighbours.
 
-    python benchmarks/larimar.py --data DIR [--facts 1000] [--set edit|train]
+    python benchmarks/larimar.py --data DIR [--facts 1000] [--set edit|train] [--adapter NAME|FILE]
 
 DIR/facts/counterfact-SET.json is a list of records; one that contradicts a fact before it is left
-out. The new answers are written to a memory with `larimar`'s readout of KV entries. Then, of each
-fact's own prompt and of its rephrase, neither stripped:
+out. The new answers are written to a memory with `larimar`'s readout of KV entries, and to one with
+its trained readout. Then, of each fact's own prompt and of its rephrase, neither stripped:
 
     likelier   P[new answer] > P[true answer], as the paper counts
     exact      the likeliest text begins with the new answer
@@ -14,9 +14,9 @@ and of its neighbour, of another subject:
     own        what is generated is what the base model generates, 8 tokens of it
     likelier   P[true answer] > P[new answer], as the paper counts
 
-Beside the memory: the base model, and the fact put in front of the prompt. That has the same gate,
-which is shown a prompt alone and decides among all facts. Percent, with the standard error; bytes
-of a fact's entries; milliseconds that a write takes, of which the model is the most.
+Beside the memories: the base model, and the fact put in front of the prompt. That has the same
+gate, which is shown a prompt alone and decides among all facts. Percent, with the standard error;
+bytes that are kept of a fact; milliseconds that a write takes, of which the model is the most.
 """
 
 import math
@@ -26,7 +26,7 @@ from typing import Any
 
 from rich.progress import track
 
-from counterfact import Reader, Record, opened, parser, percent
+from counterfact import ALL_BYTES, Reader, Record, adapter_of, opened, parser, percent
 from ullage.techniques.larimar.facts import FactMemory
 
 
@@ -34,45 +34,53 @@ def main() -> None:
     """Write all facts, ask about each, and print a line a way to ask."""
     given = parser(__doc__, facts=1000).parse_args()
     model, tokenizer, records = opened(given)
-    memory = FactMemory(model, tokenizer)
-    write(memory, records)
-    readers = readers_of(model, tokenizer, memory)
+    adapters = {"kv": None, "latent": adapter_of(given)}
+    memories = {
+        name: FactMemory(model, tokenizer, held_bytes=ALL_BYTES, adapter=adapter)
+        for name, adapter in adapters.items()
+    }
+    for name, memory in memories.items():
+        write(name, memory, records)
+    readers = readers_of(model, tokenizer, memories)
     for record in track(records, "asking"):
-        ask(record, readers, memory)
+        ask(record, readers, memories["kv"])
     for name, reader in readers.items():
         print(f"{name}: " + ", ".join(f"{what} {percent(n)}" for what, n in reader.counts.items()))
     print(f"n = {len(records):,} facts of counterfact-{given.set}.json, {given.model}")
 
 
-def write(memory: FactMemory, records: list[Record]) -> None:
+def write(name: str, memory: FactMemory, records: list[Record]) -> None:
     """Write the new answers; print what that takes."""
     times_s, sizes_bytes = [], []
     for record in track(records, "writing"):
-        start_s = time.perf_counter()
-        number = memory.write(
+        start_s, before_bytes = time.perf_counter(), memory.nbytes
+        memory.write(
             subject=record["subject"], prompt=record["prompt"], answer=record["target_new"]
         )
         times_s.append(time.perf_counter() - start_s)
-        sizes_bytes.append(memory.entries(number).nbytes)
+        sizes_bytes.append(memory.nbytes - before_bytes)
     print(
-        f"a write: {1000 * median(times_s):.0f} ms, of the last hundred "
+        f"{name}: a write: {1000 * median(times_s):.0f} ms, of the last hundred "
         f"{1000 * median(times_s[-100:]):.0f}, the slowest {1000 * max(times_s):.0f}; "
-        f"a fact: {mean(sizes_bytes):,.0f} bytes in fp32 ± {spread(sizes_bytes):,.0f}"
+        f"a fact: {mean(sizes_bytes):,.0f} bytes ± {spread(sizes_bytes):,.0f}"
     )
 
 
-def readers_of(model: Any, tokenizer: Any, memory: FactMemory) -> dict[str, Reader]:
+def readers_of(model: Any, tokenizer: Any, memories: dict[str, FactMemory]) -> dict[str, Reader]:
     """The ways to ask."""
+    known = memories["kv"]
 
     def fact_before(prompt: str) -> str:
-        number = memory.scope(prompt)
-        return "" if number is None else f"{memory.facts[number].text}.\n"
+        number = known.scope(prompt)
+        return "" if number is None else f"{known.facts[number].text}.\n"
 
-    return {
+    ways = {
         "base model": Reader(model, tokenizer),
         "fact in the prompt": Reader(model, tokenizer, before=fact_before),
-        "larimar, kv": Reader(model, tokenizer, attached=memory.attached),
     }
+    for name, memory in memories.items():
+        ways[f"larimar, {name}"] = Reader(model, tokenizer, attached=memory.attached)
+    return ways
 
 
 def ask(record: Record, readers: dict[str, Reader], memory: FactMemory) -> None:

@@ -34,7 +34,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from counterfact import Answered, Reader, Record, fact_of, opened, parser, percent, shown
+from counterfact import (
+    Answered,
+    Reader,
+    Record,
+    adapter_of,
+    fact_of,
+    opened,
+    parser,
+    percent,
+    shown,
+)  # fmt: skip
+from ullage.techniques.larimar.adapter import Adapter
 from ullage.techniques.larimar.facts import FactMemory
 from ullage.techniques.larimar.ledger import Who
 
@@ -54,10 +65,15 @@ class Bench(NamedTuple):
     tokenizer: Any
     records: list[Record]
     asked: int  # at most, after so many edits
+    adapter: Adapter | None
+
+    def empty(self, ledger: Path | None = None) -> FactMemory:
+        """A memory of no facts."""
+        return FactMemory(self.model, self.tokenizer, ledger, adapter=self.adapter)
 
     def memory(self, records: list[Record]) -> tuple[FactMemory, list[int]]:
         """One to which facts were written, an event each, and their numbers."""
-        memory = FactMemory(self.model, self.tokenizer)
+        memory = self.empty()
         return memory, [added(memory, record) for record in records]
 
     def reader(self, memory: FactMemory | None = None) -> Reader:
@@ -88,7 +104,7 @@ def main() -> None:
     asking.add_argument("--only", choices=parts, action="append")
     given = asking.parse_args()
     model, tokenizer, records = opened(given)
-    bench = Bench(model, tokenizer, records, given.asked)
+    bench = Bench(model, tokenizer, records, given.asked, adapter_of(given))
     for name in given.only or parts:
         table(name, parts[name](bench))
     print(f"\n{len(records):,} facts of counterfact-{given.set}.json, {given.model}, fp32")
@@ -97,7 +113,7 @@ def main() -> None:
 def retention(bench: Bench) -> Iterator[Row]:
     """A line a number of edits."""
     yield ["edits", "n", "likelier", "exact", "own fact chosen", "likelier, kept", "exact, kept"]
-    memory, numbers = FactMemory(bench.model, bench.tokenizer), list[int]()
+    memory, numbers = bench.empty(), list[int]()
     for edits in steps(len(bench.records)):
         new = bench.records[len(numbers) : edits]
         numbers += [added(memory, record) for record in shown(new, f"writing {edits:,}")]
@@ -222,7 +238,7 @@ def written_ms(bench: Bench, held: list[Record], timed: list[Record]) -> list[fl
     times_ms = []
     with (
         TemporaryDirectory() as folder,
-        FactMemory(bench.model, bench.tokenizer, Path(folder) / "facts.db") as memory,
+        bench.empty(Path(folder) / "facts.db") as memory,
     ):
         memory.ledger.add(map(fact_of, held), WHO)
         memory.refresh()

@@ -35,7 +35,8 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import cross_entropy
 
-from counterfact import Reader, Record, opened, parser, percent, shown
+from counterfact import ALL_BYTES, Reader, Record, adapter_of, opened, parser, percent, shown
+from ullage.techniques.larimar.adapter import Adapter
 from ullage.techniques.larimar.facts import FactMemory
 
 SMALL = 0.01  # a loss that nothing more is learnt from
@@ -182,16 +183,22 @@ class Grace:
 class Written:
     """Facts in a memory."""
 
-    def __init__(self, reader: Reader) -> None:
-        self.memory = FactMemory(reader.model, reader.tokenizer)
-        self.attached, self.nbytes = self.memory.attached, 0
+    def __init__(self, reader: Reader, adapter: Adapter | None) -> None:
+        self.memory = FactMemory(
+            reader.model, reader.tokenizer, held_bytes=ALL_BYTES, adapter=adapter
+        )
+        self.attached = self.memory.attached
 
     def edit(self, record: Record) -> None:
         """Write one."""
-        number = self.memory.write(
+        self.memory.write(
             subject=record["subject"], prompt=record["prompt"], answer=record["target_new"]
         )
-        self.nbytes += self.memory.entries(number).nbytes
+
+    @property
+    def nbytes(self) -> int:
+        """Of all facts."""
+        return self.memory.nbytes
 
 
 class Unedited:
@@ -225,7 +232,7 @@ def main() -> None:
         "grace": lambda: Grace(
             base, given.grace_module, given.grace_radius, given.grace_rate, given.grace_steps
         ),
-        "larimar": lambda: Written(base),
+        "larimar": lambda: Written(base, adapter_of(given)),
     }
     for at, name in enumerate(given.only or ways):
         line = {"way": name} | measured(name, ways[name](), base, records, texts)

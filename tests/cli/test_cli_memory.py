@@ -208,14 +208,6 @@ def test_reading_begins_no_ledger_and_trusts_none(
     assert "was tampered with: event 1" in done.stderr
 
 
-def test_the_history_names_the_model_of_a_ledger(begun: Typed, tmp_path: Path) -> None:
-    with Ledger(tmp_path / "facts.db") as ledger:
-        ledger.bind("smollm2 [135m]", "abc", Who("me"))
-    assert "smollm2 [135m]" in begun("history").stdout
-    assert json.loads(begun("history", "--json").stdout)[-1]["after"]["fingerprint"] == "abc"
-    assert len(json.loads(begun("list", "--json").stdout)) == 1
-
-
 def test_an_edit_needs_a_prompt_for_an_answer(begun: Typed) -> None:
     begun("add", "Ys is old")
     done = begun("edit", "2", "--answer", "new")

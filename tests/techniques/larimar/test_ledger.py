@@ -120,20 +120,6 @@ def test_what_does_not_stand_cannot_be_changed(ledger: Ledger, capital: Capital,
     assert texts(ledger) == ["Land2 is Thera."]
 
 
-def test_a_ledger_is_of_one_model(ledger: Ledger, capital: Capital, me: Who) -> None:
-    assert ledger.model is None
-    ledger.add([capital(1)], me)
-    ledger.bind("smol", "abc", me)
-    ledger.bind("smol, renamed", "abc", me)
-    assert ledger.model == ("smol", "abc")
-    with pytest.raises(LedgerError, match="facts for smol, not for this model, other"):
-        ledger.bind("other", "def", me)
-    assert ledger.facts(2) == {1: capital(1)}
-    ledger.rollback(0, me)
-    assert ledger.model == ("smol", "abc")
-    ledger.verify()
-
-
 def test_time_never_runs_back(
     ledger: Ledger, capital: Capital, me: Who, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,7 +184,6 @@ def test_nothing_is_chained_to_what_was_tampered_with(
         lambda: ledger.edit(3, capital(3, "Is"), me),
         lambda: ledger.forget([3], me),
         lambda: ledger.rollback(0, me),
-        lambda: ledger.bind("smol", "abc", me),
     ):
         with pytest.raises(LedgerError, match="was tampered with: event"):
             write()

@@ -38,16 +38,13 @@ def show_events(console: Console, events: Iterable[Event]) -> None:
     table = Table("event", "time", "action", "fact", "by", "reason", box=None, pad_edge=False)
     table.add_column("text", overflow="fold")
     for event in events:
-        number = "" if event.fact is None else f"{event.fact}"
         time = event.time[:19].replace("T", " ")
         who = (Text(event.actor), Text(event.reason))
-        table.add_row(f"{event.number}", time, event.action, number, *who, _change(event))
+        table.add_row(f"{event.number}", time, event.action, f"{event.fact}", *who, _change(event))
     console.print(table)
 
 
 def _change(event: Event) -> Text:
-    if event.fact is None:
-        return Text(json.loads(event.after or "{}").get("model", ""))
     before, after = event.fact_before, event.fact_after
     lines = [("- ", before)] if before else []
     lines += [("+ " if before else "", after)] if after else []

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 
 from ullage.techniques.larimar.fact import Fact
 
-Action = Literal["bind", "add", "edit", "forget", "rollback"]
+Action = Literal["add", "edit", "forget", "rollback"]
 START = sha256(b"ullage ledger 1").hexdigest()  # before the first event
 
 
@@ -16,9 +16,9 @@ START = sha256(b"ullage ledger 1").hexdigest()  # before the first event
 class Event:
     """What happened to a fact, when, by whom and why.
 
-    `fact` is the number of the event that first wrote it; None in "bind", which says of which model
-    the ledger is. `before` and `after` are the fact's JSON, None where it did not, or does not,
-    stand. `content_hash` is of `after`; `chain_hash` of all that is here and of the event before.
+    `fact` is the number of the event that first wrote it. `before` and `after` are the fact's
+    JSON, None where it did not, or does not, stand. `content_hash` is of `after`; `chain_hash` of
+    all that is here and of the event before.
     """
 
     number: int  # 1, 2, 3, ...
@@ -26,7 +26,7 @@ class Event:
     actor: str
     reason: str
     action: Action
-    fact: int | None
+    fact: int
     before: str | None
     after: str | None
     asks: str | None
@@ -71,7 +71,7 @@ class Event:
         return self._fact(self.after)
 
     def _fact(self, content: str | None) -> Fact | None:
-        return None if content is None or self.fact is None else Fact.from_json(content)
+        return None if content is None else Fact.from_json(content)
 
 
 def stamp(time: datetime) -> str:

@@ -185,8 +185,6 @@ class FactMemory:
         for event in self.ledger.events(after=self._seen):
             self.ledger.refuse_changed(event, self._chain)
             self._seen, self._chain = event.number, event.chain_hash
-            if event.fact is None:
-                continue
             before, after = self._facts.pop(event.fact, None), event.fact_after
             if before is not None:
                 self._gate.forget(event.fact)

@@ -1,6 +1,5 @@
 """What a ledger of facts holds, read: its events, and the facts that stand after them. No torch."""
 
-import json
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -49,15 +48,6 @@ class History:
         at: TracebackType | None,
     ) -> None:
         self._connection.close()
-
-    @property
-    def model(self) -> tuple[str, str] | None:
-        """Name and fingerprint of the model that it is bound to."""
-        found = self._one("SELECT after FROM events WHERE fact IS NULL LIMIT 1")
-        if found is None:
-            return None
-        said = json.loads(found[0])
-        return said["model"], said["fingerprint"]
 
     @property
     def head(self) -> Event | None:

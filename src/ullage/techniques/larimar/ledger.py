@@ -4,13 +4,11 @@ Events are only ever added; the facts that stand are a view of them. So a ledger
 any event or time, and whatever a model makes of facts can be made again, and held to their hashes.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-from ullage.errors import FactError, LedgerError
+from ullage.errors import FactError
 from ullage.techniques.larimar.database import transaction
 from ullage.techniques.larimar.event import Action, Event
 from ullage.techniques.larimar.fact import Fact, plain
@@ -123,23 +121,6 @@ class Ledger(History):
                 if now.get(number) != then.get(number)
             ]
 
-    def bind(self, model: str, fingerprint: str, who: Who) -> None:
-        """Say of which model the ledger is, once; what it may be used with from then on.
-
-        Raises:
-            LedgerError: it is another's.
-        """
-        with self._writing():
-            bound = self.model
-            if bound is None:
-                content = json.dumps({"model": model, "fingerprint": fingerprint})
-                self._record("bind", who, after=content)
-            elif bound[1] != fingerprint:
-                raise LedgerError(
-                    f"{self.path} holds facts for {bound[0]}, not for this model, {model}: export "
-                    "them and add them to a ledger of its own."
-                )
-
     @contextmanager
     def _writing(self) -> Iterator[None]:
         with transaction(self._connection, self.path):
@@ -153,20 +134,12 @@ class Ledger(History):
     def _append(
         self, action: Action, who: Who, number: int, before: Fact | None, after: Fact | None
     ) -> Event:
-        return self._record(
-            action,
-            who,
-            fact=number,
+        event = Event.following(
+            self._last, action=action, actor=who.actor, reason=who.reason, fact=number,
             before=None if before is None else before.content,
             after=None if after is None else after.content,
             asks=None if after is None else after.asks,
-        )
-
-    def _record(self, action: Action, who: Who, **what: Any) -> Event:
-        none = {"fact": None, "before": None, "after": None, "asks": None}
-        event = Event.following(
-            self._last, action=action, actor=who.actor, reason=who.reason, **none | what
-        )
+        )  # fmt: skip
         values = tuple(event.record.values())
         self._connection.execute(f"INSERT INTO events VALUES ({_HOLDERS})", values)
         self._last = event
