@@ -2,7 +2,7 @@
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,9 @@ def _in_file(file: Path, chance: random.Random) -> list[AskedFact]:
         content = json.loads(file.read_text(encoding="utf-8"))
         records = content if isinstance(content, list) else _of_relation(content, chance)
         return [asked for record in records if (asked := _asked(record)) is not None]
-    except (OSError, UnicodeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        OSError, UnicodeError, ValueError, LookupError, TypeError, AttributeError, RecursionError,
+    ) as error:  # fmt: skip
         raise InputError(f"{file} holds no list of facts: {error!r}.") from None
 
 
@@ -89,7 +91,9 @@ def _asked(record: dict[str, str]) -> AskedFact | None:
 
 
 def _strange(asked: AskedFact, other: AskedFact) -> AskedFact:
-    """Its answer another one's subject."""
-    fact = asked.fact
-    answer = other.fact.subject
-    return AskedFact(Fact.make(None, fact.subject, fact.prompt, answer), asked.questions)
+    """Its answer another one's subject, if it is not too long for it."""
+    fact, answer = asked.fact, other.fact.subject
+    try:
+        return replace(asked, fact=Fact.make(None, fact.subject, fact.prompt, answer))
+    except FactError:
+        return asked
