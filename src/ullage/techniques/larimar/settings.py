@@ -23,6 +23,7 @@ MOST_TOKENS = 512  # of the text that a fact's entries are made of
 MOST_ENTRIES = 256  # of a fact, in each layer
 READ_TOKENS = 64  # of the text that go through the model at once
 HELD_MIB = 32
+_FP32_COPIES = 4  # of a fact's entries, while latents are made of them or they of latents
 _MIB = 1 << 20
 
 
@@ -88,13 +89,16 @@ class Larimar(Technique):
     def footprint(self, before: Footprint, model: ModelSpec, work: Step) -> Footprint:
         """With what is held of facts, what each sequence sees of one that may be held no longer,
         or in another format, and what is there while one is made: between two forward passes,
-        which takes no more than a prompt's pass of as many tokens."""
+        which takes no more than a prompt's pass of as many tokens. An adapter computes in fp32."""
         if not self.ledger or work.phase == "load":
             return before
         number_bytes = DTYPE_BYTES[work.execution.dtype]
         width = 2 * model.num_layers * model.num_kv_heads * model.head_dim
         beside = (work.sequences + 1) * MOST_ENTRIES + 2 * MOST_TOKENS
-        adapter_bytes = ADAPTERS.load(self.adapter).nbytes if self.adapter else 0
+        adapter_bytes = 0
+        if self.adapter:
+            adapter_bytes = ADAPTERS.load(self.adapter).nbytes
+            adapter_bytes += _FP32_COPIES * MOST_ENTRIES * width * 4
         more_tokens = max(0, READ_TOKENS - work.new_tokens) if work.phase == "prefill" else 0
         return replace(
             before,
