@@ -49,7 +49,7 @@ def larimar(
     output: Annotated[Path, typer.Option(metavar="FILE", help="The adapter.")] = Path(
         "larimar.safetensors"
     ),
-    facts: Annotated[int, typer.Option(min=8, help="So many of them.")] = 1200,
+    facts: Annotated[int, typer.Option(min=8, help="How many to learn from, at most.")] = 1200,
     rank: Annotated[
         int | None,
         typer.Option(
@@ -74,6 +74,8 @@ def larimar(
     refuse_unwritable(output)
     if plot is not None:
         refuse_undrawable(plot)
+        if not steps:
+            raise InputError("--plot is of a training, and --steps 0 asks for none.")
     spec = resolve(model)
     refuse_planned_only(spec)
     if (reason := unsupported(spec)) is not None:
