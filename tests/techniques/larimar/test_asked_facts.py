@@ -43,7 +43,7 @@ def write(tmp_path: Path) -> Write:
 def data(write: Write, tmp_path: Path) -> Path:
     write("counterfact-train.json", [record(f"Land{n}", f"City{n}") for n in range(20)])
     write("counterfact-edit.json", [record(f"Land{n}") for n in (3, 5, 22)])
-    write("my_TEST.json", [record("Land7")])
+    write("my_TEST.json", [record("LAND7")])
     write("relations/country_king.json", RELATION)
     return tmp_path
 
@@ -53,7 +53,7 @@ def subjects(found: list[AskedFact]) -> set[str]:
 
 
 def test_what_is_kept_back_is_nowhere(data: Path) -> None:
-    """Neither as a subject nor as an answer, whatever file it is in."""
+    """Neither as a subject nor as an answer, whatever file it is in, in whatever case."""
     found = read_asked_facts(data, 100)
     left = {f"Land{n}" for n in range(26)} - {"Land3", "Land5", "Land7", "Land22"}
     assert subjects(found) == left

@@ -8,6 +8,7 @@ from typing import Any
 
 from ullage.errors import FactError, InputError
 from ullage.techniques.larimar.fact import Fact
+from ullage.techniques.larimar.subject import folded
 
 _TESTS = ("test", "edit")  # in the names of files that are to measure with
 _STRANGE = 3  # every so many facts has an answer that no relation gives
@@ -27,7 +28,8 @@ def read_asked_facts(folder: Path, count: int) -> list[AskedFact]:
     `target_new` and perhaps `rephrase_prompt`; or one relation, with `prompt_templates` and
     `samples` of `subject` and `object`. Objects are mixed: what a model knows teaches nothing.
     Answers are mixed with names of subjects, so that they may be anything. Files named after a test
-    or an edit are left to be measured with, and so are their subjects wherever they stand.
+    or an edit are left to be measured with, and so are their subjects wherever they stand, in
+    whatever case.
 
     Raises:
         InputError: there are none, or a file is no such list.
@@ -35,8 +37,10 @@ def read_asked_facts(folder: Path, count: int) -> list[AskedFact]:
     chance = random.Random(0)
     files = sorted((folder / "facts" if (folder / "facts").is_dir() else folder).rglob("*.json"))
     read = {file: _in_file(file, chance) for file in files}
-    back = {asked.fact.subject for file in files if _is_test(file) for asked in read[file]}
-    found = [asked for file in files for asked in read[file] if asked.fact.subject not in back]
+    back = {folded(asked.fact.subject) for file in files if _is_test(file) for asked in read[file]}
+    found = [
+        asked for file in files for asked in read[file] if folded(asked.fact.subject) not in back
+    ]
     if not found:
         raise InputError(
             f"{folder} holds no facts to learn from: put JSON files of them there, or in its "
