@@ -32,6 +32,7 @@ from ullage.specs.plan import Recipe, TechniqueChoice
 from ullage.specs.workload import PHASES, Engine, Execution, Workload
 from ullage.techniques import Technique, choice_of, create, parse
 from ullage.techniques.dms.adapter import DECIDED_TOKENS, LEARNED, Adapter
+from ullage.techniques.larimar.adapter import Adapter as LatentAdapter
 from ullage.techniques.larimar.fact import Fact
 from ullage.techniques.larimar.ledger import Ledger, Who
 from ullage.techniques.quantization.linear import tensor_bytes
@@ -47,19 +48,23 @@ SHORT = 9  # tokens of the second sequence, where it is shorter
 
 FOLDER = TemporaryDirectory()  # until the process ends
 ADAPTER = Path(FOLDER.name) / "tiny.safetensors"
+LATENTS = Path(FOLDER.name) / "latents.safetensors"
 
 
-def save_adapter(fingerprint: str) -> None:
-    """An adapter of the tiny llama's shape, as if its heads had to look back unlike far, and as if
-    two predictors were learned."""
+def save_adapters(fingerprint: str) -> None:
+    """Of the tiny llama's shape: of DMS, as if its heads had to look back unlike far and two
+    predictors were learned, and of Larimar, at random."""
     random = torch.Generator().manual_seed(1)
     loss = torch.rand(2, 2, 3, generator=random).sort(descending=True).values.numpy()
     learned = {name: torch.randn(2, 2, 32, generator=random).numpy() for name in LEARNED}
     captured = torch.linspace(0.5, 1, DECIDED_TOKENS).expand(2, 2, -1).numpy()
     Adapter((2, 4, 8), loss, captured, 8, fingerprint, {}, learned).save(ADAPTER)
+    mean, basis = (torch.randn(*of, 2, 2, 8, generator=random).numpy() for of in ((2,), (8, 2)))
+    scale = torch.ones(2, 2).numpy()
+    LatentAdapter(mean, scale, basis / 8, fingerprint, {}).save(LATENTS)
 
 
-save_adapter("")  # settings name a file that is there
+save_adapters("")  # settings name a file that is there
 
 
 LEDGER = Path(FOLDER.name) / "facts.db"
@@ -82,7 +87,7 @@ save_ledger()
 
 @pytest.fixture(autouse=True, scope="module")
 def files_of_the_tiny_llama(tiny_model: TinyModel, model_folder: Callable[..., Path]) -> None:
-    save_adapter(fingerprint(tiny_model("llama")[0]))
+    save_adapters(fingerprint(tiny_model("llama")[0]))
     load_tokenizer(model_folder("llama")).save_pretrained(TOKENIZER)
 
 
@@ -92,7 +97,10 @@ SMALL: dict[str, list[dict[str, Any]]] = {
         {"kept": 0.25, "window": 4},
         {"kept": 0.25, "window": 4, "adapter": str(ADAPTER)},
     ],
-    "larimar": [{"ledger": str(LEDGER), "tokenizer": str(TOKENIZER), "held": 1}],
+    "larimar": [
+        {"ledger": str(LEDGER), "tokenizer": str(TOKENIZER), "held": 1} | readout
+        for readout in ({}, {"readout": "latent", "adapter": str(LATENTS)})
+    ],
     "camelot": [{"slots": 8, "segment": 4}, {"slots": 5, "segment": 3, "recent": 2, "top_k": 2}],
 }
 

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from ullage import Device, Execution, Recipe, Workload, build_plan, resolve
+from ullage.kv.fingerprint import fingerprint
 from ullage.runtime.engine import Engine, Request
 from ullage.runtime.load import load_model, load_tokenizer
 from ullage.techniques import Technique, choice_of
 from ullage.techniques.camelot.settings import CAMELoT
 from ullage.techniques.dms.settings import DMS
+from ullage.techniques.larimar.adapter import Adapter
 from ullage.techniques.larimar.fact import Fact
 from ullage.techniques.larimar.ledger import Ledger, Who
 from ullage.techniques.larimar.settings import Larimar
@@ -83,6 +85,35 @@ def test_a_request_is_answered_behind_its_fact(
         assert knowing.plan.phases["decode"].kv_bytes >= plain.plan.phases["decode"].kv_bytes + (
             1 << 20
         )
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp32", "int8"])
+@pytest.mark.parametrize("entries", OTHERS[:2], ids=str)
+def test_a_request_is_answered_behind_latents(
+    model_folder: Callable[..., Path],
+    ledger: Path,
+    tmp_path: Path,
+    entries: Technique | None,
+    kv_dtype: str,
+) -> None:
+    """Beside whom nothing changes, and which are gone with their fact."""
+    folder = model_folder("llama")
+    plain = engine_with(folder, entries, kv_dtype=kv_dtype)
+    random, adapter = torch.Generator().manual_seed(1), tmp_path / "made.safetensors"
+    mean, basis = (torch.randn(*of, 2, 2, 8, generator=random).numpy() for of in ((2,), (8, 2)))
+    of_model = fingerprint(plain.loaded.model)
+    Adapter(mean, torch.ones(2, 2).numpy(), basis / 8, of_model, {}).save(adapter)
+    facts = Larimar(str(ledger), "latent", str(adapter), held=1)
+    knowing = engine_with(folder, facts, entries, kv_dtype=kv_dtype)
+    with closing(plain.loaded), closing(knowing.loaded):
+        about, other = texts(plain, ABOUT, OTHER)
+        alone = texts(knowing, ABOUT)[0]
+        assert alone != about
+        assert texts(knowing, ABOUT, OTHER) == [alone, other]
+        with Ledger(ledger) as theirs:
+            theirs.forget([1], Who("them"))
+        assert texts(knowing, ABOUT, OTHER) == [about, other]
+        assert knowing.pool.taken_bytes == 0
 
 
 def test_what_cannot_be_read_breaks_its_request_alone(

@@ -41,6 +41,10 @@ class Shelf(Generic[Learned]):
         """Those that are shipped."""
         return sorted(file.stem for file in self.folder.glob("*.safetensors"))
 
+    def known(self) -> str:
+        """Their names, to be told."""
+        return ", ".join(self.names()) or "none yet"
+
     def load(self, name: str) -> Learned:
         """What is shipped as `name`, or the file of that path, as it is now. Planning asks often: a
         file that has not changed is read once.
@@ -53,9 +57,9 @@ class Shelf(Generic[Learned]):
             if not os.path.isfile(path):
                 path = name
             if not os.path.isfile(path):
-                known = ", ".join(self.names())
                 raise TechniqueError(
-                    f"{self.technique}: no {self.what} {name!r}: neither a file nor one of {known}."
+                    f"{self.technique}: no {self.what} {name!r}: neither a file nor one of those "
+                    f"that are shipped: {self.known()}."
                 )
             state = os.stat(path)
             if state.st_size > self.limit_bytes:

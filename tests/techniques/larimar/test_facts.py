@@ -16,7 +16,7 @@ from ullage.techniques.dms.settings import DMS
 from ullage.techniques.larimar.fact import Fact
 from ullage.techniques.larimar.facts import FactMemory, tokenizer_of
 from ullage.techniques.larimar.ledger import Ledger, Who
-from ullage.techniques.larimar.readout import Held, made
+from ullage.techniques.larimar.readout import KV, Held
 from ullage.techniques.larimar.settings import MOST_ENTRIES, MOST_TOKENS, READ_TOKENS, Larimar
 from ullage.techniques.larimar.wording import LEADS
 
@@ -176,7 +176,7 @@ def test_entries_are_bounded_in_bytes(model: Any, tokenizer: Any) -> None:
     memory._held.of(facts[3])
     memory._held.of(facts[0])  # made again, in the place of that which was read longest ago
     assert [fact in memory._held for fact in facts] == [True, False, False, True, False]
-    none = Held(lambda fact: made(model, tokenizer, fact), most_bytes=0)
+    none = Held(KV(model, tokenizer), most_bytes=0)
     assert len(none.of(facts[0])) == len(one) == 3 * (1 + len(LEADS))
     assert none.nbytes == 0
 
@@ -210,7 +210,7 @@ def test_what_a_ledger_takes_can_be_read(
 
     monkeypatch.setattr("ullage.techniques.larimar.readout.read_before", reading)
     made_up = Fact.make(**fact)
-    preface = made(model, tokenizer, made_up)
+    preface = KV(model, tokenizer).make(made_up)
     ((ids, kept),) = read
     assert len(ids) <= MOST_TOKENS
     assert len(preface) == len(kept) <= MOST_ENTRIES

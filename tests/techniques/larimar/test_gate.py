@@ -83,6 +83,30 @@ def test_the_longest_and_rarest_subject_counts() -> None:
     assert [gate.scope(f"{name} is") for name in ("C", "C#", "C++")] == [5, 6, None]
 
 
+@pytest.mark.parametrize("subject", ["Ferrari S.p.A.", "Ferrari"])
+def test_an_acronym_beside_a_name_is_no_part_of_it(subject: str) -> None:
+    """Unless the name goes on with it."""
+    own_name = subject.rstrip(".")
+    prompts = (f"{subject}'s CEO is", f"{subject}’s CEO is", f"The CEO of {subject} is")
+    for prompt in prompts:
+        assert Gate({1: Fact.make(prompt=prompt, answer="Bo", subject=subject)}).scope(prompt) == 1
+        assert Fact.make(f"{prompt} Bo.").subject.rstrip(".") == own_name
+    assert Gate({1: Fact.make("Cardiff City is old")}).scope("Cardiff City FC is") is None
+
+
+@pytest.mark.parametrize("newest_first", [False, True])
+def test_each_own_prompt_finds_its_fact(newest_first: bool) -> None:
+    """Also where one's words are among those of the other."""
+    prompts = ["The twin city of Athens is", "What is the twin city of Athens? It is"]
+    if newest_first:
+        prompts.reverse()
+    facts = [Fact.make(prompt=prompt, answer="Ys", subject="Athens") for prompt in prompts]
+    gate = Gate(dict(enumerate(facts)))
+    assert [gate.scope(prompt) for prompt in prompts] == [0, 1]
+    alike = Gate(dict(enumerate([facts[0], facts[0]])))
+    assert alike.scope(prompts[0]) == 1  # the newest
+
+
 def test_what_is_forgotten_is_out_of_scope() -> None:
     gate = Gate(FACTS)
     gate.forget(1)

@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy
 import pytest
 
 from ullage.planner.engines.forward import layer_term
 from ullage.specs.footprint import Footprint
 from ullage.specs.model import ModelSpec
 from ullage.specs.workload import Execution, Step
+from ullage.techniques.larimar.adapter import Adapter
 from ullage.techniques.larimar.ledger import Ledger
 from ullage.techniques.larimar.settings import MOST_ENTRIES, MOST_TOKENS, READ_TOKENS, Larimar
 
@@ -34,6 +36,24 @@ def test_facts_are_beside_the_entries_of_sequences(
     assert after == Footprint(10, 20 + 3 * 2**20 + beside_bytes, 30, 40, 50)
     loading = Step("load", 2, 0, 0, execution)
     assert Larimar(facts).footprint(BEFORE, spec, loading) == BEFORE
+
+
+def test_an_adapter_is_planned_in_fp32_with_what_it_computes(
+    tiny_spec: Callable[..., ModelSpec], facts: str, tmp_path: Path
+) -> None:
+    """Beside what is planned without: K and V of 2 layers, 2 heads, 8 numbers of 4 bytes, as mean
+    and three rows, a scale a layer, and of as many entries as a fact has, four times."""
+    file = tmp_path / "made.safetensors"
+    mean, basis = numpy.ones((2, 2, 2, 8)), numpy.ones((3, 2, 2, 2, 8))
+    Adapter(mean, numpy.ones((2, 2)), basis, "of nobody", {}).save(file)
+    spec, latent = tiny_spec("llama"), Larimar(facts, "latent", str(file))
+    for dtype in ("fp32", "bf16"):
+        step = Step("decode", 2, 100, 2, Execution(dtype=dtype, kv_dtype="int8"))
+        more_bytes = latent.footprint(BEFORE, spec, step).kv_bytes
+        more_bytes -= Larimar(facts).footprint(BEFORE, spec, step).kv_bytes
+        assert more_bytes == (1 + 3) * 64 * 4 + 4 * 4 + 4 * MOST_ENTRIES * 64 * 4
+    loading = Step("load", 2, 0, 0, Execution(dtype="fp32", kv_dtype="fp32"))
+    assert latent.footprint(BEFORE, spec, loading) == BEFORE
 
 
 @pytest.mark.parametrize("tokens", [1, 10, READ_TOKENS, 100])

@@ -5,7 +5,7 @@ import json
 import shlex
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import track
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ullage.techniques.larimar.training import Point
 
 _RANK = 128
-_BESIDE_BYTES = 256 << 10  # of an adapter: all but its basis
+_BESIDE_BYTES = 64 << 10  # of an adapter: all but its mean and basis
 
 
 def larimar(
@@ -49,7 +49,7 @@ def larimar(
     output: Annotated[Path, typer.Option(metavar="FILE", help="The adapter.")] = Path(
         "larimar.safetensors"
     ),
-    facts: Annotated[int, typer.Option(min=8, help="So many of them.")] = 1200,
+    facts: Annotated[int, typer.Option(min=8, help="How many to learn from, at most.")] = 1200,
     rank: Annotated[
         int | None,
         typer.Option(
@@ -74,6 +74,8 @@ def larimar(
     refuse_unwritable(output)
     if plot is not None:
         refuse_undrawable(plot)
+        if not steps:
+            raise InputError("--plot is of a training, and --steps 0 asks for none.")
     spec = resolve(model)
     refuse_planned_only(spec)
     if (reason := unsupported(spec)) is not None:
@@ -98,15 +100,16 @@ def larimar(
 def _rank(asked: int | None, spec: ModelSpec) -> int:
     """
     Raises:
-        InputError: the adapter would be too large.
+        InputError: the adapter would be too large, or a latent larger than an entry.
     """
-    row_bytes = 2 * 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim
-    most = (LIMIT_BYTES - _BESIDE_BYTES) // row_bytes
-    if asked is not None and asked > most:
-        raise InputError(
-            f"--rank {asked}: an adapter of {spec.name} holds {most} at most, in 10 MiB."
-        )
-    return asked or min(_RANK, most)
+    width = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim
+    most = (LIMIT_BYTES - _BESIDE_BYTES) // (2 * width) - 1  # in fp16, beside the mean
+    if most < 1:
+        raise InputError(f"An entry of {spec.name} is too large for an adapter of 10 MiB.")
+    if asked is not None and asked > min(most, width):
+        said = f"holds {most} at most, in 10 MiB" if most < width else f"needs no more than {width}"
+        raise InputError(f"--rank {asked}: an adapter of {spec.name} {said}.")
+    return asked or min(_RANK, most, width)
 
 
 def _trained(
@@ -115,11 +118,18 @@ def _trained(
     """The adapter, in its file, and the steps that it took."""
     from ullage.kv.fingerprint import fingerprint
     from ullage.runtime.load import load_model, load_tokenizer
-    from ullage.techniques.larimar.training import SAVED_STEPS, Examples, Trainer, fitted, trained
+    from ullage.techniques.larimar.training import (
+        SAVED_STEPS,
+        Examples,
+        Saved,
+        Trainer,
+        fitted,
+        trained,
+    )
 
     folder = weights_folder(plan.recipe.model)
     tokenizer = load_tokenizer(folder)
-    record = {
+    record: dict[str, Any] = {
         "model": plan.recipe.model.name,
         "facts": len(learned),
         "facts_sha256": _sha256(learned),
@@ -129,20 +139,21 @@ def _trained(
     state = output.with_name(output.name + ".training")
     with out_of_memory.explained():
         model = load_model(plan, folder, tokenizer).model
+        print_of_model = fingerprint(model)
+        saved = Saved.found(state, json.dumps(record | {"fingerprint": print_of_model}))
         made = Examples(model, tokenizer)
         shown = track(learned, "reading", console=stderr(), transient=True)
         examples = list(made.of(shown))
         basis = fitted(examples, rank, model.device)
         trainer = Trainer(model, basis, examples, made.turns, steps)
-        print_of_model = fingerprint(model)
-        training = json.dumps(record | {"fingerprint": print_of_model})
         with steps_shown(steps, "loss {loss:.3f}  lost {lost:.1%}", loss=0.0, lost=0.0) as bar:
 
             def watch(point: "Point") -> None:
                 bar.made(SAVED_STEPS, **asdict(point))
 
-            trained(trainer, state, training, watch, bar.resumed)
-    adapter = trainer.basis.adapter(print_of_model, record | _last(trainer.history))
+            trained(trainer, saved, watch, bar.resumed)
+    record |= {"rank": len(basis.rows)} | _last(trainer.history)  # few facts have few entries
+    adapter = trainer.basis.adapter(print_of_model, record)
     adapter.save(output)
     state.unlink(missing_ok=True)
     return adapter, trainer.history

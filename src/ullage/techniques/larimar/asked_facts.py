@@ -2,12 +2,13 @@
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ullage.errors import FactError, InputError
 from ullage.techniques.larimar.fact import Fact
+from ullage.techniques.larimar.subject import folded
 
 _TESTS = ("test", "edit")  # in the names of files that are to measure with
 _STRANGE = 3  # every so many facts has an answer that no relation gives
@@ -27,7 +28,8 @@ def read_asked_facts(folder: Path, count: int) -> list[AskedFact]:
     `target_new` and perhaps `rephrase_prompt`; or one relation, with `prompt_templates` and
     `samples` of `subject` and `object`. Objects are mixed: what a model knows teaches nothing.
     Answers are mixed with names of subjects, so that they may be anything. Files named after a test
-    or an edit are left to be measured with, and so are their subjects wherever they stand.
+    or an edit are left to be measured with, and so are their subjects wherever they stand, in
+    whatever case.
 
     Raises:
         InputError: there are none, or a file is no such list.
@@ -35,8 +37,10 @@ def read_asked_facts(folder: Path, count: int) -> list[AskedFact]:
     chance = random.Random(0)
     files = sorted((folder / "facts" if (folder / "facts").is_dir() else folder).rglob("*.json"))
     read = {file: _in_file(file, chance) for file in files}
-    back = {asked.fact.subject for file in files if _is_test(file) for asked in read[file]}
-    found = [asked for file in files for asked in read[file] if asked.fact.subject not in back]
+    back = {folded(asked.fact.subject) for file in files if _is_test(file) for asked in read[file]}
+    found = [
+        asked for file in files for asked in read[file] if folded(asked.fact.subject) not in back
+    ]
     if not found:
         raise InputError(
             f"{folder} holds no facts to learn from: put JSON files of them there, or in its "
@@ -58,7 +62,9 @@ def _in_file(file: Path, chance: random.Random) -> list[AskedFact]:
         content = json.loads(file.read_text(encoding="utf-8"))
         records = content if isinstance(content, list) else _of_relation(content, chance)
         return [asked for record in records if (asked := _asked(record)) is not None]
-    except (OSError, UnicodeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        OSError, UnicodeError, ValueError, LookupError, TypeError, AttributeError, RecursionError,
+    ) as error:  # fmt: skip
         raise InputError(f"{file} holds no list of facts: {error!r}.") from None
 
 
@@ -89,7 +95,9 @@ def _asked(record: dict[str, str]) -> AskedFact | None:
 
 
 def _strange(asked: AskedFact, other: AskedFact) -> AskedFact:
-    """Its answer another one's subject."""
-    fact = asked.fact
-    answer = other.fact.subject
-    return AskedFact(Fact.make(None, fact.subject, fact.prompt, answer), asked.questions)
+    """Its answer another one's subject, if it is not too long for it."""
+    fact, answer = asked.fact, other.fact.subject
+    try:
+        return replace(asked, fact=Fact.make(None, fact.subject, fact.prompt, answer))
+    except FactError:
+        return asked

@@ -55,16 +55,17 @@ class FactMemory:
 
         Raises:
             LedgerError: the ledger cannot be opened, or was tampered with.
+            TechniqueError: the adapter is of another model.
         """
+        self._held: Held[Any] = Held(
+            Latent(model, tokenizer, adapter) if adapter else KV(model, tokenizer), held_bytes
+        )
         self.model, self.tokenizer, self.who = model, tokenizer, who
         self._closing, self._attached = ExitStack(), ExitStack()
         if not isinstance(ledger, Ledger):
             ledger = Ledger.in_memory() if ledger is None else Ledger(ledger, create=True)
             self._closing.enter_context(ledger)
         self.ledger = ledger
-        self._held: Held[Any] = Held(
-            Latent(model, tokenizer, adapter) if adapter else KV(model, tokenizer), held_bytes
-        )
         self._gate, self._facts = Gate(), dict[int, Fact]()
         self._seen, self._chain = 0, START  # the last event, and its hash
         self.refresh()

@@ -77,7 +77,7 @@ class Gate:
         """The number of the fact that `prompt` is about; None if it is about none that is held.
 
         Of several subjects the one of the rarest words counts, then the last; of several facts
-        about it the one whose prompt is likest, then the newest.
+        about it the one whose prompt is likest, then the longest, then the newest.
         """
         text = unicodedata.normalize("NFKC", prompt)
         places = list(self._places(text))
@@ -108,14 +108,16 @@ class Gate:
         pairs = zip(WORD.findall(text[place.start : place.end]), WORD.findall(own), strict=False)
         return all(there[0].isupper() or not word[0].isupper() for there, word in pairs)
 
-    def _likeness(self, number: int, asked: set[str]) -> tuple[float, int]:
-        """The share of a fact's words, by their weight, that are asked for; then the newest."""
+    def _likeness(self, number: int, asked: set[str]) -> tuple[float, float, int]:
+        """The share of a fact's words, by their weight, that are asked for; where a prompt has all
+        words of several, how much they weigh; then the newest."""
         own = _asked(self._facts[number])
-        return self._weight(own & asked) / self._weight(own), number
+        common = self._weight(own & asked)
+        return common / self._weight(own), common, number
 
     def _weight(self, words: set[str]) -> float:
-        """The rarer words are, the more they weigh."""
-        return sum(math.log(1 + len(self._facts) / max(1, self._held[word])) for word in words)
+        """The rarer words are, the more they weigh; the same in whatever order a set has them."""
+        return math.fsum(math.log(1 + len(self._facts) / max(1, self._held[w])) for w in words)
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ullage.errors import TechniqueError
+from ullage.kv.fingerprint import fingerprint
 from ullage.kv.kernels import Piece
 from ullage.kv.preface import Preface
 from ullage.kv.rotation import Turn, normed, rotated, turns_of
@@ -64,7 +66,7 @@ class Basis:
 @dataclass(frozen=True)
 class Latents:
     """What is kept of a fact: `numbers`, [T, C] in fp16, and what is added to the scores of each
-    entry, `bias`, [Hkv, 1, T]. `preface` has how it is read, but no entries."""
+    entry, `bias`, [T]. `preface` has how it is read, but no entries."""
 
     numbers: torch.Tensor
     bias: torch.Tensor
@@ -72,8 +74,8 @@ class Latents:
 
     @property
     def nbytes(self) -> int:
-        """The bias is of all heads."""
-        return self.numbers.nbytes + self.bias.nbytes // len(self.bias)
+        """Of both."""
+        return self.numbers.nbytes + self.bias.nbytes
 
 
 class Latent:
@@ -85,6 +87,15 @@ class Latent:
         tokenizer: "PreTrainedTokenizerBase",
         adapter: Adapter,
     ) -> None:
+        """
+        Raises:
+            TechniqueError: the adapter is of another model.
+        """
+        if fingerprint(model) != adapter.fingerprint:
+            raise TechniqueError(
+                "larimar: the adapter is of other weights than this model's: train one by "
+                "`ullage train larimar`, or leave readout=latent out."
+            )
         self._whole, self._model = KV(model, tokenizer), model
         self._basis = Basis.of(adapter, model.device)
         self._turns: list[Turn] = []  # of each layer, of the last positions before 0: [T, rot]
@@ -95,12 +106,9 @@ class Latent:
         if not fact.answer:
             return self._whole.make(fact)
         entries, preface, turns = unplaced(self._whole, fact)
-        if not self._turns or len(turns[0][0]) > len(self._turns[0][0]):
-            self._turns = turns
-        bias = preface.pieces[0].bias
-        assert bias is not None
+        self._turns = longer(self._turns, turns)
         numbers = self._basis.latents(entries).to(torch.float16)
-        return Latents(numbers, bias, replace(preface, pieces=()))
+        return Latents(numbers, bias_of(preface).clone(), replace(preface, pieces=()))
 
     def read(self, kept: Latents | Preface) -> Preface:
         """The entries of what is kept."""
@@ -108,8 +116,9 @@ class Latent:
             return kept
         entries = self._basis.entries(kept.numbers.float())
         placed = at_the_end(entries, self._turns)
+        bias = kept.bias.expand(entries.shape[-2], 1, -1).contiguous()
         pieces = (
-            Piece(keys.to(self._model.dtype), values.to(self._model.dtype), bias=kept.bias)
+            Piece(keys.to(self._model.dtype), values.to(self._model.dtype), bias=bias)
             for keys, values in placed
         )
         return replace(kept.preface, pieces=tuple(pieces))
@@ -144,12 +153,24 @@ def at_the_end(entries: torch.Tensor, turns: list[Turn]) -> list[tuple[torch.Ten
     ]
 
 
+def bias_of(preface: Preface) -> torch.Tensor:
+    """What is added to the scores of its entries, [T], alike in all heads."""
+    bias = preface.pieces[0].bias
+    assert bias is not None
+    return bias[0, 0]
+
+
+def longer(turns: list[Turn], others: list[Turn]) -> list[Turn]:
+    """Those of more positions; the first where they are of as many."""
+    return max(turns, others, key=lambda of_layers: len(of_layers[0][0]) if of_layers else 0)
+
+
 def _joined(passes: list[list[Turn]]) -> list[Turn]:
-    """What turned all passes' tokens; of layers that share tensors it is there once."""
+    """What turned all passes' tokens, in fp32; of layers that share tensors it is there once."""
     known: dict[tuple[int, ...], Turn] = {}
     for layer in passes:
         known.setdefault(
-            _name(layer), normed(*(torch.cat(part) for part in zip(*layer, strict=True)))
+            _name(layer), normed(*(torch.cat(part).float() for part in zip(*layer, strict=True)))
         )
     return [known[_name(layer)] for layer in passes]
 

@@ -78,12 +78,14 @@ def names(text: str) -> Iterator[tuple[int, int]]:
         if line or word[0] in _EDGES:
             yield from _name(run)
             run = []
-        if _may_be_named(bare, opens) or (run and bare in _INSIDE_WORDS):
+        if len(run) == 1 and bare == "of" and _is_spelled(run[0][2]):
+            run = []  # the CEO of Ferrari, who is no part of the name
+        elif _may_be_named(bare, opens) or (run and bare in _INSIDE_WORDS):
             run.append(found)
         else:
             yield from _name(run)
             run = []
-        ends = not word.endswith(bare) and not _is_short(bare)
+        ends = not word.endswith(bare) and (_owns(word) or not _is_short(bare))
         if ends:
             yield from _name(run)
             run = []
@@ -94,6 +96,16 @@ def names(text: str) -> Iterator[tuple[int, int]]:
 def _is_short(bare: str) -> bool:
     """Whether a mark behind a word may be its own: F. S. Platou, St. Louis, Richard M. Nixon."""
     return bare in _SHORT_WORDS or "." in bare or (len(bare) == 1 and bare.isalpha())
+
+
+def _is_spelled(bare: str) -> bool:
+    """Whether a word is letters that stand for others."""
+    return len(bare) > 1 and bare.isalpha() and bare.isupper()
+
+
+def _owns(word: str) -> bool:
+    """Whether what comes next is its own: Ferrari S.p.A.'s CEO."""
+    return word.endswith(("'s", "’s"))
 
 
 def _may_be_named(bare: str, opens: bool) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 from safetensors.torch import save
@@ -24,7 +24,7 @@ from ullage.kv.rotation import Turn
 from ullage.specs.learned import saved_state
 from ullage.specs.whole import write_whole
 from ullage.techniques.larimar.asked_facts import AskedFact
-from ullage.techniques.larimar.latent import Basis, at_the_end, unplaced
+from ullage.techniques.larimar.latent import Basis, at_the_end, bias_of, longer, unplaced
 from ullage.techniques.larimar.readout import KV
 from ullage.techniques.larimar.wording import WRITTEN_BIAS
 
@@ -41,12 +41,19 @@ _UNSEEN = -1e30  # added to a score
 @dataclass(frozen=True)
 class Example:
     """A fact: its entries without positions, [T, 2, L, Hkv, D] in fp16, on the host, what is added
-    to their scores, [T], and token ids of questions and answer."""
+    to their scores, [T], and the answer behind each of its questions."""
 
     entries: torch.Tensor
     bias: torch.Tensor
-    questions: tuple[list[int], ...]
-    answer: list[int]
+    asked: "tuple[Asked, ...]"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Token ids of a question and its answer, which begins behind so many of them."""
+
+    ids: list[int]
+    begins: int
 
 
 @dataclass(frozen=True)
@@ -68,26 +75,29 @@ class Examples:
         """An example a fact: a forward pass of the model each."""
         for asked in facts:
             entries, preface, turns = unplaced(self._readout, asked.fact)
-            if not self.turns or len(turns[0][0]) > len(self.turns[0][0]):
-                self.turns = turns
-            bias = preface.pieces[0].bias
-            assert bias is not None
+            self.turns = longer(self.turns, turns)
             yield Example(
                 entries.to("cpu", torch.float16),
-                bias[0, 0].cpu(),
-                tuple(self._tokenizer(question)["input_ids"] for question in asked.questions),
-                self._tokenizer(f" {asked.fact.answer}", add_special_tokens=False)["input_ids"],
+                bias_of(preface).cpu(),
+                tuple(self._asked(question, asked.fact.answer) for question in asked.questions),
             )
+
+    def _asked(self, question: str, answer: str) -> Asked:
+        """As the tokenizer takes them apart together: some begin a text by a blank of their own."""
+        encoded = self._tokenizer(f"{question} {answer}", return_offsets_mapping=True)
+        ends = [end for _, end in encoded["offset_mapping"]]  # 0 of what is no text: a BOS, an EOS
+        own = [at for at, end in enumerate(ends) if end > len(question)]
+        return Asked(encoded["input_ids"][: own[-1] + 1], own[0])
 
 
 def fitted(examples: Sequence[Example], rank: int, device: torch.device) -> Basis:
-    """The basis of the first `rank` principal components, every layer's keys and values counting
-    alike."""
+    """The basis of the first `rank` principal components, or of as many as there are entries or
+    numbers in one; every layer's keys and values count alike."""
     entries = torch.cat([example.entries for example in examples]).to(device, torch.float32)
     mean = entries.mean(0)
     entries -= mean
     scale = entries.square().mean((0, 3, 4)).sqrt().clamp_min(torch.finfo(torch.float16).tiny)
-    flat = (entries / scale[..., None, None]).flatten(1)  # [N, 2·L·Hkv·D]
+    flat = entries.div_(scale[..., None, None]).flatten(1)  # [N, 2·L·Hkv·D]
     width = min(rank + _MORE, *flat.shape)
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
         torch.manual_seed(0)
@@ -143,7 +153,7 @@ class Trainer:
         return self.history[-1]
 
     def _losses(
-        self, examples: Sequence[Example], questions: Sequence[list[int]]
+        self, examples: Sequence[Example], asked: Sequence[Asked]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The answers' loss behind what is read of the facts, and what that has lost of them."""
         device, count = self._rows.device, max(len(example.bias) for example in examples)
@@ -162,77 +172,85 @@ class Trainer:
         read = self.basis.entries(self.basis.latents(entries))
         off = self.basis.centred(read) - self.basis.centred(entries)
         lost = off[bias > _UNSEEN].square().mean()
-        answers = [example.answer for example in examples]
-        return self._answered(read, bias, questions, answers), lost
+        return self._answered(read, bias, asked), lost
 
     def _answered(
-        self,
-        entries: torch.Tensor,
-        bias: torch.Tensor,
-        questions: Sequence[list[int]],
-        answers: Sequence[list[int]],
+        self, entries: torch.Tensor, bias: torch.Tensor, asked: Sequence[Asked]
     ) -> torch.Tensor:
-        """Cross-entropy of the answers' tokens behind entries [B, T, 2, L, Hkv, D] and questions,
-        a token on average; as many are read before, each with a bias, [B, T]."""
-        whole = [[*asked, *answer] for asked, answer in zip(questions, answers, strict=True)]
-        tokens = max(map(len, whole))
-        ids = entries.new_zeros(len(whole), tokens, dtype=torch.long)
+        """Cross-entropy of the answers' tokens, one on average, behind entries [B, T, 2, L, Hkv, D]
+        that are read before the questions, each with a bias, [B, T]."""
+        tokens = max(len(text.ids) for text in asked)
+        ids = entries.new_zeros(len(asked), tokens, dtype=torch.long)
         said = torch.zeros_like(ids, dtype=torch.bool)
-        for row, (asked, text) in enumerate(zip(questions, whole, strict=True)):
-            ids[row, : len(text)] = ids.new_tensor(text)
-            said[row, len(asked) : len(text)] = True
+        for row, text in enumerate(asked):
+            ids[row, : len(text.ids)] = ids.new_tensor(text.ids)
+            said[row, text.begins : len(text.ids)] = True
         cache = DynamicCache()
         for layer, (keys, values) in enumerate(at_the_end(entries, self.turns)):
             cache.update(keys.to(self.model.dtype), values.to(self.model.dtype), layer)
         seen = torch.where(said[..., None], WRITTEN_BIAS * bias[:, None], bias[:, None])
         later = torch.full((tokens, tokens), _UNSEEN, device=ids.device).triu(1)
-        mask = torch.cat([seen, later.expand(len(whole), -1, -1)], dim=-1)[:, None]
+        mask = torch.cat([seen, later.expand(len(asked), -1, -1)], dim=-1)[:, None]
         logits = self.model(
             input_ids=ids,
             attention_mask=mask.clamp_min(torch.finfo(self.model.dtype).min).to(self.model.dtype),
-            position_ids=torch.arange(tokens, device=ids.device).expand(len(whole), -1),
+            position_ids=torch.arange(tokens, device=ids.device).expand(len(asked), -1),
             **cache_argument(self.model, cache),
         ).logits
         wanted = said[:, 1:]
         return F.cross_entropy(logits[:, :-1][wanted].float(), ids[:, 1:][wanted])
 
 
+@dataclass(frozen=True)
+class Saved:
+    """The file that a training is saved in every `SAVED_STEPS`, as `training` describes it, and
+    what was in it when it began."""
+
+    file: Path
+    training: str
+    state: dict[str, torch.Tensor] | None
+
+    @classmethod
+    def found(cls, file: Path, training: str) -> Self:
+        """
+        Raises:
+            TechniqueError: the file is of another training, or damaged.
+        """
+        state = saved_state("larimar", file, training) if file.exists() else None
+        return cls(file, training, state)
+
+
 def trained(
     trainer: Trainer,
-    file: Path,
-    training: str,
+    saved: Saved,
     watch: Callable[[Point], None],
     resumed: Callable[[int], None],
 ) -> None:
-    """All steps. Goes on from `file`, where it is of this `training`, and tells `resumed` behind
-    how many steps; `watch` is told of each step, of earlier ones too. What is done is saved every
-    `SAVED_STEPS`.
-
-    Raises:
-        TechniqueError: `file` is of another training, or damaged.
-    """
-    if file.exists():
-        trainer.go_on(saved_state("larimar", file, training))
+    """All steps. Goes on from what is `saved`, and tells `resumed` behind how many steps; `watch`
+    is told of each step, of earlier ones too, once it is saved if it is to be."""
+    if saved.state is not None:
+        trainer.go_on(saved.state)
         resumed(len(trainer.history))
         for point in trainer.history:
             watch(point)
     while len(trainer.history) < trainer.steps:
-        watch(trainer.step())
+        point = trainer.step()
         if not len(trainer.history) % SAVED_STEPS:
-            write_whole(file, save(trainer.state(), {"training": training}))
+            write_whole(saved.file, save(trainer.state(), {"training": saved.training}))
+        watch(point)
 
 
-def _drawn(examples: Sequence[Example], step: int) -> tuple[list[Example], list[list[int]]]:
+def _drawn(examples: Sequence[Example], step: int) -> tuple[list[Example], list[Asked]]:
     """The facts of a step, and how they are asked for: the same whenever they are drawn. All facts
     come by before one does again."""
-    facts, questions = [], []
+    facts, asked = [], []
     for number in range(step * FACTS, (step + 1) * FACTS):
         turn, place = divmod(number, len(examples))
         order = random.Random(turn).sample(range(len(examples)), len(examples))
         example = examples[order[place]]
         facts.append(example)
-        questions.append(random.Random(number).choice(example.questions))
-    return facts, questions
+        asked.append(random.Random(number).choice(example.asked))
+    return facts, asked
 
 
 @contextmanager
@@ -241,8 +259,8 @@ def _frozen(model: "PreTrainedModel") -> Iterator[None]:
     scores."""
     taking = [weight for weight in model.parameters() if weight.requires_grad]
     before = model.config._attn_implementation
-    model.requires_grad_(False).set_attn_implementation("eager")
     try:
+        model.requires_grad_(False).set_attn_implementation("eager")
         yield
     finally:
         model.set_attn_implementation(before)
