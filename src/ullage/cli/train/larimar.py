@@ -56,7 +56,7 @@ def larimar(
             min=1, help="Numbers to keep of an entry. Default: 128, or what goes into 10 MiB."
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=0, help="Of the training, eight facts each.")] = 300,
+    steps: Annotated[int, typer.Option(min=0, help="Of the training, eight facts each.")] = 1000,
     plot: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Draw the losses, .svg or .png.", show_default=False),

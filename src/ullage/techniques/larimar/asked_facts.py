@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from ullage.errors import FactError, InputError
 from ullage.techniques.larimar.fact import Fact
 from ullage.techniques.larimar.subject import folded
 
-_TESTS = ("test", "edit")  # in the names of files that are to measure with
+_TESTS = {"test", "edit"}  # words in the names of files that are to measure with
 _STRANGE = 3  # every so many facts has an answer that no relation gives
 
 
@@ -54,7 +55,7 @@ def read_asked_facts(folder: Path, count: int) -> list[AskedFact]:
 
 
 def _is_test(file: Path) -> bool:
-    return any(word in file.stem.lower() for word in _TESTS)
+    return not _TESTS.isdisjoint(re.findall("[a-z]+", file.stem.lower()))
 
 
 def _in_file(file: Path, chance: random.Random) -> list[AskedFact]:
