@@ -21,32 +21,49 @@ bytes that are kept of a fact; milliseconds that a write takes, of which the mod
 
 import math
 import time
+from collections.abc import Callable
 from statistics import mean, median
-from typing import Any
 
 from rich.progress import track
 
-from counterfact import ALL_BYTES, Reader, Record, adapter_of, opened, parser, percent
+from counterfact import ALL_BYTES, Reader, Record, adapter_of, fact_of, opened, parser, percent
 from ullage.techniques.larimar.facts import FactMemory
+
+WAYS = ("prompt", "kv", "latent")
 
 
 def main() -> None:
     """Write all facts, ask about each, and print a line a way to ask."""
-    given = parser(__doc__, facts=1000).parse_args()
+    asking = parser(__doc__, facts=1000)
+    asking.add_argument("--only", choices=WAYS, action="append", help="all by default")
+    given = asking.parse_args()
     model, tokenizer, records = opened(given)
-    adapters = {"kv": None, "latent": adapter_of(given)}
-    memories = {
-        name: FactMemory(model, tokenizer, held_bytes=ALL_BYTES, adapter=adapter)
-        for name, adapter in adapters.items()
-    }
-    for name, memory in memories.items():
-        write(name, memory, records)
-    readers = readers_of(model, tokenizer, memories)
+    known = FactMemory(model, tokenizer)  # by whose gate all ways go
+    known.ledger.add(map(fact_of, records), known.who)
+    readers = {"base model": Reader(model, tokenizer)}
+    for way in given.only or WAYS:
+        if way == "prompt":
+            readers["fact in the prompt"] = Reader(model, tokenizer, before=fact_before(known))
+            continue
+        adapter = adapter_of(given) if way == "latent" else None
+        memory = FactMemory(model, tokenizer, held_bytes=ALL_BYTES, adapter=adapter)
+        write(way, memory, records)
+        readers[f"larimar, {way}"] = Reader(model, tokenizer, attached=memory.attached)
     for record in track(records, "asking"):
-        ask(record, readers, memories["kv"])
+        ask(record, readers, known)
     for name, reader in readers.items():
         print(f"{name}: " + ", ".join(f"{what} {percent(n)}" for what, n in reader.counts.items()))
     print(f"n = {len(records):,} facts of counterfact-{given.set}.json, {given.model}")
+
+
+def fact_before(known: FactMemory) -> Callable[[str], str]:
+    """The text of the fact that a prompt is about."""
+
+    def before(prompt: str) -> str:
+        number = known.scope(prompt)
+        return "" if number is None else f"{known.facts[number].text}.\n"
+
+    return before
 
 
 def write(name: str, memory: FactMemory, records: list[Record]) -> None:
@@ -64,23 +81,6 @@ def write(name: str, memory: FactMemory, records: list[Record]) -> None:
         f"{1000 * median(times_s[-100:]):.0f}, the slowest {1000 * max(times_s):.0f}; "
         f"a fact: {mean(sizes_bytes):,.0f} bytes ± {spread(sizes_bytes):,.0f}"
     )
-
-
-def readers_of(model: Any, tokenizer: Any, memories: dict[str, FactMemory]) -> dict[str, Reader]:
-    """The ways to ask."""
-    known = memories["kv"]
-
-    def fact_before(prompt: str) -> str:
-        number = known.scope(prompt)
-        return "" if number is None else f"{known.facts[number].text}.\n"
-
-    ways = {
-        "base model": Reader(model, tokenizer),
-        "fact in the prompt": Reader(model, tokenizer, before=fact_before),
-    }
-    for name, memory in memories.items():
-        ways[f"larimar, {name}"] = Reader(model, tokenizer, attached=memory.attached)
-    return ways
 
 
 def ask(record: Record, readers: dict[str, Reader], memory: FactMemory) -> None:

@@ -351,3 +351,18 @@ def test_a_bias_is_added_and_a_piece_may_be_asked_something_else(
         seen = [replace(part, heads=heads) for part in (far, near)]
         output = kernel(query, seen, SCALE, softcap)
         torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("few", [1, 13])
+def test_a_token_sees_a_few_entries_beside_its_past(
+    kernel: Kernel, few: int, dtype: torch.dtype
+) -> None:
+    """As of a fact that it is read behind: with a bias that may hide an entry."""
+    query, past = entries(1, 6, 1, 8), piece(2, 37, dtype=dtype)
+    bias = entries(3, 2, 1, few)
+    bias[0, 0, 0] = HIDDEN
+    before = replace(piece(4, few, dtype=dtype), bias=bias)
+    output = kernel(query, [before, past], SCALE, None)
+    expected = reference.attend(query, [past, before], SCALE)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)

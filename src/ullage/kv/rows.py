@@ -287,7 +287,8 @@ def _joined(before: Piece, pieces: list[Piece], heads: slice) -> list[Piece]:
             joined.append(before)
         else:
             kv_heads = slice(*((at - heads.start) // group for at in (seeing.start, seeing.stop)))
-            joined.append(replace(before.of_heads(kv_heads), heads=seeing))
+            own_before = before if seeing == heads else before.of_heads(kv_heads)
+            joined.append(replace(own_before, heads=seeing))
         joined += own
     return joined
 

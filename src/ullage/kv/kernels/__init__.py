@@ -80,7 +80,7 @@ class Joined:
         self._lse: torch.Tensor | None = None  # [Hq, N]
 
     def add(self, heads: slice | None, output: torch.Tensor, lse: torch.Tensor) -> None:
-        """Attention over one more tile, of the query heads `heads`: overwrites `output`, fp32."""
+        """Attention over one more tile, of the query heads `heads`, in fp32."""
         if self._output is None or self._lse is None:
             if heads is None:
                 self._output, self._lse = output, lse
@@ -88,11 +88,10 @@ class Joined:
             self._output = torch.zeros_like(self._query, dtype=torch.float32)
             self._lse = self._output.new_full(self._query.shape[:2], float("-inf"))
         here = slice(None) if heads is None else heads
-        before, before_lse = self._output[here], self._lse[here]
-        total = torch.logaddexp(before_lse, lse)
-        before.mul_((before_lse - total).exp_()[..., None])
-        before.add_(output.mul_((lse - total).exp_()[..., None]))
-        self._lse[here] = total
+        before_lse = self._lse[here]
+        share = (lse - before_lse).sigmoid_()[..., None]  # of the new tile, by all that is seen
+        self._output[here].lerp_(output, share)
+        self._lse[here] = torch.logaddexp(before_lse, lse)
 
     @property
     def output(self) -> torch.Tensor:

@@ -15,6 +15,7 @@ from ullage.specs.tiles import LEAST_TILE_TOKENS, TILE_TOKENS
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 # Entries, each KV head's counted: for fewer, threads of ours cost more than they bring
 SHARED_TOKENS = 4096
+UNSHARED_NUMBERS = 32768  # torch's own grain
 
 
 def attend(
@@ -68,10 +69,37 @@ def _attend_all(
     tiles = [tile for piece in pieces for tile in _tiles(query, piece, tile_tokens)]
     if len(tiles) == 1:
         return _flash(_own(query, tiles[0]), tiles[0], scale)[0]
+    if len(tiles) == 2 and _is_small(query, tiles[0]):
+        few, rest = tiles
+        return _beside_few(query, few, scale, *_flash(_own(query, rest), rest, scale))
     joined = Joined(query)
     for tile in tiles:
         joined.add(None, *_part(_own(query, tile), tile, scale))
     return joined.output
+
+
+def _is_small(query: torch.Tensor, tile: Piece) -> bool:
+    """Whether it is a token's attention to so little that torch shares none of its sums out among
+    threads, which would have to be woken for it."""
+    alone = query.shape[1] == 1 and tile.mask is None and tile.query is None
+    return alone and query.shape[0] * len(tile) * query.shape[2] < UNSHARED_NUMBERS
+
+
+def _beside_few(
+    query: torch.Tensor, few: Piece, scale: float, output: torch.Tensor, lse: torch.Tensor
+) -> torch.Tensor:
+    """A token's attention to `few` entries and to others, of which `_flash` gave output and
+    log-sum-exp. These stand in one softmax with the scores of the few: exp and log by themselves
+    would wake MKL's threads, however few numbers there are."""
+    grouped = query.float().view(few.keys.shape[0], -1, 1, query.shape[2])  # [Hkv, G, 1, D]
+    scores = (grouped * few.keys_in(torch.float32).unsqueeze(1)).sum(-1).mul_(scale)  # [Hkv, G, T]
+    if few.bias is not None:
+        scores.add_(few.bias)
+    weights = torch.cat([lse.view(*scores.shape[:2], 1), scores], dim=-1).softmax(-1)
+    others, own = weights.split_with_sizes([1, len(few)], dim=-1)
+    values = few.values_in(torch.float32).unsqueeze(1)  # [Hkv, 1, T, D]
+    read = (own.unsqueeze(-1) * values).sum(2).view(query.shape)
+    return read.addcmul_(others.reshape(-1, 1, 1), output.float()).to(query.dtype)
 
 
 def _own(query: torch.Tensor, tile: Piece) -> torch.Tensor:
