@@ -136,7 +136,8 @@ def main() -> None:
     bench = Bench(model, tokenizer, records, Latent(model, tokenizer, adapter))
     table("modes", lines(bench, given.asked))
     print(f"\n{len(records):,} facts of counterfact-{given.set}.json, {given.model}, fp32")
-    print(f"a row: {bench.entries} entries, {bench.rows.shape[1]:,} numbers; n = {given.asked}")
+    print(f"a row: {bench.entries} entries, {bench.rows.shape[1]:,} numbers")
+    print(f"n = {given.asked}, or all facts; half as many of forgotten and of retained")
 
 
 def lines(bench: Bench, asked: int) -> Iterator[Row]:
