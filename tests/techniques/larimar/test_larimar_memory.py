@@ -25,9 +25,9 @@ MODES: dict[str, Callable[[], Memory]] = {
     "gauss": Gaussian,
 }
 # Relative, of a read of what is held: rls is off by its damping.
-EXACT = {"gpm": 1e-10, "rls": 1e-2, "gauss": 0.0}
+EXACT = {"gpm": 1e-10, "rls": 1e-4, "gauss": 0.0}
 # Of a memory after forgetting to one that never saw it.
-UNSEEN = {"gpm": 1e-10, "rls": 1e-10, "gauss": 0.0}
+UNSEEN = {"gpm": 1e-10, "rls": 1e-9, "gauss": 0.0}
 
 
 @pytest.fixture(params=MODES)
@@ -52,6 +52,35 @@ def test_as_many_facts_as_slots_are_read_as_written(mode: str, count: int) -> No
     memory = filled(mode, range(count))
     assert off(memory.read(KEYS[:count]), VALUES[:count]) <= EXACT[mode]
     assert len(memory) == count
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_what_is_read_is_the_same_for_keys_of_any_length(mode: str, scale: float) -> None:
+    lengths = scale * torch.linspace(1, 2, 24, dtype=torch.float64)[:, None]
+    keys, memory = lengths * KEYS[:24], MODES[mode]()
+    for fact, key in enumerate(keys):
+        memory.write(fact, key, VALUES[fact])
+    assert off(memory.read(keys), VALUES[:24]) <= EXACT[mode]
+    if isinstance(memory, Recursive):
+        memory.refit()
+        assert off(memory.read(keys), VALUES[:24]) <= EXACT[mode]
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_damping_is_the_same_for_references_of_any_scale(scale: float) -> None:
+    memory = Recursive(scale * REFERENCE)
+    for fact in range(24):
+        memory.write(fact, KEYS[fact], VALUES[fact])
+    assert off(memory.read(KEYS[:24]), filled("rls", range(24)).read(KEYS[:24])) < 1e-10
+
+
+def test_as_many_facts_as_slots_are_exact_under_keys_that_lie_close() -> None:
+    """Hidden states do: addresses of 512 had singular values a million times apart."""
+    keys = KEYS[:SLOTS] * torch.logspace(0, -6, WIDTH, dtype=torch.float64)
+    memory = PseudoInverse(REFERENCE)
+    for fact, key in enumerate(keys):
+        memory.write(fact, key, VALUES[fact])
+    assert off(memory.read(keys), VALUES[:SLOTS]) < 1e-6
 
 
 def test_more_facts_than_slots_are_fitted_or_have_rows_of_their_own(mode: str) -> None:
