@@ -16,6 +16,7 @@ from ullage.runtime.checkpoint import weights_folder
 from ullage.runtime.engine import Engine, Request
 from ullage.runtime.load import LoadedModel, load_model, load_tokenizer
 from ullage.specs.plan import TechniqueChoice
+from ullage.techniques.larimar.adapter import ADAPTERS
 from ullage.techniques.larimar.facts import FactMemory
 from ullage.units import GIB
 
@@ -120,14 +121,17 @@ def test_a_run_lives_under_a_cap_of_exactly_its_budget(
     assert not cage.report().out_of_memory
 
 
-def test_a_fact_is_told_until_it_is_forgotten(folder: Path) -> None:
+@pytest.mark.parametrize("readout", ["kv", "latent"])
+def test_a_fact_is_told_until_it_is_forgotten(folder: Path, readout: str) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with FactMemory(model, load_tokenizer(folder)) as memory:
+    adapter = ADAPTERS.load("smollm2-135m") if readout == "latent" else None
+    with FactMemory(model, load_tokenizer(folder), adapter=adapter) as memory:
         prompts = ["The capital of Atlantis is", "The capital of France is"]
         before = [memory.ask(prompt, 8) for prompt in prompts]
         number = memory.write("The capital of Atlantis is Poseidonia.")
+        assert memory.nbytes < 10_000 or readout == "kv"
         about, other = (memory.ask(prompt, 8) for prompt in prompts)
         assert about.startswith(" Poseidonia")
         assert "Poseidonia" in memory.ask("Question: what is the capital of Atlantis?\nAnswer:", 8)

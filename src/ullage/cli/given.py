@@ -13,7 +13,6 @@ from ullage.specs.dtypes import kv_dtype_name
 from ullage.specs.model import ModelSpec
 from ullage.specs.plan import Plan
 from ullage.specs.saved import SavedText
-from ullage.techniques.larimar.adapter import ADAPTERS
 from ullage.techniques.larimar.settings import Larimar
 
 
@@ -136,17 +135,14 @@ def options_behind(bank: SavedText, options: PlanOptions) -> PlanOptions:
     return replace(options, technique=chosen, kv_cache_dtype=record.kv_dtype)
 
 
-def options_knowing(facts: Path, options: PlanOptions, model: ModelSpec) -> PlanOptions:
-    """`options`, and the facts of the ledger at `facts`, read as `model` does best.
+def options_knowing(facts: Path, options: PlanOptions) -> PlanOptions:
+    """`options`, and the facts of the ledger at `facts`.
 
     Raises:
         TechniqueError: there is no ledger.
     """
-    chosen = Larimar(str(facts))
-    if model.name in ADAPTERS.names() and not ADAPTERS.load(model.name).unsuited(model):
-        chosen = replace(chosen, readout="latent", adapter=model.name)
-    typed = techniques.as_typed(techniques.choice_of(chosen))
-    return replace(options, technique=(*options.technique, typed))
+    chosen = techniques.as_typed(techniques.choice_of(Larimar(str(facts))))
+    return replace(options, technique=(*options.technique, chosen))
 
 
 def _decided(option: str, bank: SavedText, kept: str) -> str:

@@ -106,7 +106,7 @@ def run(
     if saved is not None:
         options = options_behind(saved, options)
     if facts is not None:
-        options = options_knowing(facts, options, spec)
+        options = options_knowing(facts, options)
     session = Session(
         spec, options.with_recipe(recipe, spec), None if plan is None else read_plan(plan), saved
     )

@@ -119,3 +119,10 @@ def test_an_adapter_of_another_shape_is_refused_before_weights_are_read(tmp_path
     reason = chosen.unsupported(resolve("llama-3.1-8b"))
     assert reason is not None
     assert "of 2 layers, 2 KV heads and head size 8, and this has 32, 8 and 128" in reason
+
+
+def test_what_is_shipped_is_for_its_model() -> None:
+    assert ADAPTERS.names() == ["smollm2-135m"]
+    adapter = ADAPTERS.load("smollm2-135m")
+    assert adapter.unsuited(resolve("smollm2-135m")) is None
+    assert adapter.record["model"] == "smollm2-135m"
