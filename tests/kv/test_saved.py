@@ -199,3 +199,14 @@ def test_what_is_broken_off_leaves_the_file_as_it_was(
         write(saved, replace(record_of(spec, 70), document="other"), sequence)
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_link_stays_one(tiny_model: TinyModel, saved: Path) -> None:
+    """What it names is written."""
+    _, spec = tiny_model("llama")
+    link = saved.with_name("link")
+    link.symlink_to(saved)
+    sequence = FromFile(read_saved(saved)).opened(cache_of(spec), 150)
+    write(link, replace(record_of(spec, 70), document="other"), sequence)
+    assert link.is_symlink()
+    assert read_saved(saved).record.document == "other"
