@@ -127,6 +127,7 @@ def test_a_bank_of_a_model_of_another_shape_is_refused(
     done = typed("run", str(model_folder("gemma3_text")), "--bank", str(bank), *ASKED)
     assert done.returncode == 2
     assert "of llama, a model of 2 layers" in done.stderr
+    assert "Run what it was read with, or read the text again." in done.stderr
     assert "planned peak" not in done.stderr
 
 
@@ -144,7 +145,7 @@ def test_a_bank_of_other_weights_is_refused(typed: Ullage, copied_folder: Path, 
     [
         (lambda content: None, "Cannot read"),
         (lambda content: b"once upon a time", "No bank can be read"),
-        (lambda content: content[:-10], "or no end. Read the text again."),
+        (lambda content: content[:-10], "or no end. Read the text again: `ullage read"),
         (lambda content: content.replace(b"ullage-bank-1", b"ullage-bank-7"), "ullage-bank-7"),
         (lambda content: content[:-10] + b"\x01" * 10, "is damaged: read the text again"),
     ],

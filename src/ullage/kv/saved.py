@@ -74,7 +74,11 @@ class FromFile:
     def _restore(self, sequence: Sequence, file: BinaryIO, digest: "hashlib._Hash") -> None:
         for layer, row in enumerate(sequence.rows):
             stored = self.saved.of_layer(layer).items()
-            row.restore({name: _read(file, one, digest) for name, one in stored}, self.length)
+            state = {name: _read(file, one, digest) for name, one in stored}
+            try:
+                row.restore(state, self.length)
+            except InputError as error:
+                raise self.saved.unfit(str(error)) from error
 
 
 def _tensors(sequence: Sequence) -> Iterator[tuple[str, torch.Tensor]]:

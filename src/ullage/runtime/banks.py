@@ -10,7 +10,6 @@ answer = list(engine.generate(Request(question_ids, 50, start=start)))
 from pathlib import Path
 
 from ullage import techniques
-from ullage.errors import InputError
 from ullage.kv.cache import Sequence
 from ullage.kv.fingerprint import fingerprint
 from ullage.kv.saved import FromFile, write
@@ -59,7 +58,7 @@ def saved_start(saved: SavedText, engine: Engine) -> FromFile:
     if reason is None and record.kv_dtype != recipe.execution.kv_dtype:
         reason = f"its entries are {record.kv_dtype}, not {recipe.execution.kv_dtype}."
     if reason is not None:
-        raise InputError(f"{saved.path} cannot be gone on from: {reason}")
+        raise saved.unfit(reason)
     return FromFile(saved)
 
 
