@@ -28,7 +28,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.in
 
 def record_of(spec: ModelSpec, tokens: int) -> Record:
     shape = (spec.num_layers, spec.num_kv_heads, spec.head_dim)
-    return Record(spec.name, *shape, "f", "camelot", "fp32", tokens, "book.txt", "s")
+    return Record(spec.name, *shape, "f", "camelot", "fp32", tokens, None, "book.txt", "s")
 
 
 def cache_of(spec: ModelSpec, technique: CAMELoT = BANK, dtype: str = "float32") -> PagedCache:

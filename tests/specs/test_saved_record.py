@@ -13,7 +13,7 @@ from ullage import ModelSpec
 from ullage.errors import InputError
 from ullage.specs.saved import FORMAT, Record, read_saved
 
-RECORD = Record("m", 2, 2, 8, "f", "camelot:slots=8", "fp32", 70, "book.txt", "s")
+RECORD = Record("m", 2, 2, 8, "f", "camelot:slots=8", "fp32", 70, None, "book.txt", "s")
 NO_BANK = "no bank: `ullage read MODEL DOC --save FILE` writes one"
 WRITTEN = {"format": FORMAT, "record": json.dumps(asdict(RECORD)), "sha256": "0"}
 

@@ -18,7 +18,8 @@ _WRITES_ONE = "`ullage read MODEL DOC --save FILE` writes one."
 @dataclass(frozen=True)
 class Record:
     """Which model read which text, and how. `fingerprint`: of the model's weights. `technique`: as
-    it is typed. `document`: a name; `document_sha256` is of its text in UTF-8."""
+    it is typed. `max_tokens`: of a sequence, by the rotary frequencies that it was read with, None
+    for any number. `document`: a name; `document_sha256` is of its text in UTF-8."""
 
     model: str
     layers: int
@@ -28,6 +29,7 @@ class Record:
     technique: str
     kv_dtype: str
     tokens: int
+    max_tokens: int | None
     document: str
     document_sha256: str
 
@@ -42,7 +44,7 @@ class Record:
         ).format(self.model, *mine, model.name, *shape)
 
     def digest(self) -> "hashlib._Hash":
-        """SHA-256 of the record, to go on with the tensors' bytes."""
+        """SHA-256 of the record, to go on with each tensor's name and bytes."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode())
 
 
