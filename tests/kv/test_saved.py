@@ -165,6 +165,18 @@ def test_one_other_byte_anywhere_is_found(tiny_model: TinyModel, saved: Path) ->
         cache.pool.check_integrity(all_free=True)
 
 
+def test_a_tensor_by_another_name_is_refused(tiny_model: TinyModel, saved: Path) -> None:
+    """Also one that some models do without."""
+    whole, found = saved.read_bytes(), read_saved(saved)
+    cache = cache_of(tiny_model("llama")[1])
+    assert "0.angles.first" in {stored.name for stored in found.tensors}
+    for stored in found.tensors:
+        name = f'"{stored.name}"'.encode()
+        saved.write_bytes(whole.replace(name, name.swapcase()))
+        with pytest.raises(InputError):
+            FromFile(read_saved(saved)).opened(cache, 150)
+
+
 @pytest.mark.parametrize("kept", [0, 7, 8, 300, 5000, -1])
 def test_a_file_that_is_cut_short_is_refused(saved: Path, kept: int) -> None:
     saved.write_bytes(saved.read_bytes()[:kept])

@@ -34,8 +34,9 @@ def write(path: Path, record: Record, sequence: Sequence) -> None:
     with whole(path) as file:
         file.write(_header(record, sequence, _UNKNOWN_SHA256))
         digest = record.digest()
-        for _, tensor in _tensors(sequence):
+        for name, tensor in _tensors(sequence):
             content = _bytes_of(tensor.cpu().contiguous())
+            digest.update(name.encode())
             digest.update(content)
             file.write(content)
         file.seek(0)
@@ -122,5 +123,6 @@ def _read(file: BinaryIO, stored: StoredTensor, digest: "hashlib._Hash") -> torc
         if not count:
             raise InputError(f"{stored.file} is cut short: read the text again.")
         done += count
+    digest.update(stored.name.encode())
     digest.update(view)
     return tensor
