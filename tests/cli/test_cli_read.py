@@ -127,6 +127,7 @@ def test_a_bank_of_a_model_of_another_shape_is_refused(
     done = typed("run", str(model_folder("gemma3_text")), "--bank", str(bank), *ASKED)
     assert done.returncode == 2
     assert "of llama, a model of 2 layers" in done.stderr
+    assert "Run what it was read with, or read the text again." in done.stderr
     assert "planned peak" not in done.stderr
 
 
@@ -144,7 +145,7 @@ def test_a_bank_of_other_weights_is_refused(typed: Ullage, copied_folder: Path, 
     [
         (lambda content: None, "Cannot read"),
         (lambda content: b"once upon a time", "No bank can be read"),
-        (lambda content: content[:-10], "or no end. Read the text again."),
+        (lambda content: content[:-10], "or no end. Read the text again: `ullage read"),
         (lambda content: content.replace(b"ullage-bank-1", b"ullage-bank-7"), "ullage-bank-7"),
         (lambda content: content[:-10] + b"\x01" * 10, "is damaged: read the text again"),
     ],
@@ -180,6 +181,7 @@ def test_a_models_weights_are_no_bank(typed: Ullage, tiny_folder: Path) -> None:
         (["--technique", "camelot:slots=0"], "no bank to keep"),
         (["--technique", "camelot", "--technique", "dms"], "Only one technique"),
         (["--save", "/no/such/folder/bank"], "Cannot write"),
+        (["--save", "/dev/null"], "--save /dev/null is no file"),
         (["--memory", "1MiB"], "with this text does not fit in 1.0 MiB: --memory"),
         (["--technique", "camelot:slots=300"], "The text has 300 tokens"),
     ],
@@ -195,6 +197,35 @@ def test_a_reading_that_cannot_be_is_refused_early(
     assert says in done.stderr
     assert "planned peak" not in done.stderr
     assert list(tmp_path.iterdir()) == [text]
+
+
+@pytest.mark.parametrize("named", ["book.txt", "link"])
+def test_the_text_is_not_overwritten(
+    typed: Ullage, tiny_folder: Path, tmp_path: Path, named: str
+) -> None:
+    text = tmp_path / "book.txt"
+    text.write_text(TEXT)
+    (tmp_path / "link").symlink_to(text)
+    done = typed("read", str(tiny_folder), str(text), "--save", str(tmp_path / named), *SIZED)
+    assert done.returncode == 2
+    assert "would overwrite the text: name another file" in done.stderr
+    assert text.read_text() == TEXT
+
+
+def test_a_bank_that_cannot_be_written_names_its_file(
+    typed: Ullage, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    save = tmp_path / "bank"
+    words = ["--save", str(save), "--technique", BANK, *SIZED]
+    (tmp_path / "book.txt").write_text(TEXT)
+    done = typed("read", str(tiny_folder), str(tmp_path / "book.txt"), *words)
+    assert done.returncode == 2
+    assert f"Cannot write {save}: No space left on device." in done.stderr
+    assert not save.exists()
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.in
 
 def record_of(spec: ModelSpec, tokens: int) -> Record:
     shape = (spec.num_layers, spec.num_kv_heads, spec.head_dim)
-    return Record(spec.name, *shape, "f", "camelot", "fp32", tokens, "book.txt", "s")
+    return Record(spec.name, *shape, "f", "camelot", "fp32", tokens, None, "book.txt", "s")
 
 
 def cache_of(spec: ModelSpec, technique: CAMELoT = BANK, dtype: str = "float32") -> PagedCache:
@@ -149,7 +149,7 @@ def test_a_file_of_other_settings_or_entries_is_refused(tiny_model: TinyModel, s
         cache_of(tiny_model("llama")[1], PICKY),
         cache_of(tiny_model("gemma3_text")[1]),
     ):
-        with pytest.raises(InputError, match="What was saved does not fit here"):
+        with pytest.raises(InputError, match=r"it has no .* Run what it was read with"):
             FromFile(read_saved(saved)).opened(cache, 150)
         cache.pool.check_integrity(all_free=True)
 
@@ -163,6 +163,18 @@ def test_one_other_byte_anywhere_is_found(tiny_model: TinyModel, saved: Path) ->
         with pytest.raises(InputError):
             FromFile(read_saved(saved)).opened(cache, 150)
         cache.pool.check_integrity(all_free=True)
+
+
+def test_a_tensor_by_another_name_is_refused(tiny_model: TinyModel, saved: Path) -> None:
+    """Also one that some models do without."""
+    whole, found = saved.read_bytes(), read_saved(saved)
+    cache = cache_of(tiny_model("llama")[1])
+    assert "0.angles.first" in {stored.name for stored in found.tensors}
+    for stored in found.tensors:
+        name = f'"{stored.name}"'.encode()
+        saved.write_bytes(whole.replace(name, name.swapcase()))
+        with pytest.raises(InputError):
+            FromFile(read_saved(saved)).opened(cache, 150)
 
 
 @pytest.mark.parametrize("kept", [0, 7, 8, 300, 5000, -1])
@@ -199,3 +211,14 @@ def test_what_is_broken_off_leaves_the_file_as_it_was(
         write(saved, replace(record_of(spec, 70), document="other"), sequence)
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_link_stays_one(tiny_model: TinyModel, saved: Path) -> None:
+    """What it names is written."""
+    _, spec = tiny_model("llama")
+    link = saved.with_name("link")
+    link.symlink_to(saved)
+    sequence = FromFile(read_saved(saved)).opened(cache_of(spec), 150)
+    write(link, replace(record_of(spec, 70), document="other"), sequence)
+    assert link.is_symlink()
+    assert read_saved(saved).record.document == "other"

@@ -1,5 +1,6 @@
 """A text that is read once, and requests that begin with it."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,14 @@ NEW = 12
 
 
 def plan_for(
-    folder: Path, technique: Technique = BANK, sequences: int = 2, kv_dtype: str = "fp32"
+    folder: Path,
+    technique: Technique = BANK,
+    sequences: int = 2,
+    kv_dtype: str = "fp32",
+    length: int = len(MANUAL),
 ) -> Plan:
     execution = Execution(dtype="fp32", kv_dtype=kv_dtype, prefill_chunk=32)
-    work = Workload(len(MANUAL) + 40, NEW, sequences)
+    work = Workload(length + 40, NEW, sequences)
     device = Device("cpu", "cpu", 64 * GIB)
     return build_plan(
         Recipe(resolve(str(folder)), device, work, execution, (choice_of(technique),))
@@ -183,6 +188,50 @@ def test_whom_a_file_is_not_good_for(
     finally:
         with torch.no_grad():
             norm.copy_(before)
+
+
+def test_a_text_is_gone_on_from_with_the_frequencies_it_was_read_with(
+    model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Some models have others for longer sequences, and keys that are turned stay as they are."""
+    rope = {
+        "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+        "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    folder, path = model_folder("phi3", "float32", json.dumps(rope)), tmp_path / "manual.bank"
+
+    def engine_for(tokens: int) -> Engine:
+        execution = Execution(dtype="fp32", kv_dtype="fp32", prefill_chunk=32)
+        device, chain = Device("cpu", "cpu", 64 * GIB), (choice_of(BANK),)
+        work = Workload(tokens - NEW, NEW)
+        plan = build_plan(Recipe(resolve(str(folder)), device, work, execution, chain))
+        return Engine(load_model(plan, folder, load_tokenizer(folder)), plan)
+
+    short, long = engine_for(64), engine_for(65)
+    with short.reading(MANUAL[:50]) as manual:
+        save(manual, short, path, "manual", "")
+    assert saved_start(read_saved(path), engine_for(60)).length == 50
+    with pytest.raises(InputError, match=r"more than 64 tokens, .*: ask for fewer new tokens"):
+        saved_start(read_saved(path), long)
+    with long.reading(MANUAL[:50]) as manual:
+        save(manual, long, path, "manual", "")
+    with pytest.raises(InputError, match=r"more than 64 tokens, .*: plan for more"):
+        saved_start(read_saved(path), short)
+
+
+def test_frequencies_stay_where_a_text_is_longer_than_the_context(
+    model_folder: Callable[..., Path],
+) -> None:
+    """Those that would change with its length are the default's within the context."""
+    found = []
+    for rope in ("", json.dumps({"rope_type": "dynamic", "factor": 4.0})):
+        folder = model_folder("llama", "float32", rope)
+        plan = plan_for(folder, length=3 * len(MANUAL))
+        made = Engine(load_model(plan, folder, load_tokenizer(folder)).without_end(), plan)
+        with made.loaded.attached:
+            found.append(list(made.generate(Request(3 * MANUAL, NEW))))
+    assert len(found[0]) == NEW
+    assert found[1] == found[0]
 
 
 def test_what_keeps_every_entry_is_not_saved(engine: MakeEngine, tmp_path: Path) -> None:

@@ -38,3 +38,12 @@ def test_a_text_of_three_segments() -> None:
     assert [rules.banked(tokens) for tokens in (16, 17, 32, 33)] == [0, 4, 4, 10]
     assert [rules.held(tokens) for tokens in (16, 17, 33)] == [16, 32, 38]
     assert rules.blocks(33) == 3
+
+
+@given(rules, st.integers(0, 300))
+def test_nothing_leaves_before_it_is_said_to(rules: Consolidation, position: int) -> None:
+    stop = rules.stays_until(position)
+    assert stop > position
+    seen = {rules.first_recent(at) for at in range(position, stop)}
+    assert seen == {rules.first_recent(position)}
+    assert rules.first_recent(stop) not in seen

@@ -13,7 +13,7 @@ from ullage import ModelSpec
 from ullage.errors import InputError
 from ullage.specs.saved import FORMAT, Record, read_saved
 
-RECORD = Record("m", 2, 2, 8, "f", "camelot:slots=8", "fp32", 70, "book.txt", "s")
+RECORD = Record("m", 2, 2, 8, "f", "camelot:slots=8", "fp32", 70, None, "book.txt", "s")
 NO_BANK = "no bank: `ullage read MODEL DOC --save FILE` writes one"
 WRITTEN = {"format": FORMAT, "record": json.dumps(asdict(RECORD)), "sha256": "0"}
 
@@ -59,7 +59,7 @@ def test_what_is_no_bank_of_this_format_is_refused(
 def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
         (tmp_path / "bank").write_bytes(content)
-    with pytest.raises(InputError, match="No bank can be read"):
+    with pytest.raises(InputError, match=r"No bank can be read.+`ullage read MODEL"):
         read_saved(tmp_path / "bank")
 
 

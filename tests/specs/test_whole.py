@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ullage.specs.whole import write_whole
+from ullage.specs.whole import whole, write_whole
 
 
 def test_a_file_is_what_was_written(tmp_path: Path) -> None:
@@ -25,14 +25,30 @@ def test_what_cannot_be_written_leaves_what_was_there(
     file = tmp_path / "file"
     file.write_bytes(b"before")
 
-    def full(path: Path, content: bytes) -> None:
-        with path.open("wb") as opened:
-            opened.write(content[:2])
+    def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         write_whole(file, b"after")
+    assert file.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_what_is_broken_off_leaves_what_was_there(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"before")
+
+    def break_off() -> None:
+        with whole(file) as opened:
+            opened.write(b"af")
+            raise error
+
+    with pytest.raises(error):
+        break_off()
     assert file.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [file]
 

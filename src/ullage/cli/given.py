@@ -156,7 +156,7 @@ def refuse_bank(bank: SavedText, spec: ModelSpec) -> None:
     """
     reason = bank.record.unsuited(spec)
     if reason is not None:
-        raise InputError(f"{bank.path} cannot be gone on from: {reason}")
+        raise bank.unfit(reason)
 
 
 def own_attention(what: str, attention: str) -> str:

@@ -71,6 +71,7 @@ def read(
         tuple(technique or _DEFAULT), calibration=calibration,
     )  # fmt: skip
     _refuse_bankless(options.technique)
+    _refuse_no_place(doc, save)
     refuse_unwritable(save)
     spec = resolve(model)
     refuse_planned_only(spec)
@@ -98,6 +99,13 @@ def _refuse_bankless(typed: tuple[str, ...]) -> None:
         raise InputError("camelot:slots=0 has no bank to keep a text in: leave slots=0 out.")
 
 
+def _refuse_no_place(doc: str, save: Path) -> None:
+    if save.exists() and not save.is_file():
+        raise InputError(f"--save {save} is no file: a bank is kept in one.")
+    if doc != "-" and save.exists() and Path(doc).exists() and save.samefile(doc):
+        raise InputError(f"--save {save} would overwrite the text: name another file.")
+
+
 def _read(engine: "Engine", ids: list[int], save: Path, name: str, sha256: str) -> None:
     from ullage.runtime import banks
     from ullage.runtime.memory import peak_bytes
@@ -109,7 +117,10 @@ def _read(engine: "Engine", ids: list[int], save: Path, name: str, sha256: str) 
             ids, on_prefill=lambda done, _: progress.update(task, completed=done)
         ) as sequence:
             read_s = time.perf_counter() - start_s
-            banks.save(sequence, engine, save, name, sha256)
+            try:
+                banks.save(sequence, engine, save, name, sha256)
+            except OSError as error:
+                raise InputError(f"Cannot write {save}: {error.strerror}.") from error
     Console(stderr=True, highlight=False, soft_wrap=True).print(
         escape(
             f"{len(ids):,} tokens of {name} read in {read_s:.1f} s; "

@@ -68,16 +68,16 @@ class BankRow(Row):
         return Taken(places, seen_by(new.heads(first_head), pieces))
 
     def attend_chunk(self, new: NewTokens, attention: Attend) -> torch.Tensor:
-        """A segment at a time."""
+        """A segment at a time, once anything leaves the exact entries."""
         parts, at = [], 0
         while at < len(new):
-            rest = self.rules.segment - self.length % self.rules.segment
+            rest = self.rules.stays_until(self.length) - self.length
             parts.append(self._attend_span(new.part(at, at + rest), attention))
             at += rest
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
     def _attend_span(self, new: NewTokens, attention: Attend) -> torch.Tensor:
-        """Tokens of one segment."""
+        """Tokens that see the same past."""
         self._begin(new)
         own, position = new.stored(self.pool.dtype), self.length
         exact = self.ring.between(self.rules.first_recent(position), position)
@@ -87,8 +87,8 @@ class BankRow(Row):
         return output
 
     def _begin(self, new: NewTokens) -> None:
-        """Before the next tokens, all of one segment: where they are its first, what they see no
-        longer as it was goes to the bank."""
+        """Before the next tokens, which see the same past: where they are the first of a segment,
+        what they see no longer as it was goes to the bank."""
         position = self.length
         if new.cos is not None and new.sin is not None:
             known_better = self.angles.see(position, new.cos, new.sin)

@@ -3,7 +3,6 @@ are is in `ullage.specs.saved`."""
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from ullage.errors import InputError
 from ullage.kv.cache import PagedCache, Sequence
 from ullage.specs.safetensors import StoredTensor
 from ullage.specs.saved import FORMAT, Record, SavedText
+from ullage.specs.whole import whole
 
 _DTYPES = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8,
@@ -29,23 +29,18 @@ def write(path: Path, record: Record, sequence: Sequence) -> None:
 
     Raises:
         TechniqueError: rows that are not saved.
+        OSError: it cannot be written.
     """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # another process may write it, too
-    try:
-        with part.open("wb") as file:
-            file.write(_header(record, sequence, _UNKNOWN_SHA256))
-            digest = record.digest()
-            for _, tensor in _tensors(sequence):
-                content = _bytes_of(tensor.cpu().contiguous())
-                digest.update(content)
-                file.write(content)
-            file.seek(0)
-            file.write(_header(record, sequence, digest.hexdigest()))
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole(path) as file:
+        file.write(_header(record, sequence, _UNKNOWN_SHA256))
+        digest = record.digest()
+        for name, tensor in _tensors(sequence):
+            content = _bytes_of(tensor.cpu().contiguous())
+            digest.update(name.encode())
+            digest.update(content)
+            file.write(content)
+        file.seek(0)
+        file.write(_header(record, sequence, digest.hexdigest()))
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,11 @@ class FromFile:
     def _restore(self, sequence: Sequence, file: BinaryIO, digest: "hashlib._Hash") -> None:
         for layer, row in enumerate(sequence.rows):
             stored = self.saved.of_layer(layer).items()
-            row.restore({name: _read(file, one, digest) for name, one in stored}, self.length)
+            state = {name: _read(file, one, digest) for name, one in stored}
+            try:
+                row.restore(state, self.length)
+            except InputError as error:
+                raise self.saved.unfit(str(error)) from error
 
 
 def _tensors(sequence: Sequence) -> Iterator[tuple[str, torch.Tensor]]:
@@ -124,5 +123,6 @@ def _read(file: BinaryIO, stored: StoredTensor, digest: "hashlib._Hash") -> torc
         if not count:
             raise InputError(f"{stored.file} is cut short: read the text again.")
         done += count
+    digest.update(stored.name.encode())
     digest.update(view)
     return tensor

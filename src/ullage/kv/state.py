@@ -38,7 +38,7 @@ def held(state: State, name: str, dtype: torch.dtype, shape: tuple[int, ...]) ->
     tensor = state.get(name)
     if tensor is None or tensor.dtype != dtype or tensor.shape != shape:
         kind = f"{str(dtype).removeprefix('torch.')} {list(shape)}"
-        raise InputError(f"What was saved does not fit here: it has no {name} of {kind}.")
+        raise InputError(f"it has no {name} of {kind}.")
     return tensor
 
 

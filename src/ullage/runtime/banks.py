@@ -10,7 +10,6 @@ answer = list(engine.generate(Request(question_ids, 50, start=start)))
 from pathlib import Path
 
 from ullage import techniques
-from ullage.errors import InputError
 from ullage.kv.cache import Sequence
 from ullage.kv.fingerprint import fingerprint
 from ullage.kv.saved import FromFile, write
@@ -38,6 +37,7 @@ def save(
         technique=_memory_of(recipe),
         kv_dtype=recipe.execution.kv_dtype,
         tokens=sequence.length,
+        max_tokens=engine.loaded.max_tokens,
         document=document,
         document_sha256=document_sha256,
     )
@@ -48,7 +48,8 @@ def saved_start(saved: SavedText, engine: Engine) -> FromFile:
     """What a request of `engine` can start with. That the file is whole shows when one does.
 
     Raises:
-        InputError: it was read by another model, with other settings, or into another KV format.
+        InputError: it was read by another model, with other settings or rotary frequencies, or into
+            another KV format.
     """
     record, recipe = saved.record, engine.plan.recipe
     reason = record.unsuited(recipe.model)
@@ -58,9 +59,22 @@ def saved_start(saved: SavedText, engine: Engine) -> FromFile:
         reason = f"it was read with {record.technique}, not with {_memory_of(recipe) or 'none'}."
     if reason is None and record.kv_dtype != recipe.execution.kv_dtype:
         reason = f"its entries are {record.kv_dtype}, not {recipe.execution.kv_dtype}."
+    if reason is None and record.max_tokens != engine.loaded.max_tokens:
+        reason = _other_frequencies(record, engine)
     if reason is not None:
-        raise InputError(f"{saved.path} cannot be gone on from: {reason}")
+        raise saved.unfit(reason)
     return FromFile(saved)
+
+
+def _other_frequencies(record: Record, engine: Engine) -> str:
+    """Keys that are turned already would stand askew to those that come."""
+    limit, way_out = record.max_tokens, "ask for fewer new tokens"
+    if limit is None:
+        limit, way_out = engine.loaded.max_tokens, "plan for more"
+    return (
+        f"{record.model} turns sequences of more than {limit:,} tokens, read and written, by other "
+        f"rotary frequencies than shorter ones: {way_out}."
+    )
 
 
 def _memory_of(recipe: Recipe) -> str:

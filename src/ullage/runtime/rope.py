@@ -1,6 +1,10 @@
 """LongRoPE has two sets of frequencies, for short sequences and for long ones. transformers takes
 those of the tokens that it has seen, so that the early chunks of a long prompt would be turned by
-the short ones; here a run has one set, as its plan's full length asks, as vLLM does."""
+the short ones; here a run has one set, as its plan's full length asks, as vLLM does.
+
+Dynamic frequencies are the default ones within the trained context. Beyond it they would change
+with each chunk: a text goes there with a bank alone, whose distances do not, and whose keys are
+turned by one and the same frequencies."""
 
 from typing import Any
 
@@ -14,6 +18,9 @@ def settle_rope(model: PreTrainedModel, context_tokens: int) -> int | None:
     Returns:
         The most tokens that a sequence may have with them, None for any number.
     """
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "dynamic":
+            module.rope_type = "default"
     limits = [_settle(module, context_tokens) for module in model.modules() if _is_long(module)]
     return min((limit for limit in limits if limit is not None), default=None)
 

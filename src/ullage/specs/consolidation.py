@@ -46,6 +46,11 @@ class Consolidation:
         """The first of the entries that the token at `position` sees as they are."""
         return max(0, position // self.segment * self.segment - self.recent)
 
+    def stays_until(self, position: int) -> int:
+        """The position before which nothing more leaves the exact entries."""
+        segments = max(position, self.recent) // self.segment + 1
+        return segments * self.segment
+
     def banked(self, tokens: int) -> int:
         """Slots of the bank that a head has used of a sequence of `tokens`, at most."""
         return min(self.slots, max(0, self._gone(tokens) - self.sinks))

@@ -12,12 +12,14 @@ from ullage.specs.model import ModelSpec
 from ullage.specs.safetensors import StoredTensor, read_header, read_metadata
 
 FORMAT = "ullage-bank-1"
+_WRITES_ONE = "`ullage read MODEL DOC --save FILE` writes one."
 
 
 @dataclass(frozen=True)
 class Record:
     """Which model read which text, and how. `fingerprint`: of the model's weights. `technique`: as
-    it is typed. `document`: a name; `document_sha256` is of its text in UTF-8."""
+    it is typed. `max_tokens`: of a sequence, by the rotary frequencies that it was read with, None
+    for any number. `document`: a name; `document_sha256` is of its text in UTF-8."""
 
     model: str
     layers: int
@@ -27,6 +29,7 @@ class Record:
     technique: str
     kv_dtype: str
     tokens: int
+    max_tokens: int | None
     document: str
     document_sha256: str
 
@@ -41,7 +44,7 @@ class Record:
         ).format(self.model, *mine, model.name, *shape)
 
     def digest(self) -> "hashlib._Hash":
-        """SHA-256 of the record, to go on with the tensors' bytes."""
+        """SHA-256 of the record, to go on with each tensor's name and bytes."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode())
 
 
@@ -60,6 +63,13 @@ class SavedText:
         own = (tensor for tensor in self.tensors if tensor.name.startswith(start))
         return {tensor.name.removeprefix(start): tensor for tensor in own}
 
+    def unfit(self, reason: str) -> InputError:
+        """Why nothing can begin with it, and what to do."""
+        return InputError(
+            f"{self.path} cannot be gone on from: {reason} Run what it was read with, or read the "
+            "text again."
+        )
+
 
 def read_saved(path: Path) -> SavedText:
     """What the file at `path` says of itself; its tensors are left alone.
@@ -71,8 +81,8 @@ def read_saved(path: Path) -> SavedText:
     try:
         metadata, tensors = read_metadata(path), tuple(read_header(path))
     except CheckpointError as error:
-        again = " Read the text again." if path.is_file() else ""
-        raise InputError(f"No bank can be read. {error}{again}") from error
+        again = "Read the text again: " if path.is_file() else ""
+        raise InputError(f"No bank can be read. {error} {again}{_WRITES_ONE}") from error
     found = metadata.get("format")
     if found != FORMAT:
         raise InputError(_other_format(path, found))
@@ -89,4 +99,4 @@ def read_saved(path: Path) -> SavedText:
 def _other_format(path: Path, found: str | None) -> str:
     if found is not None and found.startswith(FORMAT.rstrip("0123456789")):
         return f"{path} is of format {found[:40]}; this ullage reads {FORMAT}. Read the text again."
-    return f"{path} is no bank: `ullage read MODEL DOC --save FILE` writes one."
+    return f"{path} is no bank: {_WRITES_ONE}"

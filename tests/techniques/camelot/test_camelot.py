@@ -117,6 +117,20 @@ def test_with_room_for_all_and_nothing_alike_it_is_the_model_itself(
     torch.testing.assert_close(found, dense, atol=5e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_before_anything_is_in_the_bank_no_bit_is_another(
+    tiny_model: TinyModel, family: str
+) -> None:
+    model, spec = tiny_model(family)
+    technique, ids = CAMELoT(slots=24, segment=16, recent=40), TEXT[:2, :48]
+    dense = logits(model, cache_of(model, spec, technique.neutral()), ids, 30, 7, 1)
+    with technique.attach(model):
+        cache = cache_of(model, spec, technique)
+        assert torch.equal(logits(model, cache, ids, 30, 7, 1), dense)
+        rows = [layer.rows[0] for layer in cache.paged]
+        assert {row.bank.size for row in rows if isinstance(row, BankRow)} == {0}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float8_e4m3fn])
 def test_a_pool_of_fewer_bits_is_near(tiny_model: TinyModel, dtype: torch.dtype) -> None:
     model, spec = tiny_model("llama")

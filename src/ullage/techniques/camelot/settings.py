@@ -12,7 +12,7 @@ reconstruction.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 
 from ullage.errors import TechniqueError
@@ -45,8 +45,8 @@ class CAMELoT(Technique):
     were merged into it; `count_cap`, 0 for none, bounds how many it counts, so that old slots go on
     changing.
 
-    `recent` tokens before the segment stay as they are too, and are consolidated later: not the
-    paper's, but what helps most.
+    Not the paper's: `recent` tokens before the segment stay as they are too, and are consolidated
+    later, which helps most; `centred` likens keys by what sets them apart from the slots' mean.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2402.13449"
@@ -95,18 +95,7 @@ class CAMELoT(Technique):
     @property
     def rules(self) -> Consolidation:
         """What each row goes by."""
-        return Consolidation(
-            self.segment,
-            self.recent,
-            self.slots,
-            SINKS,
-            self.threshold,
-            self.top_k,
-            self.positions,
-            self.count_bias,
-            self.count_cap,
-            self.centred,
-        )
+        return Consolidation(sinks=SINKS, **asdict(self))
 
     def unsupported(self, model: ModelSpec) -> str | None:
         if not self.slots:
