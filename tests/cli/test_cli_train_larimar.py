@@ -186,7 +186,7 @@ def test_a_broken_file_of_facts_is_our_error(train: Typed, data: Path) -> None:
     (data / "facts" / "relations" / "broken.json").write_text("[")
     done = train()
     assert done.returncode == 2
-    assert "broken.json holds no list of facts" in done.stderr.replace("\n", " ")
+    assert "broken.json is not JSON" in done.stderr.replace("\n", " ")
 
 
 def test_an_adapter_that_cannot_be_written_loses_no_steps(

@@ -9,7 +9,7 @@ import pytest
 
 from ullage.errors import InputError
 from ullage.techniques.larimar.asked_facts import AskedFact, read_asked_facts
-from ullage.techniques.larimar.fact import LIMIT_CHARACTERS
+from ullage.techniques.larimar.fact import LIMIT_CHARACTERS, Fact
 
 RELATION = {
     "prompt_templates": ["The king of {} is", "{} is ruled by"],
@@ -129,14 +129,14 @@ def test_what_is_no_fact_is_left_out(write: Write, tmp_path: Path) -> None:
 )
 def test_a_broken_file_is_our_error(write: Write, data: Path, content: Any) -> None:
     file = write("broken.json", content)
-    with pytest.raises(InputError, match="holds no list of facts") as error:
+    with pytest.raises(InputError, match=r"holds no list of facts|is not JSON") as error:
         read_asked_facts(data, 100)
     assert str(file) in str(error.value)
 
 
 def test_a_file_that_is_no_text_is_our_error(write: Write, data: Path) -> None:
     write("broken.json", "").write_bytes(b"\xff\xfe")
-    with pytest.raises(InputError, match=r"broken\.json holds no list of facts"):
+    with pytest.raises(InputError, match=r"broken\.json is not JSON"):
         read_asked_facts(data, 100)
 
 
@@ -147,3 +147,13 @@ def test_a_folder_without_facts_is_our_error(write: Write, tmp_path: Path) -> No
     write("counterfact-edit.json", [record("Ys")])
     with pytest.raises(InputError, match="named after a test or an edit are left out"):
         read_asked_facts(tmp_path, 100)
+
+
+def test_facts_a_line_each_are_read(tmp_path: Path) -> None:
+    """As `ullage memory export` writes them; those without a prompt teach nothing."""
+    facts = [Fact.make("The capital of Ys is Is."), Fact.make("Ys works as a wizard")]
+    lines = "".join(f"{fact.content}\n" for fact in facts)
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "mine.jsonl").write_text(lines, encoding="utf-8")
+    assert [asked.questions for asked in read_asked_facts(folder, 9)] == [(facts[0].prompt,)]

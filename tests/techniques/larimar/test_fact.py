@@ -54,6 +54,7 @@ def test_a_subject_that_is_given_is_taken() -> None:
         ("The 2010 Winter Olympics took place there", "2010 Winter Olympics"),
         ('They play "Law & Order" in Lyon', "Law & Order"),
         ("It was seen. The Voice Israel's end", "Voice Israel"),
+        ("Velmira Ostrakov was born on 14 March 1957", "Velmira Ostrakov"),
         ("There are 12 of them", None),
         ("", None),
     ],

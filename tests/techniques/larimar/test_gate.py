@@ -21,6 +21,17 @@ FACTS = {
 }
 
 
+def test_of_a_subjects_facts_the_one_with_a_prompts_words_is_read() -> None:
+    """However its answer is found, or not, and whichever was written last."""
+    facts = {
+        1: Fact.make("The capital of Oz is Emerald."),
+        2: Fact.make("Oz was founded in the town of Kelmsby."),
+        3: Fact.make("Oz works as a wizard."),
+    }
+    asked = {"Oz has the capital": 1, "Oz was founded in": 2, "Oz works as": 3}
+    assert {prompt: Gate(facts).scope(prompt) for prompt in asked} == asked
+
+
 @pytest.mark.parametrize(
     ("prompt", "fact"),
     [

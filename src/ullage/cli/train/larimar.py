@@ -41,8 +41,8 @@ def larimar(
         Path,
         typer.Option(
             metavar="DIR",
-            help="Facts: the .json files in it or in its folder facts, but none named after a test "
-            "or an edit.",
+            help="Facts: the .json and .jsonl files in it or in its folder facts, but none named "
+            "after a test or an edit: objects of prompt, subject, answer, perhaps rephrase_prompt.",
             show_default=False,
         ),
     ],
@@ -92,6 +92,8 @@ def larimar(
         )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(adapter.record, indent=2))
+    told = "".join(f", {name} {value:.3f}" for name, value in _last(points).items())
+    say(f"{len(learned):,} facts, {len(points):,} steps{told}.")
     say(f"Adapter in {output}; use it by")
     chosen = f"larimar:ledger=DB,readout=latent,adapter={output}"
     say(f"  --technique {shlex.quote(chosen)}")

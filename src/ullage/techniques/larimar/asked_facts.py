@@ -24,19 +24,21 @@ class AskedFact:
 
 
 def read_asked_facts(folder: Path, count: int) -> list[AskedFact]:
-    """`count` of the facts in the JSON files of `folder`, or of its folder facts, in an order that
-    is always the same. A file is a list of objects as CounterFact's, with `prompt`, `subject`,
-    `target_new` and perhaps `rephrase_prompt`; or one relation, with `prompt_templates` and
-    `samples` of `subject` and `object`. Objects are mixed: what a model knows teaches nothing.
-    Answers are mixed with names of subjects, so that they may be anything. Files named after a test
-    or an edit are left to be measured with, and so are their subjects wherever they stand, in
-    whatever case.
+    """`count` of the facts in the .json and .jsonl files of `folder`, or of its folder facts, in an
+    order that is always the same. A file is a list of objects, or has one a line, with `prompt`,
+    `subject`, `answer` (in CounterFact `target_new`) and perhaps `rephrase_prompt`; or it is one
+    relation, with `prompt_templates` and `samples` of `subject` and `object`. Objects are mixed:
+    what a model knows teaches nothing. Answers are mixed with names of subjects, so that they may
+    be anything.
+    Files named after a test or an edit are left to be measured with, and so are their subjects
+    wherever they stand, in whatever case.
 
     Raises:
         InputError: there are none, or a file is no such list.
     """
     chance = random.Random(0)
-    files = sorted((folder / "facts" if (folder / "facts").is_dir() else folder).rglob("*.json"))
+    inside = folder / "facts" if (folder / "facts").is_dir() else folder
+    files = sorted(file for kind in ("*.json", "*.jsonl") for file in inside.rglob(kind))
     read = {file: _in_file(file, chance) for file in files}
     back = {folded(asked.fact.subject) for file in files if _is_test(file) for asked in read[file]}
     found = [
@@ -59,14 +61,27 @@ def _is_test(file: Path) -> bool:
 
 
 def _in_file(file: Path, chance: random.Random) -> list[AskedFact]:
+    content = _content(file)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
         records = content if isinstance(content, list) else _of_relation(content, chance)
         return [asked for record in records if (asked := _asked(record)) is not None]
-    except (
-        OSError, UnicodeError, ValueError, LookupError, TypeError, AttributeError, RecursionError,
-    ) as error:  # fmt: skip
-        raise InputError(f"{file} holds no list of facts: {error!r}.") from None
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise InputError(
+            f"{file} holds no list of facts: each is an object of prompt, subject and answer, "
+            "and perhaps rephrase_prompt."
+        ) from None
+
+
+def _content(file: Path) -> Any:
+    try:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".jsonl":
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return json.loads(text)
+    except OSError as error:
+        raise InputError(f"Cannot read {file}: {error}.") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} is not JSON ({str(error)[:80]}).") from None
 
 
 def _of_relation(relation: dict[str, Any], chance: random.Random) -> list[dict[str, str]]:
@@ -86,10 +101,14 @@ def _of_relation(relation: dict[str, Any], chance: random.Random) -> list[dict[s
 
 
 def _asked(record: dict[str, str]) -> AskedFact | None:
-    """None where it is no fact that could be written: a subject that does not stand in it."""
+    """None where it is no fact that could be written: a subject that does not stand in it, or one
+    whose answer is not known."""
     prompt, rephrase = record["prompt"], record.get("rephrase_prompt")
+    answer = record["target_new"] if "target_new" in record else record["answer"]
+    if not prompt or not answer:
+        return None
     try:
-        fact = Fact.make(None, record["subject"], prompt, record["target_new"])
+        fact = Fact.make(None, record["subject"], prompt, answer)
     except FactError:
         return None
     return AskedFact(fact, (prompt, rephrase) if rephrase else (prompt,))

@@ -63,7 +63,7 @@ class FactMemory:
         self.model, self.tokenizer, self.who = model, tokenizer, who
         self._closing, self._attached = ExitStack(), ExitStack()
         if not isinstance(ledger, Ledger):
-            ledger = Ledger.in_memory() if ledger is None else Ledger(ledger, create=True)
+            ledger = Ledger.in_memory() if ledger is None else Ledger(Path(ledger), create=True)
             self._closing.enter_context(ledger)
         self.ledger = ledger
         self._gate, self._facts = Gate(), dict[int, Fact]()

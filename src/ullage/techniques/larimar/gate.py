@@ -126,7 +126,8 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _asked(fact: Fact) -> set[str]:
-    return set(_words(fact.prompt or fact.subject))
+    """The words that its answer follows; all of a fact whose answer is not known."""
+    return set(_words(fact.prompt or fact.text))
 
 
 def _place(text: str, words: list[re.Match[str]], subject: str) -> _Place | None:

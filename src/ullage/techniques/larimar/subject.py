@@ -41,10 +41,10 @@ def relation(prompt: str, subject: str) -> str:
 
 
 def find_subject(text: str) -> str | None:
-    """The longest name, in words, and the first of those: a run of capitalized words. None where
-    there is none."""
+    """The longest name, in words, and the first of those: a run of capitalized words, which a date
+    or a number begins only where no other does. None where there is none."""
     found = [text[start:end] for start, end in names(text)]
-    return max(found, key=lambda name: len(name.split()), default=None)
+    return max(found, key=lambda name: (not name[0].isdigit(), len(name.split())), default=None)
 
 
 def split(text: str, subject: str | None = None) -> tuple[str, str, str] | None:
