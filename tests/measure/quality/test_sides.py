@@ -1,13 +1,17 @@
 """Both sides of a comparison: one model's weights, two ways to keep what was read."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from ullage.errors import TechniqueError
+from ullage.runtime.load import load_tokenizer
 from ullage.techniques.dms.settings import DMS
+from ullage.techniques.larimar.fact import Fact
+from ullage.techniques.larimar.ledger import Ledger, Who
 
 Sides = Callable[..., tuple[Any, Any]]
 
@@ -99,3 +103,21 @@ def test_a_model_that_a_technique_does_not_support_is_refused(
     monkeypatch.setattr(DMS, "unsupported", lambda *_: "it is too small.")
     with pytest.raises(TechniqueError, match="it is too small"):
         sides_of("dms")
+
+
+def test_a_text_about_a_fact_is_read_behind_it_in_whatever_chunk_its_subject_stands(
+    sides_of: Sides, model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder, db = model_folder("llama"), tmp_path / "facts.db"
+    with Ledger(db, create=True) as ledger:
+        ledger.add([Fact.make(prompt="w20 w21", answer="w30", subject="w20")], Who("me"))
+    dense, knowing = sides_of(f"larimar:ledger={db},tokenizer={folder}")
+    tokenizer = load_tokenizer(folder)
+    for text, same in (("w9 w10 w11 w20 w21", False), ("w9 w10 w11 w12 w21", True)):
+        ids = tokenizer(text)["input_ids"]
+        logits = []
+        for side in (dense, knowing):
+            with side.open(len(ids), ids) as sequence:
+                side.logits(sequence, torch.tensor(ids[:3]))
+                logits.append(side.logits(sequence, torch.tensor(ids[3:])))
+        assert torch.equal(*logits) == same

@@ -96,7 +96,7 @@ def read(sides: Sequence[Side], ids: torch.Tensor) -> list[Reading]:
     losses: list[list[torch.Tensor]] = [[] for _ in sides]
     divergences: list[list[torch.Tensor]] = [[] for _ in sides]
     with ExitStack() as stack:
-        sequences = [stack.enter_context(side.open(len(ids))) for side in sides]
+        sequences = [stack.enter_context(side.open(len(ids), ids.tolist())) for side in sides]
         for at in range(0, len(ids), CHUNK_TOKENS):
             first = torch.empty(0)
             targets = ids[at + 1 : at + CHUNK_TOKENS + 1]

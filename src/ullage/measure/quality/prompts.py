@@ -59,7 +59,7 @@ class Score:
 
 def hear(side: Side, prompt: Prompt) -> Heard:
     """Read `prompt` and go on from it with each question."""
-    with side.open(prompt.tokens) as sequence:
+    with side.open(prompt.tokens, prompt.ids) as sequence:
         side.read(sequence, torch.tensor(prompt.ids))
         live_bytes = side.live_bytes()
         answers = [

@@ -12,6 +12,7 @@ from ullage import techniques
 from ullage.kv.cache import PagedCache, cache_argument
 from ullage.kv.cache import Sequence as CachedSequence
 from ullage.kv.pool import KVPool
+from ullage.kv.prefaced import chosen
 from ullage.runtime.engine import rows_of
 from ullage.runtime.load import TORCH_DTYPES
 from ullage.specs.plan import Recipe
@@ -46,10 +47,14 @@ class Side:
         self.cache = PagedCache(spec, self.pool, rows_of(recipe))
 
     @contextmanager
-    def open(self, tokens: int) -> Iterator[CachedSequence]:
-        """A sequence with room for `tokens`, closed at the end."""
+    def open(self, tokens: int, prompt: Sequence[int] = ()) -> Iterator[CachedSequence]:
+        """A sequence with room for `tokens`, closed at the end; behind the fact, if there is one,
+        that `prompt`, which it begins with, is about."""
         sequence = self.cache.open(tokens)
         try:
+            preface = chosen(self.model, list(prompt)) if prompt else None
+            if preface is not None:
+                preface.put_before(sequence, len(prompt))
             yield sequence
         finally:
             sequence.close()
