@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +11,20 @@ from ullage.techniques.larimar.fact import Fact
 from ullage.techniques.larimar.ledger import Ledger, Who
 
 ME = Who("me", "a test")
+
+
+@pytest.fixture
+def model(tiny_model: Callable[..., Any]) -> Any:
+    """A tiny llama."""
+    return tiny_model("llama")[0]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_folder: Callable[..., Path]) -> Any:
+    """Its tokenizer: a word is a token."""
+    from ullage.runtime.load import load_tokenizer
+
+    return load_tokenizer(model_folder("llama"))
 
 
 @pytest.fixture

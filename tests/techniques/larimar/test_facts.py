@@ -11,7 +11,6 @@ import torch
 
 from ullage.errors import FactError, LedgerError, TechniqueError
 from ullage.kv.preface import Preface, read_before
-from ullage.runtime.load import load_tokenizer
 from ullage.techniques.dms.settings import DMS
 from ullage.techniques.larimar.fact import Fact
 from ullage.techniques.larimar.facts import FactMemory, tokenizer_of
@@ -23,16 +22,6 @@ from ullage.techniques.larimar.wording import LEADS
 FACT = {"prompt": "w20 w21", "answer": "w30 w31", "subject": "w20"}
 ABOUT = "w9 w20 w21"  # a prompt in scope
 OTHER = "w9 w10 w11"
-
-
-@pytest.fixture
-def model(tiny_model: Callable[..., Any]) -> Any:
-    return tiny_model("llama")[0]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model_folder: Callable[..., Path]) -> Any:
-    return load_tokenizer(model_folder("llama"))
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from ullage.errors import TechniqueError
 from ullage.kv.fingerprint import fingerprint
 from ullage.kv.preface import Preface
 from ullage.kv.rotation import turns_of
-from ullage.runtime.load import load_tokenizer
 from ullage.specs.footprint import Footprint
 from ullage.specs.workload import Execution, Step
 from ullage.techniques.dms.settings import DMS
@@ -46,16 +45,6 @@ def adapter_of(model: Any, rank: int | None = None) -> Adapter:
     rows = torch.linalg.qr(torch.randn(width, width, generator=random)).Q[:rank]
     mean, scale = torch.randn(shape, generator=random), 1 + torch.rand(shape[:2], generator=random)
     return Basis(mean, scale, rows).adapter(fingerprint(model), {})
-
-
-@pytest.fixture
-def model(tiny_model: Callable[..., Any]) -> Any:
-    return tiny_model("llama")[0]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model_folder: Callable[..., Path]) -> Any:
-    return load_tokenizer(model_folder("llama"))
 
 
 @pytest.fixture

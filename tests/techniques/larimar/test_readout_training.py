@@ -44,16 +44,6 @@ FACTS_OF = [fact(number) for number in range(12)]
 
 
 @pytest.fixture
-def model(tiny_model: Callable[..., Any]) -> Any:
-    return tiny_model("llama")[0]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model_folder: Callable[..., Path]) -> Any:
-    return load_tokenizer(model_folder("llama"))
-
-
-@pytest.fixture
 def learning(model: Any, tokenizer: Any) -> Callable[..., Trainer]:
     """`learning(model=, rank=, steps=)`: a trainer that has not begun, of the tiny llama."""
 
