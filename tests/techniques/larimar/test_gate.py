@@ -98,7 +98,7 @@ def test_the_longest_and_rarest_subject_counts() -> None:
 def test_an_acronym_beside_a_name_is_no_part_of_it(subject: str) -> None:
     """Unless the name goes on with it."""
     own_name = subject.rstrip(".")
-    prompts = (f"{subject}'s CEO is", f"{subject}’s CEO is", f"The CEO of {subject} is")
+    prompts = (f"{subject}'s HQ is", f"{subject}’s HQ is", f"The HQ of {subject} is")
     for prompt in prompts:
         assert Gate({1: Fact.make(prompt=prompt, answer="Bo", subject=subject)}).scope(prompt) == 1
         assert Fact.make(f"{prompt} Bo.").subject.rstrip(".") == own_name

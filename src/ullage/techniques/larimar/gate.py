@@ -1,4 +1,5 @@
-"""Which fact a prompt is about, if any, by its letters alone. It never sees an answer.
+"""Which fact a prompt is about, if any, by its letters alone. It never sees what a model
+answers, nor the answer of a fact that has a prompt; a sentence without one counts as it is.
 
 The paper's own gate compares sentences, answers among them, by an encoder of its own. Here a fact
 is in scope where its subject stands in the prompt. Nothing is trained, so whatever is asked of a

@@ -79,7 +79,7 @@ def names(text: str) -> Iterator[tuple[int, int]]:
             yield from _name(run)
             run = []
         if len(run) == 1 and bare == "of" and _is_spelled(run[0][2]):
-            run = []  # the CEO of Ferrari, who is no part of the name
+            run = []  # the HQ of Ferrari, which is no part of the name
         elif _may_be_named(bare, opens) or (run and bare in _INSIDE_WORDS):
             run.append(found)
         else:
@@ -104,7 +104,7 @@ def _is_spelled(bare: str) -> bool:
 
 
 def _owns(word: str) -> bool:
-    """Whether what comes next is its own: Ferrari S.p.A.'s CEO."""
+    """Whether what comes next is its own: Ferrari S.p.A.'s HQ."""
     return word.endswith(("'s", "’s"))
 
 
