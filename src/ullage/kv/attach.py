@@ -45,9 +45,9 @@ def rows_in(
             (model, partial(_page, model, name))
         ]
         hooks += [
-            (module, partial(_prepare, makers[module.layer_idx], kind, name))
-            for name, module in model.named_modules()
-            if name.endswith("attn") and getattr(module, "layer_idx", None) in makers
+            (module, partial(_prepare, makers[layer], kind, name))
+            for layer, module in attention.attention_modules(model)
+            if layer in makers
         ]
         for module, hook in hooks:
             undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)

@@ -158,6 +158,14 @@ def _places(real: torch.Tensor, device: torch.device) -> list[torch.Tensor] | No
     return [row.nonzero()[:, 0].to(device) for row in real]
 
 
+def attention_modules(model: torch.nn.Module) -> Iterator[tuple[int, torch.nn.Module]]:
+    """The modules that attend in `model`, each with the number of its layer."""
+    for name, module in model.named_modules():
+        layer = getattr(module, "layer_idx", None)
+        if name.endswith("attn") and layer is not None:
+            yield layer, module
+
+
 def kernel_for(device: torch.device) -> Kernel:
     """The fastest kernel that there is for `device`. Triton comes with torch for CUDA, but not on
     Windows; for a CPU it is never imported, as it takes 80 MiB."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ullage.kv.attention import attention_modules
 from ullage.kv.state import State, held
 
 _LAST = 512  # position up to which a token's turn is measured ever more exactly
@@ -44,9 +45,8 @@ def turns_of(model: torch.nn.Module) -> Iterator[dict[int, list[Turn]]]:
         turns.setdefault(module.layer_idx, []).append((cos[0], sin[0]))  # type: ignore[arg-type]
 
     with ExitStack() as undo:
-        for name, module in model.named_modules():
-            if name.endswith("attn") and hasattr(module, "layer_idx"):
-                undo.callback(module.register_forward_pre_hook(see, with_kwargs=True).remove)
+        for _, module in attention_modules(model):
+            undo.callback(module.register_forward_pre_hook(see, with_kwargs=True).remove)
         yield turns
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ullage.errors import TechniqueError
+from ullage.kv.attention import attention_modules
 from ullage.techniques.dms.adapter import CAPPED
 
 if TYPE_CHECKING:
@@ -71,12 +72,11 @@ def differentiable(model: "PreTrainedModel", attention: Attention) -> Iterator[N
         for weight in model.parameters():
             undo.callback(weight.requires_grad_, weight.requires_grad)
             weight.requires_grad_(False)
-        for name, module in model.named_modules():
-            if name.endswith("attn") and getattr(module, "layer_idx", None) is not None:
-                hook = module.register_forward_pre_hook(_noted_in(hidden), with_kwargs=True)
-                undo.callback(hook.remove)
-                module.ullage_training = called
-                undo.callback(delattr, module, "ullage_training")
+        for _, module in attention_modules(model):
+            hook = module.register_forward_pre_hook(_noted_in(hidden), with_kwargs=True)
+            undo.callback(hook.remove)
+            module.ullage_training = called  # type: ignore[assignment]
+            undo.callback(delattr, module, "ullage_training")
         embeddings = model.get_input_embeddings()
         undo.callback(embeddings.register_forward_hook(_with_gradient).remove)
         undo.callback(model.train, model.training)
