@@ -1,6 +1,8 @@
 """ullage memory, as a shell sees it."""
 
 import json
+import re
+import shlex
 import sqlite3
 import subprocess
 import sys
@@ -206,6 +208,28 @@ def test_reading_begins_no_ledger_and_trusts_none(
     done = memory(command)
     assert (done.returncode, done.stdout) == (2, "")
     assert "was tampered with: event 1" in done.stderr
+
+
+def test_what_stood_before_an_event_was_changed_goes_into_a_new_ledger(
+    begun: Typed, typed: Typed, tmp_path: Path
+) -> None:
+    """By the commands that the error names."""
+    begun("add", "The king of Ys is Gradlon.")
+    with sqlite3.connect(tmp_path / "facts.db") as connection:
+        connection.execute("DROP TRIGGER events_stay")
+        connection.execute("UPDATE events SET after = replace(after, 'Gradlon', 'Dahut')")
+    connection.close()
+    done = begun("list")
+    assert done.returncode == 2
+    assert "event 2 is not as it was written" in done.stderr
+    kept, new = str(tmp_path / "kept.jsonl"), str(tmp_path / "new.db")
+    export, add = (shlex.split(words) for words in re.findall("`ullage ([^`]*)`", done.stderr))
+    filled = {"FILE": kept, "NEW.db": new}
+    for words in (export, add):
+        assert typed(*(filled.get(word, word) for word in words)).returncode == 0
+    assert typed("memory", "list", new).stdout == begun("list", "--as-of", "1").stdout
+    assert "1 events, none changed since" in begun("history", "--as-of", "1").stderr
+    assert CAPITAL in typed("memory", "list", new).stdout
 
 
 def test_an_edit_needs_a_prompt_for_an_answer(begun: Typed) -> None:

@@ -109,9 +109,7 @@ def add(
 @memory.command("list")
 def list_facts(db: LedgerArgument, as_of: AsOfOption = None, as_json: JsonOption = False) -> None:
     """Print the facts that stand."""
-    with Ledger(db, read_only=True) as ledger:
-        ledger.verify()
-        facts = ledger.facts(_moment(as_of))
+    facts = _standing(db, as_of)
     if as_json:
         typer.echo(facts_as_json(facts))
         return
@@ -211,17 +209,19 @@ def history(
     as_json: JsonOption = False,
 ) -> None:
     """Print what happened, and see that nothing was changed since."""
+    moment = _moment(as_of)
     with Ledger(db, read_only=True) as ledger:
-        ledger.verify()
-        events = list(ledger.events(fact, _moment(as_of)))
-        head = ledger.head
+        ledger.verify(moment)
+        every = list(ledger.events(as_of=moment))
+    events = [event for event in every if fact in (None, event.fact)]
     if fact is not None and not events:
         raise FactError(f"{db} has no fact {fact}.")
     if as_json:
         typer.echo(events_as_json(events))
     elif events:
         show_events(_stdout(), events)
-    if head is not None:
+    if every:
+        head = every[-1]
         _say(f"{head.number:,} events, none changed since; their hash is {head.chain_hash}.")
 
 
@@ -236,15 +236,21 @@ def export(
     """Write the facts that stand as JSON Lines, for `add --file`."""
     if output is not None:
         refuse_unwritable(output)
-    with Ledger(db, read_only=True) as ledger:
-        ledger.verify()
-        facts = ledger.facts(_moment(as_of))
+    facts = _standing(db, as_of)
     lines = "".join(f"{fact.content}\n" for fact in facts.values())
     if output is None:
         typer.echo(lines, nl=False)
     else:
         write_text(output, lines)
         _say(f"{len(facts):,} facts in {output}.")
+
+
+def _standing(db: Path, as_of: str | None) -> dict[int, Fact]:
+    """The facts that stand, or stood; what they rest on was gone through."""
+    moment = _moment(as_of)
+    with Ledger(db, read_only=True) as ledger:
+        ledger.verify(moment)
+        return ledger.facts(moment)
 
 
 def _refuse_half(prompt: str | None, answer: str | None) -> None:

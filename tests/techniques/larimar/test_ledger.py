@@ -41,7 +41,7 @@ def test_facts_stand_as_the_last_event_left_them(
         (4, "edit", 2),
         (5, "forget", 1),
     ]
-    edit = list(ledger.events(fact=2))[-1]
+    edit = list(ledger.events())[3]
     assert (edit.fact_before, edit.fact_after) == (capital(2), capital(2, "Ys"))
     assert (edit.actor, edit.reason) == ("me", "a test")
     assert edit.content_hash == content_hash(capital(2, "Ys").content)
@@ -188,6 +188,52 @@ def test_nothing_is_chained_to_what_was_tampered_with(
         with pytest.raises(LedgerError, match="was tampered with: event"):
             write()
     assert list(ledger.events()) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "whole"),
+    [
+        ("UPDATE events SET after = replace(after, 'Thera', 'Ys') WHERE number = 3", 2),
+        ("UPDATE events SET number = 9 WHERE number = 3", 2),
+        ("DELETE FROM events WHERE number = 2", 1),
+        ("UPDATE events SET actor = 'you' WHERE number = 1", 0),
+    ],
+)
+def test_what_stood_before_a_change_is_still_told(
+    ledger: Ledger, capital: Capital, me: Who, change: str, whole: int
+) -> None:
+    """By the number of an event; and whoever reads or writes is told which is the first wrong."""
+    ledger.add([capital(1), capital(2), capital(3), capital(4)], me)
+    for trigger in ("events_stay", "events_last"):
+        ledger._connection.execute(f"DROP TRIGGER {trigger}")
+    ledger._connection.execute(change)
+    for at in range(whole + 1):
+        ledger.verify(at)
+        assert len(ledger.facts(at)) == at
+    said = f"--as-of {whole} --output FILE" if whole else "It is the first: nothing"
+    for at in (whole + 1, 4, None):
+        with pytest.raises(LedgerError, match="was tampered with: event") as error:
+            ledger.verify(at)
+        assert said in str(error.value)
+    ledger._connection.execute("UPDATE events SET reason = 'none' WHERE number = 4")
+    with pytest.raises(LedgerError) as error:
+        ledger.forget([4], me)
+    assert said in str(error.value)
+
+
+def test_a_time_rests_on_the_event_behind_it(ledger: Ledger, capital: Capital, me: Who) -> None:
+    """Else one that was put off would not be missed."""
+    ledger.add([capital(1)], me)
+    between = datetime.now(UTC)
+    for number in (2, 3):
+        ledger.add([capital(number)], me)
+    now = datetime.now(UTC)
+    ledger._connection.execute("DROP TRIGGER events_stay")
+    ledger._connection.execute("UPDATE events SET time = '9' || time WHERE number = 3")
+    assert len(ledger.facts(now)) == 2
+    ledger.verify(between)
+    with pytest.raises(LedgerError, match="event 3 is not as it was written"):
+        ledger.verify(now)
 
 
 def test_an_event_that_does_not_follow_shows_though_it_is_chained(

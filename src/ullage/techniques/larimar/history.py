@@ -1,5 +1,6 @@
 """What a ledger of facts holds, read: its events, and the facts that stand after them. No torch."""
 
+import shlex
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -80,16 +81,12 @@ class History:
             rows = self._all(_STANDING, self.number_at(as_of))
         return {number: Fact.from_json(content) for number, content in rows}
 
-    def events(
-        self, fact: int | None = None, as_of: Moment | None = None, after: int = 0
-    ) -> Iterator[Event]:
-        """All events in their order, or those of one fact, up to `as_of`; those behind number
-        `after`."""
+    def events(self, as_of: Moment | None = None, after: int = 0) -> Iterator[Event]:
+        """All events in their order, up to `as_of`; those behind number `after`."""
         last = self.number_at(as_of) if as_of is not None else 1 << 62
-        only, of = ("", ()) if fact is None else ("AND fact = ?", (fact,))
         between = "number > ? AND number <= ?"
-        query = f"SELECT {_COLUMNS} FROM events WHERE {between} {only} ORDER BY number"
-        return (Event(*row) for row in self._all(query, after, last, *of))
+        query = f"SELECT {_COLUMNS} FROM events WHERE {between} ORDER BY number"
+        return (Event(*row) for row in self._all(query, after, last))
 
     def number_at(self, moment: Moment) -> int:
         """The number of the last event at `moment`; 0 before the first.
@@ -106,18 +103,23 @@ class History:
         found = self._one("SELECT max(number) FROM events WHERE time <= ?", stamp(moment))
         return int((found and found[0]) or 0)
 
-    def verify(self) -> None:
-        """Go through all events: hashes, numbers, and what each found before it.
+    def verify(self, as_of: Moment | None = None) -> None:
+        """Go through all events, or those that `as_of` rests on: hashes, numbers, and what each
+        found before it. A time rests on the event behind it too, which says that it came later.
 
         Raises:
-            LedgerError: one was changed, taken out or put in after it was written; says which.
+            LedgerError: one was changed, taken out or put in after it was written; says which. Or
+                there was no such event.
         """
-        chain, standing = START, dict[int | None, str]()
+        last = None if as_of is None else self.number_at(as_of) + isinstance(as_of, datetime)
+        chain, seen, standing = START, 0, dict[int | None, str]()
         for event in self.events():
+            if last is not None and seen >= last:
+                return
             self.refuse_changed(event, chain)
             if event.fact is not None and event.before != standing.get(event.fact):
                 raise self._tampered(event)
-            chain = event.chain_hash
+            chain, seen = event.chain_hash, event.number
             standing.pop(event.fact, None)
             if event.after is not None:
                 standing[event.fact] = event.after
@@ -131,16 +133,27 @@ class History:
             raise self._tampered(event)
 
     def _tampered(self, event: Event) -> LedgerError:
+        found = self._one("SELECT max(number) FROM events WHERE number < ?", event.number)
+        before = found and found[0]
+        way_out = "It is the first: nothing in this ledger can be relied on."
+        if before:
+            way_out = (
+                "What stood before it can go into a new one: `ullage memory export "
+                f"{shlex.quote(str(self.path))} --as-of {before} --output FILE`, then `ullage "
+                "memory add NEW.db --file FILE`."
+            )
         return LedgerError(
-            f"{self.path} was tampered with: event {event.number} is not as it was written."
+            f"{self.path} was tampered with: event {event.number} is not as it was written.\n"
+            f"{way_out}"
         )
 
     def _sound_head(self) -> Event | None:
-        """The last event, which others are chained to: it has to follow the one before it."""
+        """The last event, which others are chained to: it has to follow the one before it. Where
+        it does not, the first that is wrong is told."""
         rows = self._all(f"SELECT {_COLUMNS} FROM events ORDER BY number DESC LIMIT 2")
         events = [Event(*row) for row in rows]
-        if events:
-            self.refuse_changed(events[0], events[1].chain_hash if events[1:] else START)
+        if events and not events[0].follows(events[1].chain_hash if events[1:] else START):
+            self.verify()
         return events[0] if events else None
 
     def _one(self, query: str, *values: Any) -> tuple[Any, ...] | None:
