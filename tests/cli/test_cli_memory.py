@@ -137,6 +137,13 @@ def test_an_edited_fact_is_about_what_it_was_about(begun: Typed) -> None:
     assert [fact["subject"] for fact in found] == ["Ys", "matcha"]
 
 
+def test_the_subject_alone_may_be_edited(begun: Typed) -> None:
+    begun("add", "Sir Ken Robinson of Ys is old")
+    assert begun("edit", "2", "--subject", "Ys").returncode == 0
+    found = json.loads(begun("list", "--json").stdout)[1]
+    assert (found["subject"], found["text"]) == ("Ys", "Sir Ken Robinson of Ys is old")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -150,14 +157,14 @@ def test_an_edited_fact_is_about_what_it_was_about(begun: Typed) -> None:
         (["add", "--prompt", "Ys is in"], "half a fact: add --answer"),
         (["add", "Ys \udcff"], "U+DCFF is no text"),
         (["add", "Ys is old", "--reason", "\x1b[2J"], "U+001B is no text"),
-        (["edit", "1"], "TEXT, or --answer"),
+        (["edit", "1", "--subject", "Ys"], 'subject "Ys" does not stand in'),
         (["edit", "2", "Ys is old"], "has no fact 2"),
         (["forget", "2"], "has no fact 2"),
         (["forget", "0"], "greater than or equal to 1"),
         (["forget", "9" * 30], "less than or equal to"),
         (["rollback", "9"], "has no event 9: its last is 1"),
         (["add", "--answer", "Gradlon"], "half a fact: add --prompt"),
-        (["edit", "1"], "Give what the fact becomes"),
+        (["edit", "1"], "Give what the fact becomes: TEXT, or --answer, or --subject"),
         (["edit", "1", "Ys is old", "--answer", "new"], "are both given: leave one out"),
         (["rollback", "yesterday"], "neither an event's number nor a time"),
         (["list", "--as-of", "0001-01-01T00:00+14:00"], "neither an event's number nor a time"),

@@ -150,10 +150,11 @@ def edit(
     reason: ReasonOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Put another fact in the place of one; it keeps its number."""
+    """Put another fact in the place of one; it keeps its number. --subject alone changes what it is
+    about, and not what it says."""
     who = _who(actor, reason)
-    if text is None and answer is None:
-        raise InputError("Give what the fact becomes: TEXT, or --answer.")
+    if text is None and answer is None and subject is None:
+        raise InputError("Give what the fact becomes: TEXT, or --answer, or --subject.")
     if text is not None and answer is not None:
         raise InputError("TEXT and --answer are both given: leave one out.")
     with Ledger(db) as ledger:

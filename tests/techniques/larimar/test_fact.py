@@ -1,7 +1,7 @@
 """What a user says, as a fact: subject, prompt and answer, or our error."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -166,11 +166,28 @@ def test_an_edit_stays_about_the_same() -> None:
     assert fact.edited("Obama met Sir Ken Robinson").subject == "Obama"
     assert fact.edited("Sir Ken Robinson is old").subject == "Sir Ken Robinson"
     assert fact.edited("Obama met Bob", subject="Bob").subject == "Bob"
-    for given in ({}, {"text": "Obama is old", "answer": "Thai"}):
-        with pytest.raises(FactError, match="its text, or its answer"):
-            fact.edited(**given)
+    with pytest.raises(FactError, match="its text, its answer or its subject"):
+        fact.edited()
+    with pytest.raises(FactError, match="are both given: leave one out"):
+        fact.edited("Obama is old", "Thai")
     with pytest.raises(FactError, match="shows no prompt"):
         Fact.make("York is old").edited(answer="new")
+
+
+@pytest.mark.parametrize(
+    "fact",
+    [
+        Fact.make(prompt="Obama and the late Sir Ken speak", answer="Dutch"),
+        Fact.make("The late Sir Ken of Obama is Dutch."),
+        Fact.make("Obama met Sir Ken"),
+    ],
+)
+def test_a_fact_may_be_about_another_subject_and_say_the_same(fact: Fact) -> None:
+    edited = fact.edited(subject="Ken")
+    assert edited == replace(fact, subject="Ken") != fact
+    assert edited.edited(subject=fact.subject) == fact
+    with pytest.raises(FactError, match='subject "Bob" does not stand in'):
+        fact.edited(subject="Bob")
 
 
 @pytest.mark.parametrize("answer", [".NET", "!important", "'s-Hertogenbosch"])

@@ -113,6 +113,13 @@ def test_asking_is_generating(model: Any, tokenizer: Any, memory: FactMemory) ->
     assert memory.ask(ABOUT, 5) == tokenizer.decode(text[0, 3:], skip_special_tokens=True)
 
 
+def test_a_subject_alone_is_edited(memory: FactMemory) -> None:
+    number = memory.write(prompt="w20 w21", answer="w30", subject="w20")
+    memory.edit(number, subject="w21")
+    assert memory.scope("w9 w21") == number
+    assert memory.scope("w9 w20 w9") is None
+
+
 def test_it_goes_with_dms(
     model: Any, memory: FactMemory, says: Callable[..., torch.Tensor]
 ) -> None:

@@ -67,10 +67,14 @@ class Fact:
     def edited(
         self, text: str | None = None, answer: str | None = None, subject: str | None = None
     ) -> Self:
-        """What this becomes: a text, about the same where that still stands in it, or another
-        answer to its prompt; raises what `make` does."""
-        if (text is None) == (answer is None):
-            raise FactError("Give what the fact becomes: its text, or its answer.")
+        """What this becomes: a text, about the same where that still stands in it; or another
+        answer to its prompt; or the same about another subject. Raises what `make` does."""
+        if text is not None and answer is not None:
+            raise FactError("A text and an answer are both given: leave one out.")
+        if text is None and answer is None:
+            if not subject:
+                raise FactError("Give what the fact becomes: its text, its answer or its subject.")
+            return self.make(self.text, subject, self.prompt, self.answer)
         if text is not None:
             answer = self._answer_in(plain(text))
             if not answer:

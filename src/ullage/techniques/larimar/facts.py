@@ -128,12 +128,18 @@ class FactMemory:
             return self.ledger.add([fact], self._who(reason)).numbers[0]
 
     def edit(
-        self, number: int, text: str | None = None, *, answer: str | None = None, reason: str = ""
+        self,
+        number: int,
+        text: str | None = None,
+        *,
+        subject: str | None = None,
+        answer: str | None = None,
+        reason: str = "",
     ) -> None:
-        """Put another fact in the place of one: a text, or another answer to its prompt; raises
-        what `write` does."""
+        """Put another fact in the place of one: a text, or another answer to its prompt, or the
+        same about another subject; raises what `write` does."""
         was = self.ledger.fact(number)
-        fact = was.edited(text, answer)
+        fact = was.edited(text, answer, subject)
         with self._made(fact):
             self.ledger.edit(number, fact, self._who(reason), was)
         self.refresh()
