@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ullage.errors import FactError, LedgerError, TechniqueError
+from ullage.errors import FactError, LedgerError, PromptError, TechniqueError
 from ullage.kv.preface import Preface, read_before
 from ullage.techniques.dms.settings import DMS
 from ullage.techniques.larimar.fact import Fact
@@ -111,6 +111,12 @@ def test_asking_is_generating(model: Any, tokenizer: Any, memory: FactMemory) ->
     ids = tokenizer(ABOUT, return_tensors="pt")["input_ids"]
     text = model.generate(ids, max_new_tokens=5, do_sample=False)
     assert memory.ask(ABOUT, 5) == tokenizer.decode(text[0, 3:], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("prompt", ["", " \n"])
+def test_an_empty_prompt_is_our_error(memory: FactMemory, prompt: str) -> None:
+    with pytest.raises(PromptError, match="The prompt is empty"):
+        memory.ask(prompt)
 
 
 def test_a_subject_alone_is_edited(memory: FactMemory) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from ullage.errors import TechniqueError
+from ullage.errors import PromptError, TechniqueError
 from ullage.kv.preface import Preface
 from ullage.kv.prefaced import prefaced
 from ullage.techniques.larimar.adapter import Adapter
@@ -172,7 +172,13 @@ class FactMemory:
         return None if number is None else self._held.of(self._facts[number])
 
     def ask(self, prompt: str, max_new_tokens: int = 32) -> str:
-        """The likeliest text behind `prompt`; the memory is open."""
+        """The likeliest text behind `prompt`; the memory is open.
+
+        Raises:
+            PromptError: it is empty.
+        """
+        if not prompt.strip():
+            raise PromptError("The prompt is empty: there is nothing to go on from.")
         encoded = self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
         ids = self.model.generate(
             input_ids=encoded["input_ids"],
