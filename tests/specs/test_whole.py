@@ -29,8 +29,9 @@ def test_what_cannot_be_written_leaves_what_was_there(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as error:
         write_whole(file, b"after")
+    assert error.value.filename == str(file)
     assert file.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [file]
 
@@ -51,6 +52,23 @@ def test_what_is_broken_off_leaves_what_was_there(
         break_off()
     assert file.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_what_cannot_be_written_is_named_as_it_was_given(tmp_path: Path) -> None:
+    """And not by what is written in its place."""
+    full, link, folder = tmp_path / "full", tmp_path / "link", tmp_path / "folder"
+    full.symlink_to("/dev/full")
+    link.symlink_to(tmp_path / "nowhere" / "file")
+    folder.mkdir()
+    for path in (full, link, folder, tmp_path / "nowhere" / "file"):
+        with pytest.raises(OSError, match=rf"'{path}'$"):
+            write_whole(path, b"content")
+
+
+def test_an_error_of_another_file_names_that(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"other'$"), whole(tmp_path / "file"):
+        (tmp_path / "other").read_bytes()
 
 
 def test_what_is_no_file_stays_what_it_is(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from ullage.planner.search import Freedom
 from ullage.specs.device import Device
 from ullage.specs.model import ModelSpec
 from ullage.specs.plan import Plan, Recipe
+from ullage.specs.whole import write_whole
 from ullage.specs.workload import Execution, Workload
 
 ANSWER_TOKENS = 64
@@ -97,7 +98,7 @@ def run_plain(plan: Plan, folder: Path, text: DemoText, on_length: Callable[[int
         Cage(plan.budget_bytes) as cage,
     ):
         ids = Path(scratch) / "ids.json"
-        ids.write_text(json.dumps(text.ids[:top]))
+        write_whole(ids, json.dumps(text.ids[:top]).encode())
         process = cage.popen(
             [sys.executable, "-m", "ullage.measure.plain", str(folder), str(ids),
              *(str(length) for length in lengths)],
@@ -121,7 +122,7 @@ def run_ullage(plan: Plan, folder: Path, text: DemoText, cap: str) -> Capped:
     """
     with tempfile.TemporaryDirectory() as scratch, Cage(plan.budget_bytes) as cage:
         prompt = Path(scratch) / "prompt.txt"
-        prompt.write_text(text.prompt, encoding="utf-8")
+        write_whole(prompt, text.prompt.encode())
         process = cage.popen(
             [sys.executable, "-m", "ullage", "run", str(folder), "--prompt-file", str(prompt),
              "--device", plan.recipe.device.name, "--memory", cap,

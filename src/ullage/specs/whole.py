@@ -13,16 +13,17 @@ def whole(path: Path) -> Iterator[BinaryIO]:
     off, what was there before is still there.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written; names `path`.
     """
-    path = path.resolve()
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # another process may write it, too
+    target = path.resolve()
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")  # others may write it, too
     try:
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        with _naming(path, part):
+            with part.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(target)
     finally:
         part.unlink(missing_ok=True)
 
@@ -32,10 +33,23 @@ def write_whole(path: Path, content: bytes) -> None:
     stands.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written; names `path`.
     """
     if path.exists() and not path.is_file():
-        path.write_bytes(content)
+        with _naming(path, path):
+            path.write_bytes(content)
         return
     with whole(path) as file:
         file.write(content)
+
+
+@contextmanager
+def _naming(path: Path, written: Path) -> Iterator[None]:
+    """An error of writing names `path`: of a full disk the system names no file, of any other the
+    one that is `written` in its place."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(written)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
