@@ -235,6 +235,15 @@ def test_a_prompt_is_read_behind_the_fact_that_it_is_about(
     assert knowing.returncode == 0, knowing.stderr
     assert "behind fact 1: w20 w21 w30" in knowing.stderr
     assert knowing.stdout != plain.stdout
+    chosen = ["--technique", f"larimar:ledger={facts}"]
+    named = ullage(*words, *chosen)
+    (tmp_path / "plan.json").write_text(
+        ullage("plan", str(tiny_folder), *SIZED, *chosen, "--json").stdout
+    )
+    planned = ullage(*words[:4], *words[6:], "--plan", str(tmp_path / "plan.json"))
+    for other in (named, planned):
+        assert other.stdout == knowing.stdout
+        assert "behind fact 1: w20 w21 w30" in other.stderr
     sparse = ullage(*words, "--facts", str(facts), "--technique", "camelot:slots=16,segment=16")
     assert sparse.returncode == 0, sparse.stderr
     asked = ullage("memory", "ask", str(tiny_folder), str(facts), "w9 w20 w21",

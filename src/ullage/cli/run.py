@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn
 
+from ullage import techniques
 from ullage.cli.asked import PlanOptions
 from ullage.cli.given import options_behind, options_knowing, prompt_text, refuse_beside_plan
 from ullage.cli.options import (
@@ -28,11 +29,12 @@ from ullage.cli.session import Session, peaks, progress_bar
 from ullage.runtime import out_of_memory
 from ullage.runtime.checkpoint import refuse_planned_only
 from ullage.runtime.temperature import refuse_temperature
-from ullage.specs.plan import read_plan
+from ullage.specs.plan import Plan, read_plan
 from ullage.specs.saved import SavedText, read_saved
 from ullage.specs.sources import resolve
 from ullage.techniques.larimar.gate import Gate
 from ullage.techniques.larimar.ledger import Ledger
+from ullage.techniques.larimar.settings import Larimar
 
 if TYPE_CHECKING:
     from ullage.kv.cache import Start
@@ -113,15 +115,23 @@ def run(
     session.refuse_early(text, max_new_tokens)
     ids = session.tokenize(text, chat)
     made = session.plan_for(len(ids), max_new_tokens)
-    if facts is not None:
-        _say_what_is_known(facts, text)
+    known = _ledger(made)
+    if known is not None:
+        _say_what_is_known(known, text)
     output_tokens = made.recipe.workload.output_tokens
     with out_of_memory.explained():
         engine = session.load(made)
         with closing(engine.loaded):
             start = None if saved is None else _start(saved, engine)
-            about = session.tokenize(text) if chat and facts is not None else None
+            about = session.tokenize(text) if chat and known is not None else None
             _stream(engine, ids, output_tokens, temperature, seed, start, about)
+
+
+def _ledger(plan: Plan) -> Path | None:
+    """That whose facts are read, whether it is named by --facts, as a technique or by a plan."""
+    chosen = map(techniques.create, plan.recipe.techniques)
+    ledgers = [Path(one.ledger) for one in chosen if isinstance(one, Larimar) and one.ledger]
+    return ledgers[0] if ledgers else None
 
 
 def _say_what_is_known(facts: Path, text: str) -> None:
