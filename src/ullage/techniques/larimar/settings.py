@@ -87,27 +87,29 @@ class Larimar(Technique):
         return reason
 
     def footprint(self, before: Footprint, model: ModelSpec, work: Step) -> Footprint:
-        """With what is held of facts, what each sequence sees of one that may be held no longer,
-        or in another format, and what is there while one is made: between two forward passes,
-        which takes no more than a prompt's pass of as many tokens. An adapter computes in fp32."""
-        if not self.ledger or work.phase == "load":
+        """With an adapter among the weights, in fp32; with what is held of facts, and what each
+        sequence sees of one that may be held no longer, or in another format; and, as scratch, with
+        what is there while one is made: between two forward passes, which takes no more than a
+        prompt's pass of as many tokens."""
+        if not self.ledger:
             return before
+        adapter_bytes = ADAPTERS.load(self.adapter).nbytes if self.adapter else 0
+        after = replace(before, weights_bytes=before.weights_bytes + adapter_bytes)
+        if work.phase == "load":
+            return after
         number_bytes = DTYPE_BYTES[work.execution.dtype]
         width = 2 * model.num_layers * model.num_kv_heads * model.head_dim
-        beside = (work.sequences + 1) * MOST_ENTRIES + 2 * MOST_TOKENS
-        adapter_bytes = 0
+        seen_bytes = work.sequences * MOST_ENTRIES * width * number_bytes
+        made_bytes = (MOST_ENTRIES + 2 * MOST_TOKENS) * width * number_bytes
         if self.adapter:
-            adapter_bytes = ADAPTERS.load(self.adapter).nbytes
-            adapter_bytes += _FP32_COPIES * MOST_ENTRIES * width * 4
-        more_tokens = max(0, READ_TOKENS - work.new_tokens) if work.phase == "prefill" else 0
+            made_bytes += _FP32_COPIES * MOST_ENTRIES * width * 4
+        if work.phase == "prefill":
+            more_tokens = max(0, READ_TOKENS - work.new_tokens)
+            made_bytes += more_tokens * layer_width(model) * number_bytes
         return replace(
-            before,
-            kv_bytes=before.kv_bytes
-            + self.held * _MIB
-            + adapter_bytes
-            + beside * width * number_bytes,
-            activation_bytes=before.activation_bytes
-            + more_tokens * layer_width(model) * number_bytes,
+            after,
+            kv_bytes=after.kv_bytes + self.held * _MIB + seen_bytes,
+            activation_bytes=after.activation_bytes + made_bytes,
         )
 
     @contextmanager
