@@ -1,6 +1,9 @@
 """Files are there whole, or as they were."""
 
 import os
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -52,6 +55,36 @@ def test_what_is_broken_off_leaves_what_was_there(
         break_off()
     assert file.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_a_killed_process_left_is_taken_away(tmp_path: Path) -> None:
+    """And what another is writing stays, or what only has such a name."""
+    file = tmp_path / "file[1].json"
+    script = """
+import os, signal, sys
+from pathlib import Path
+from ullage.specs.whole import whole
+with whole(Path(sys.argv[1])) as file:
+    file.write(bytes(100_000))
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.run([sys.executable, "-c", script, str(file)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    others = [
+        tmp_path / name
+        for name in (
+            f"{file.name}.{os.getppid()}.part",
+            f"{file.name}.old.part",
+            f"{file.name}.{9**99}.part",
+            "file1.json.part",
+        )
+    ]
+    for other in others:
+        other.touch()
+    write_whole(file, b"content")
+    assert not left.exists()
+    assert sorted(tmp_path.iterdir()) == sorted([file, *others])
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

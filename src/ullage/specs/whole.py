@@ -1,8 +1,9 @@
 """Files that are written whole or not at all."""
 
+import glob
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -10,12 +11,14 @@ from typing import BinaryIO
 @contextmanager
 def whole(path: Path) -> Iterator[BinaryIO]:
     """A file, or what a link names, to be written in here; where it cannot be, or this is broken
-    off, what was there before is still there.
+    off, what was there before is still there. What a process that was killed left of the same
+    file is taken away.
 
     Raises:
         OSError: it cannot be written; names `path`.
     """
     target = path.resolve()
+    _clear(target)
     part = target.with_name(f"{target.name}.{os.getpid()}.part")  # others may write it, too
     try:
         with _naming(path, part):
@@ -41,6 +44,17 @@ def write_whole(path: Path, content: bytes) -> None:
         return
     with whole(path) as file:
         file.write(content)
+
+
+def _clear(target: Path) -> None:
+    """Take away the parts of `target` whose process is no more."""
+    import psutil
+
+    for part in target.parent.glob(f"{glob.escape(target.name)}.*.part"):
+        process = part.name[len(target.name) + 1 : -len(".part")]
+        with suppress(OSError, OverflowError):  # above what a process can have
+            if process.isdecimal() and not psutil.pid_exists(int(process)):
+                part.unlink()
 
 
 @contextmanager
