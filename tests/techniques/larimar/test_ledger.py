@@ -140,6 +140,8 @@ def test_time_never_runs_back(
     [
         "UPDATE events SET after = replace(after, 'Thera', 'Ys') WHERE number = 2",
         "UPDATE events SET actor = 'you' WHERE number = 2",
+        "UPDATE events SET actor = x'00' WHERE number = 2",
+        "UPDATE events SET after = x'00' WHERE number = 3",
         "UPDATE events SET number = 9 WHERE number = 3",
         "DELETE FROM events WHERE number = 2",
         "DELETE FROM events WHERE number = 1",
