@@ -6,7 +6,7 @@ DIR holds books/moby_dick.txt and wikitext2_test.txt. Of each text the first `--
 read; the loss is that of the tokens beyond `--beyond`, with the standard error of the difference,
 token by token. For each `--window` of w tokens:
 
-    alone     a segment of w tokens and the first four, and nothing of what is before
+    alone     a segment of w tokens and the first four, read as a text of their own
     sliding   the w newest tokens and the first four
     faithful  the segment and a bank of all that is before it, as the paper's is understood here
     centred   the same, keys compared by what sets them apart
@@ -20,16 +20,15 @@ they name it, or another technique: as in dms:window=640,predictor=window.
 import argparse
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.progress import track
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from ullage import Recipe, Workload, build_plan, resolve, techniques
-from ullage.kv.banked import BankRow
-from ullage.kv.cache import PagedCache
 from ullage.measure.quality import figures
 from ullage.measure.quality.perplexity import Reading, prepare, read
 from ullage.measure.quality.sides import Side, attached
@@ -79,13 +78,19 @@ def same_bytes(technique: Technique, recipe: Recipe) -> DMS:
     return DMS(window=blocks * 16 - 16 * -(-SINKS // 16), predictor="window")
 
 
-def alone(model: PreTrainedModel, recipe: Recipe, window: int) -> Side:
-    """`model` with segments of `window` tokens, and nothing before them but the first few."""
-    side = Side(model, recipe)
-    row = partial(BankRow, rules=replace(CAMELoT(segment=window).rules, slots=0))
-    layers = range(recipe.model.num_layers)
-    side.cache = PagedCache(recipe.model, side.pool, dict.fromkeys(layers, row))
-    return side
+@torch.inference_mode()
+def alone(side: Side, ids: torch.Tensor, window: int) -> Reading:
+    """Each segment of `window` tokens of `ids`, [T], behind the first few and nothing else. These
+    stand just before it, so that no distance is longer than the model was trained on."""
+    losses, live_bytes = [], 0
+    for start in range(0, len(ids), window):
+        before = min(start, SINKS)
+        own = torch.cat([ids[:before], ids[start : start + window + 1]])  # and the next one's first
+        with side.open(len(own)) as sequence:
+            logits = side.logits(sequence, own[:-1])[before:]
+            losses.append(cross_entropy(logits, own[before + 1 :], reduction="none"))
+            live_bytes = max(live_bytes, side.live_bytes())
+    return Reading(torch.cat(losses), torch.zeros(len(ids) - 1), live_bytes)
 
 
 def side(stack: ExitStack, model: PreTrainedModel, recipe: Recipe, technique: Technique) -> Side:
@@ -120,12 +125,14 @@ def main() -> None:
         if asked.only:
             known = {name: known[name] for name in (*asked.only, *asked.technique)}
         with ExitStack() as stack:
-            sides = [alone(model, recipe, window)]
-            sides += [side(stack, model, recipe, choice) for choice in known.values()]
+            dense = Side(model, recipe)
+            sides = [side(stack, model, recipe, choice) for choice in known.values()]
             for name in asked.text or texts:
                 pieces = track(texts[name], f"{name} {window}", transient=True)
-                readings = zip(*[read(sides, piece.ids) for piece in pieces], strict=True)
-                found = dict(zip(("alone", *known), readings, strict=True))
+                readings = [
+                    (alone(dense, piece.ids, window), *read(sides, piece.ids)) for piece in pieces
+                ]
+                found = dict(zip(("alone", *known), zip(*readings, strict=True), strict=True))
                 report(f"{name} | {window}", found, asked.beyond)
 
 
