@@ -9,10 +9,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from ullage.errors import BudgetExceeded
+from ullage.kv.before import Attend
 from ullage.kv.entries import stored
 from ullage.kv.kernels import Piece, reference
 from ullage.kv.pool import HeapBlocks, KVPool
-from ullage.kv.rows import Attend, NewTokens
+from ullage.kv.rows import NewTokens
 from ullage.kv.sparse import SparseRow
 from ullage.specs.survivors import SPAN_TOKENS, Survival
 

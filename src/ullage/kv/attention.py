@@ -10,10 +10,11 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
+from ullage.kv.before import Attend
 from ullage.kv.entries import stored
 from ullage.kv.kernels import Kernel, Piece, cpu, reference
 from ullage.kv.pool import Place
-from ullage.kv.rows import Attend, NewTokens, Row
+from ullage.kv.rows import NewTokens, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,11 +17,12 @@ from typing import Self
 import torch
 
 from ullage.kv.bank import HIDDEN, Bank
+from ullage.kv.before import Attend
 from ullage.kv.entries import side_by_side
 from ullage.kv.kernels import Piece
 from ullage.kv.pool import Blocks
 from ullage.kv.rotation import Angles, Turn, after, normed, rotated
-from ullage.kv.rows import Attend, NewTokens, Row, Taken, seen_by
+from ullage.kv.rows import NewTokens, Row, Taken, seen_by
 from ullage.kv.slots import Ring, Slots
 from ullage.kv.sparse_head import Survivors
 from ullage.kv.state import State, held, packed

@@ -11,8 +11,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ullage.errors import InputError
 from ullage.kv.attention import tag
+from ullage.kv.before import Before
 from ullage.kv.pool import Blocks
-from ullage.kv.rows import Before, FullRow, Row, SlidingRow
+from ullage.kv.rows import FullRow, Row, SlidingRow
 from ullage.specs.model import ModelSpec
 
 MakeRow = Callable[[Blocks, int], Row]  # from the pool and the number of KV heads

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ullage.kv import attention
+from ullage.kv.before import Before
 from ullage.kv.cache import PagedCache, cache_argument
 from ullage.kv.cache import Sequence as CacheSequence
 from ullage.kv.entries import stored
 from ullage.kv.kernels import Piece
 from ullage.kv.pool import HeapBlocks
-from ullage.kv.rows import Before
 from ullage.specs.families import spec_from_config
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ from transformers import Cache
 
 from ullage.errors import TechniqueError
 from ullage.kv import attention
+from ullage.kv.before import Before
 from ullage.kv.cache import PagedCache
 from ullage.kv.given import given_cache, paged
 from ullage.kv.preface import Heard, Note, Preface
-from ullage.kv.rows import Before
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

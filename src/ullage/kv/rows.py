@@ -5,23 +5,19 @@ matter to attention; a sliding layer overwrites its oldest entry in place.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, replace
-from itertools import groupby
-from operator import attrgetter
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 
 from ullage.errors import TechniqueError
+from ullage.kv.before import Attend, Before
 from ullage.kv.entries import Entries, side_by_side, stored
 from ullage.kv.kernels import Piece
 from ullage.kv.pool import Blocks, Place
 from ullage.kv.slots import Ring, Slots
 from ullage.kv.state import State
-
-Attend = Callable[[torch.Tensor, list[Piece]], torch.Tensor]  # query and output [Hq, N, D]
 
 
 @dataclass(frozen=True)
@@ -72,15 +68,6 @@ class Taken(NamedTuple):
     pieces: list[Piece]
 
 
-@dataclass(frozen=True)
-class Before:
-    """Entries that all queries of a row see beside its own: the row does not hold them, and they
-    are no tokens of its sequence. `note` is for whoever put them there."""
-
-    piece: Piece
-    note: Any = None
-
-
 class Row(ABC):
     """One sequence in one layer, its blocks from `pool`."""
 
@@ -121,7 +108,7 @@ class Row(ABC):
 
     def attend(self, new: NewTokens, attention: Attend) -> torch.Tensor:
         """Either, by how many `new` are."""
-        seeing = attention if self.before is None else _behind(self.before.piece, attention)
+        seeing = attention if self.before is None else self.before.behind(attention)
         if len(new) > 1:
             return self.attend_chunk(new, seeing)
         taken = self.take(new)
@@ -132,7 +119,7 @@ class Row(ABC):
         """What the query heads `heads`, for which room was `taken`, see in all."""
         if self.before is None:
             return taken.pieces
-        return _joined(self.before.piece, taken.pieces, heads)
+        return self.before.joined(taken.pieces, heads)
 
     @abstractmethod
     def copy(self) -> Self:
@@ -266,31 +253,6 @@ class SlidingRow(Row):
 def seen_by(heads: slice, pieces: list[Piece]) -> list[Piece]:
     """`pieces` that the query heads `heads` see."""
     return [replace(piece, heads=heads) for piece in pieces]
-
-
-def _behind(before: Piece, attention: Attend) -> Attend:
-    """`attention` over `before` too, by all heads of a query."""
-
-    def seeing(query: torch.Tensor, pieces: list[Piece]) -> torch.Tensor:
-        return attention(query, _joined(before, pieces, slice(0, len(query))))
-
-    return seeing
-
-
-def _joined(before: Piece, pieces: list[Piece], heads: slice) -> list[Piece]:
-    """`pieces` of the query heads `heads`, those of the same heads side by side, as kernels want
-    them; in front of them what these heads see of `before`."""
-    group = (heads.stop - heads.start) // before.keys.shape[0]
-    joined = []
-    for seeing, own in groupby(pieces, attrgetter("heads")):
-        if seeing is None:
-            joined.append(before)
-        else:
-            kv_heads = slice(*((at - heads.start) // group for at in (seeing.start, seeing.stop)))
-            own_before = before if seeing == heads else before.of_heads(kv_heads)
-            joined.append(replace(own_before, heads=seeing))
-        joined += own
-    return joined
 
 
 def _band(queries: int, keys: int, window: int, device: torch.device) -> torch.Tensor:

@@ -13,9 +13,10 @@ from typing import Protocol, Self
 
 import torch
 
+from ullage.kv.before import Attend
 from ullage.kv.entries import Entries, side_by_side
 from ullage.kv.pool import Blocks
-from ullage.kv.rows import Attend, NewTokens, Row, Taken, seen_by
+from ullage.kv.rows import NewTokens, Row, Taken, seen_by
 from ullage.kv.sparse_head import SparseHead
 from ullage.specs.survivors import SPAN_TOKENS, Survival
 
