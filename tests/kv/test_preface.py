@@ -11,10 +11,12 @@ from transformers import DynamicCache
 
 from ullage.errors import TechniqueError
 from ullage.kv import attention
+from ullage.kv.attention import of_ours
 from ullage.kv.cache import PagedCache, cache_argument
 from ullage.kv.pool import HeapBlocks, KVPool
 from ullage.kv.preface import Preface, read_before
 from ullage.kv.prefaced import chosen, prefaced
+from ullage.kv.rows import FullRow, Row
 from ullage.techniques.camelot.settings import CAMELoT
 from ullage.techniques.dms.settings import DMS
 
@@ -208,7 +210,7 @@ def test_it_takes_no_blocks(tiny_model: Callable[..., Any]) -> None:
     assert preface.nbytes == len(TOLD) * (2 * 2 * 2 * 8 * 4 + 2 * 4)  # and a bias a KV head
     with closing(cache.open(20)) as sequence:
         taken = pool.taken_bytes
-        preface.put_before(sequence, 20)
+        preface.put_before(sequence, [7] * 20)
         assert all(row.before is not None for row in sequence.copy().rows)
     assert taken
     assert all(row.before is None for row in cache.open(20).rows)
@@ -226,7 +228,7 @@ def test_a_closed_sequence_holds_no_preface(
     rows = {} if technique.unsupported(spec) else technique.rows(spec)
     cache = PagedCache(spec, HeapBlocks(spec.head_dim, torch.float32, "cpu"), rows)
     sequence = cache.open(20)
-    told(model).put_before(sequence, 20)
+    told(model).put_before(sequence, [7] * 20)
     sequence.close()
     assert [row.before for row in sequence.rows] == [None, None]
 
@@ -294,6 +296,46 @@ def test_what_was_said_is_seen_no_longer(tiny_model: Callable[..., Any]) -> None
     assert behind.shape == text.shape
 
 
+@pytest.mark.parametrize("how", ["begun here", "opened", "gone on"])
+def test_what_goes_on_begins_as_if_behind_nothing(tiny_model: Callable[..., Any], how: str) -> None:
+    """Its first token saw the preface: once that is seen no longer, it is as it is by itself. What
+    was there already when the preface came saw none."""
+    model, spec = tiny_model("llama")
+    preface = replace(told(model), said=lambda ids: ids[-1:] == [9])
+    alone = PagedCache(spec, HeapBlocks(spec.head_dim, torch.float32, "cpu"))
+    cache = PagedCache(spec, HeapBlocks(spec.head_dim, torch.float32, "cpu"))
+    with prefaced(model, always(None if how == "gone on" else preface), "a test"), of_ours(model):
+        if how != "begun here":
+            sequence = cache.open(20)
+            if how == "gone on":
+                cache.activate([sequence])
+                model(IDS[:1, :4], **cache_argument(model, cache))
+            preface.put_before(sequence, IDS[0].tolist())
+            cache.activate([sequence])
+        model(IDS[:1], **cache_argument(model, cache))
+        behind = [first_entries(layer.rows[0]) for layer in cache.paged]
+        model(torch.tensor([[8]]), **cache_argument(model, cache))
+        assert all(
+            torch.equal(first_entries(layer.rows[0]), own)
+            for layer, own in zip(cache.paged, behind, strict=True)
+        )
+        model(torch.tensor([[9]]), **cache_argument(model, cache))
+    with of_ours(model):
+        model(IDS[:1, :1], **cache_argument(model, alone))
+    for number, (layer, by_itself) in enumerate(zip(cache.paged, alone.paged, strict=True)):
+        found, expected = first_entries(layer.rows[0]), first_entries(by_itself.rows[0])
+        torch.testing.assert_close(found, expected)
+        same = torch.allclose(found, behind[number], atol=1e-5)
+        assert same == (how == "gone on" or number == 0)  # the first layer sees tokens alone
+
+
+def first_entries(row: Row) -> torch.Tensor:
+    """Key and value of a row's first token, [2, Hkv, D], as they are now."""
+    assert isinstance(row, FullRow)
+    piece = row.slots.read(0, 1)[0]
+    return torch.stack([piece.keys[:, 0], piece.values[:, 0]])
+
+
 def test_what_a_prompt_says_is_not_written(tiny_model: Callable[..., Any]) -> None:
     model, spec = tiny_model("llama")
     heard: list[list[int]] = []
@@ -305,7 +347,7 @@ def test_what_a_prompt_says_is_not_written(tiny_model: Callable[..., Any]) -> No
         pool = KVPool(64, spec.head_dim, torch.float32)
         cache = PagedCache(spec, pool)
         with closing(cache.open(20)) as sequence:  # read in pieces, as by an engine
-            preface.put_before(sequence, 12)
+            preface.put_before(sequence, IDS[0].tolist())
             for part in (IDS[:1, :7], IDS[:1, 7:11], IDS[:1, 11:], torch.tensor([[7]])):
                 cache.activate([sequence])
                 positions = torch.arange(sequence.length, sequence.length + part.shape[1])[None]

@@ -1,5 +1,7 @@
 """Rows hand attention the entries that each query may see, however the tokens come in."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,11 +12,15 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from ullage.errors import BudgetExceeded
-from ullage.kv.entries import side_by_side
+from ullage.kv.banked import BankRow
+from ullage.kv.entries import side_by_side, stored
 from ullage.kv.kernels import Piece, reference
 from ullage.kv.pool import KVPool
 from ullage.kv.rows import FullRow, NewTokens, Row, SlidingRow
 from ullage.kv.slots import Slots
+from ullage.kv.sparse import SparseRow
+from ullage.specs.consolidation import Consolidation
+from ullage.specs.survivors import Survival
 
 HEADS, DIM = 2, 4
 chunk_sizes = st.lists(st.integers(1, 40), min_size=1, max_size=12)
@@ -257,3 +263,59 @@ def test_a_row_that_cannot_grow_is_as_it_was(kind: int | None) -> None:
     with pytest.raises(BudgetExceeded):
         extend(row, entries(10, 7), -entries(10, 7))
     assert row.length == 10
+
+
+class Newest:
+    """A scorer to which the newest are worth the most."""
+
+    def see(self, new: NewTokens) -> None:
+        pass
+
+    def scores(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return torch.arange(keys.shape[1]).expand(keys.shape[:2]).float()
+
+
+BANKED = Consolidation(segment=8, recent=0, slots=12, sinks=4, threshold=0.8)
+KINDS: dict[str, Callable[[KVPool], Row]] = {
+    "full": lambda pool: FullRow(pool, HEADS),
+    "sliding": lambda pool: SlidingRow(pool, HEADS, 8),
+    "sparse": lambda pool: SparseRow(pool, [Survival(0.5, 8, 4, 2)] * HEADS, Newest()),
+    "sparse without sinks": lambda pool: SparseRow(
+        pool, [Survival(0.5, 8, 4, 0)] * HEADS, Newest()
+    ),
+    "banked": lambda pool: BankRow(pool, HEADS, BANKED),
+    "banked without sinks": lambda pool: BankRow(pool, HEADS, replace(BANKED, sinks=0)),
+}
+
+
+@pytest.mark.parametrize("tokens", [3, 30])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_token_is_replaced_wherever_it_lies(kind: str, tokens: int) -> None:
+    """By all that is held of it: what comes next sees what it would had it been so from the
+    beginning; where it is gone, all stays as it is."""
+    random = torch.Generator().manual_seed(1)
+    keys, values, other = (torch.randn(HEADS, 40, DIM, generator=random) for _ in range(3))
+    told = keys.clone(), values.clone()
+    for part in told:
+        part[:, 0] = other[:, 0]
+    pool = pool_of(128)
+    row, so_from_the_beginning, before = (KINDS[kind](pool) for _ in range(3))
+
+    def read(one: Row, parts: tuple[torch.Tensor, ...], start: int, stop: int) -> torch.Tensor:
+        new = NewTokens(keys[:, start:stop], *(part[:, start:stop] for part in parts), scale=1.0)
+        return one.attend(new, partial(reference.attend, scale=1.0))
+
+    for one, parts in (
+        (row, (keys, values)),
+        (so_from_the_beginning, told),
+        (before, (keys, values)),
+    ):
+        read(one, parts, 0, tokens)
+    row.replace_first(stored(told[0][:, :1], told[1][:, :1], torch.float32))
+    found, whole, old = (
+        read(one, (keys, values), tokens, tokens + 1)
+        for one in (row, so_from_the_beginning, before)
+    )
+    gone = tokens == 30 and (kind == "sliding" or kind.endswith("without sinks"))
+    assert torch.equal(found, old if gone else whole)
+    assert gone or not torch.equal(found, old)

@@ -18,7 +18,7 @@ import torch
 
 from ullage.kv.bank import HIDDEN, Bank
 from ullage.kv.before import Attend
-from ullage.kv.entries import side_by_side
+from ullage.kv.entries import Entries, side_by_side
 from ullage.kv.kernels import Piece
 from ullage.kv.pool import Blocks
 from ullage.kv.rotation import Angles, Turn, after, normed, rotated
@@ -162,6 +162,12 @@ class BankRow(Row):
         self._visible = visible[:, -1:].clone()
         visible = visible[:, -len(new) :, : self.bank.filled]
         return torch.where(visible, 0.0 if self.bank.bias is None else self.bank.bias, HIDDEN)
+
+    def replace_first(self, entries: Entries) -> None:
+        if self.sinks.length:
+            self.slots.write(self.sinks.first, entries)
+        elif not self.ring.first:
+            self.slots.write(0, entries)
 
     def copy(self) -> Self:
         twin = copy(self)

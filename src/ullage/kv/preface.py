@@ -52,19 +52,22 @@ class Preface:
             return piece
         return replace(Piece.of(stored(piece.keys, piece.values, dtype)), bias=piece.bias)
 
-    def put_before(self, sequence: CacheSequence, prompt_tokens: int) -> None:
-        """Let a sequence see it that goes on with a prompt of so many tokens."""
-        note = Note(self, sequence.length + prompt_tokens)
+    def put_before(self, sequence: CacheSequence, prompt_ids: Sequence[int]) -> None:
+        """Let a sequence see it that goes on with this prompt."""
+        first = None if sequence.length else prompt_ids[0]
+        note = Note(self, first, sequence.length + len(prompt_ids))
         for layer, row in enumerate(sequence.rows):
             row.before = Before(self.piece(layer, row.pool.dtype), note)
 
 
 @dataclass(frozen=True)
 class Note:
-    """What a row sees, where its prompt ends, and what is written behind that, as far back as that
-    tells. Where nobody said, the prompt ends before the first pass of a token each."""
+    """What a row sees, the token id that it begins with, if it sees that from its beginning, where
+    its prompt ends, and what is written behind that, as far back as that tells. Where nobody said,
+    the prompt ends before the first pass of a token each."""
 
     preface: Preface
+    first: int | None
     prompt_end: int | None = None
     written: tuple[int, ...] = ()
 
@@ -101,10 +104,11 @@ def read_before(
     kept: Sequence[int],
     bias: Sequence[float],
     at_once: int | None = None,
+    before: int = 0,
 ) -> Preface:
-    """What `model` makes of the text `ids`, which ends just before position 0: the entries of the
-    tokens at `kept`, whose scores get `bias` added. `at_once` tokens go through it in a forward
-    pass; None: all of them."""
+    """What `model` makes of the text `ids`, which ends just before the position `before`: the
+    entries of the tokens at `kept`, whose scores get `bias` added. `at_once` tokens go through it
+    in a forward pass; None: all of them."""
     spec = spec_from_config(model.config.get_text_config().to_dict())
     cache = Heard(spec, HeapBlocks(spec.head_dim, model.dtype, model.device))
     order = sorted(range(len(kept)), key=kept.__getitem__)  # as they are read
@@ -116,7 +120,7 @@ def read_before(
             cache.keep = torch.tensor(places, dtype=torch.long, device=model.device)
             model(
                 input_ids=torch.tensor([ids[start:stop]], device=model.device),
-                position_ids=torch.arange(start - end, stop - end, device=model.device)[None],
+                position_ids=torch.arange(start, stop, device=model.device)[None] + before - end,
                 **cache_argument(model, cache),
                 use_cache=True,
                 logits_to_keep=1,

@@ -13,8 +13,10 @@ from ullage.errors import TechniqueError
 from ullage.kv import attention
 from ullage.kv.before import Before
 from ullage.kv.cache import PagedCache
+from ullage.kv.entries import stored
 from ullage.kv.given import given_cache, paged
-from ullage.kv.preface import Heard, Note, Preface
+from ullage.kv.preface import Heard, Note, Preface, read_before
+from ullage.kv.rows import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,20 +66,20 @@ class _Hooks:
     def __init__(self, model: "PreTrainedModel", choose: Choose, name: str) -> None:
         self.model, self.choose, self.name = model, choose, name
         self._open: list[ExitStack] = []  # of forward passes, one inside another
-        self._choosing = False  # in which the model may read what it is to be given
+        self._reads = False  # what its sequences are given, which begins behind nothing
         self._ours = WeakSet[PagedCache]()  # caches whose sequences all began here
 
     def begin(
         self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The batch's cache with its prefaces, and our attention, where any begins with one."""
-        if not self._choosing:  # of a pass that Ctrl-C ended torch tells no hook
+        if not self._reads:  # of a pass that Ctrl-C ended torch tells no hook
             while self._open:
                 self.end()
         self._open.append(ExitStack())
         given = given_cache(kwargs)
         if isinstance(given, PagedCache):
-            _hear(given, args, kwargs)
+            self._hear(given, args, kwargs)
         if self._is_to_begin(given):
             kwargs = self._begun(args, kwargs)
             given = given_cache(kwargs)
@@ -104,11 +106,9 @@ class _Hooks:
         return given is None or (isinstance(given, Cache) and not given.get_seq_length())
 
     def _begun(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        self._choosing = True
-        try:
-            found = [self.choose(ids) if ids else None for ids in _tokens(args, kwargs)]
-        finally:
-            self._choosing = False
+        ids = _tokens(args, kwargs)
+        with self._reading():
+            found = [self.choose(row) if row else None for row in ids]
         if all(preface is None for preface in found):
             return kwargs
         if kwargs.get("use_cache") is False:
@@ -117,7 +117,10 @@ class _Hooks:
         cache: PagedCache = given_cache(kwargs)
         self._ours.add(cache)
         dtype = cache.pool.dtype
-        notes = [None if preface is None else Note(preface) for preface in found]
+        notes = [
+            None if preface is None else Note(preface, row[0])
+            for preface, row in zip(found, ids, strict=True)
+        ]
         for number, layer in enumerate(cache.paged):
             layer.give_before(
                 [
@@ -127,22 +130,42 @@ class _Hooks:
             )
         return kwargs
 
+    def _hear(self, cache: PagedCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take away from its rows what they have said."""
+        rows = cache.paged[0].rows
+        if not any(row.before for row in rows):
+            return
+        ids = args[0] if args else kwargs.get("input_ids")
+        several = ids is not None and ids.shape[1] > 1
+        for number, (row, new) in enumerate(zip(rows, _tokens(args, kwargs), strict=False)):
+            if row.before is None or not new:
+                continue
+            before = row.before.note
+            note = before.after(row.length, new, several)
+            row.before = replace(row.before, note=note)
+            sequence = [layer.rows[number] for layer in cache.paged]
+            if note is None or (note.written and not before.written):
+                for own in sequence:
+                    own.before = note and note.written_behind(own.before)
+            if note is None and before.first is not None:
+                self._begin_again(sequence, before.first)
 
-def _hear(cache: PagedCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Take away from its rows what they have said."""
-    rows = cache.paged[0].rows
-    if not any(row.before for row in rows):
-        return
-    ids = args[0] if args else kwargs.get("input_ids")
-    several = ids is not None and ids.shape[1] > 1
-    for number, (row, new) in enumerate(zip(rows, _tokens(args, kwargs), strict=False)):
-        if row.before is None or not new:
-            continue
-        note, before = row.before.note.after(row.length, new, several), row.before.note
-        row.before = replace(row.before, note=note)
-        if note is None or (note.written and not before.written):
-            for layer in cache.paged:
-                layer.rows[number].before = note and note.written_behind(layer.rows[number].before)
+    def _begin_again(self, rows: list[Row], first: int) -> None:
+        """Give a sequence's rows the entries of its first token, `first`, as they are behind
+        nothing. A model's attention rests on these: what goes on without the preface, but from a
+        first token that saw it, falls apart."""
+        with self._reading():
+            alone = read_before(self.model, [first], [0], [0.0], before=1)
+        for row, piece in zip(rows, alone.pieces, strict=True):
+            row.replace_first(stored(piece.keys, piece.values, row.pool.dtype))
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        self._reads = True
+        try:
+            yield
+        finally:
+            self._reads = False
 
 
 def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[list[int]]:

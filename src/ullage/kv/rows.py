@@ -122,6 +122,11 @@ class Row(ABC):
         return self.before.joined(taken.pieces, heads)
 
     @abstractmethod
+    def replace_first(self, entries: Entries) -> None:
+        """Hold `entries`, [Hkv, 1, D] in the pool's format, as those of the first token, unless
+        these are gone."""
+
+    @abstractmethod
     def copy(self) -> Self:
         """A row with blocks of its own that holds the same and goes its own way from here.
 
@@ -188,6 +193,9 @@ class FullRow(Row):
         self._length += tokens
         return past
 
+    def replace_first(self, entries: Entries) -> None:
+        self.slots.write(0, entries)
+
     def copy(self) -> Self:
         twin = copy(self)
         twin.slots = self.slots.copy(self._length)
@@ -233,6 +241,10 @@ class SlidingRow(Row):
         laid_out = side_by_side([*past, own], new.keys.dtype)
         self.ring.write(own)
         return laid_out
+
+    def replace_first(self, entries: Entries) -> None:
+        if not self.ring.first:
+            self.ring.slots.write(0, entries)
 
     def copy(self) -> Self:
         twin = copy(self)

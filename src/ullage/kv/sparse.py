@@ -60,6 +60,10 @@ class SparseRow(Row):
             self.release()
             raise
 
+    def replace_first(self, entries: Entries) -> None:
+        for head, own in zip(self.heads, self._by_head(entries), strict=True):
+            head.replace_first(own)
+
     def copy(self) -> Self:
         twin = copy(self)
         twin.heads = []
@@ -93,7 +97,7 @@ class SparseRow(Row):
         return Taken(list(chain(*places)), list(chain(*pieces)))
 
     def _attend_span(self, new: NewTokens, attention: Attend) -> torch.Tensor:
-        own = self._by_head(new)
+        own = self._by_head(new.stored(self.pool.dtype))
         self._decide(new, own)
         seeing = self._seeing(new.heads(0))
         pieces = [
@@ -116,7 +120,8 @@ class SparseRow(Row):
         if not ends:
             self.scorer.see(new)
             return
-        keys, values = self._undecided(waiting, own or self._by_head(new), new.keys.dtype)
+        own = own or self._by_head(new.stored(self.pool.dtype))
+        keys, values = self._undecided(waiting, own, new.keys.dtype)
         seen = 0
         for end in ends:
             self.scorer.see(new.part(seen, end + lag - waiting))
@@ -148,10 +153,9 @@ class SparseRow(Row):
         keys, values = zip(*laid_out, strict=True)
         return torch.cat(keys), torch.cat(values)
 
-    def _by_head(self, new: NewTokens) -> list[Entries]:
-        """The entries that are new to each head."""
-        own = new.stored(self.pool.dtype)
-        apart = (tensor.chunk(len(self.heads)) for tensor in own.tensors)
+    def _by_head(self, entries: Entries) -> list[Entries]:
+        """Those of each head."""
+        apart = (tensor.chunk(len(self.heads)) for tensor in entries.tensors)
         return [Entries(*tensors) for tensors in zip(*apart, strict=True)]
 
     def _seeing(self, heads: slice) -> list[slice]:

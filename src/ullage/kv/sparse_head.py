@@ -139,6 +139,13 @@ class SparseHead:
         self._settle(at, own.part(slice(passing)))
         ring.write(own)
 
+    def replace_first(self, entries: Entries) -> None:
+        """See `Row.replace_first`. Where there are sinks it is the first survivor."""
+        if not self.ring.first:
+            self.slots.write(0, entries)
+        elif self.survival.sinks:
+            self.slots.write(self.survivors.first, entries)
+
     def _leaving(self, tokens: int) -> int:
         """Entries that leave the window while `tokens` come."""
         return max(0, self.ring.used + tokens - self.ring.window)

@@ -212,7 +212,7 @@ class Engine:
             sequence = request.start.opened(self.cache, request.capacity_tokens)
         try:
             if preface is not None:
-                preface.put_before(sequence, len(request.prompt_ids))
+                preface.put_before(sequence, request.prompt_ids)
         except BaseException:
             sequence.close()
             raise

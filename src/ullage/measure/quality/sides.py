@@ -54,7 +54,7 @@ class Side:
         try:
             preface = chosen(self.model, list(prompt)) if prompt else None
             if preface is not None:
-                preface.put_before(sequence, len(prompt))
+                preface.put_before(sequence, prompt)
             yield sequence
         finally:
             sequence.close()
