@@ -6,7 +6,8 @@ DIR holds books/moby_dick.txt and wikitext2_test.txt. Of each text the first `--
 read; the loss is that of the tokens beyond `--beyond`, with the standard error of the difference,
 token by token. For each `--window` of w tokens:
 
-    alone     a segment of w tokens and the first four, read as a text of their own
+    alone     each segment of w tokens, read as a text of its own
+    few       the same behind the first four tokens
     sliding   the w newest tokens and the first four
     faithful  the segment and a bank of all that is before it, as the paper's is understood here
     centred   the same, keys compared by what sets them apart
@@ -79,12 +80,12 @@ def same_bytes(technique: Technique, recipe: Recipe) -> DMS:
 
 
 @torch.inference_mode()
-def alone(side: Side, ids: torch.Tensor, window: int) -> Reading:
-    """Each segment of `window` tokens of `ids`, [T], behind the first few and nothing else. These
-    stand just before it, so that no distance is longer than the model was trained on."""
+def alone(side: Side, ids: torch.Tensor, window: int, sinks: int) -> Reading:
+    """Each segment of `window` tokens of `ids`, [T], behind the first `sinks` and nothing else.
+    These stand just before it, so that no distance is longer than the model was trained on."""
     losses, live_bytes = [], 0
     for start in range(0, len(ids), window):
-        before = min(start, SINKS)
+        before = min(start, sinks)
         own = torch.cat([ids[:before], ids[start : start + window + 1]])  # and the next one's first
         with side.open(len(own)) as sequence:
             logits = side.logits(sequence, own[:-1])[before:]
@@ -130,9 +131,14 @@ def main() -> None:
             for name in asked.text or texts:
                 pieces = track(texts[name], f"{name} {window}", transient=True)
                 readings = [
-                    (alone(dense, piece.ids, window), *read(sides, piece.ids)) for piece in pieces
+                    (
+                        *(alone(dense, piece.ids, window, sinks) for sinks in (0, SINKS)),
+                        *read(sides, piece.ids),
+                    )
+                    for piece in pieces
                 ]
-                found = dict(zip(("alone", *known), zip(*readings, strict=True), strict=True))
+                names = "alone", "few", *known
+                found = dict(zip(names, zip(*readings, strict=True), strict=True))
                 report(f"{name} | {window}", found, asked.beyond)
 
 
