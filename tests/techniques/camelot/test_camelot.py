@@ -74,6 +74,30 @@ def test_a_text_is_the_same_however_it_is_read(
     torch.testing.assert_close(tokens, whole, atol=1e-3, rtol=1e-3)
 
 
+CHANGING = [
+    ("llama", {"rope_type": "dynamic", "factor": 4.0}),
+    ("phi3", {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}),
+]
+
+
+@pytest.mark.parametrize(("family", "rope"), CHANGING)
+def test_frequencies_do_not_change_with_the_length(
+    tiny_model: TinyModel, family: str, rope: dict[str, Any]
+) -> None:
+    """transformers takes those of a pass's last position; behind the technique it does again."""
+    short = {"original_max_position_embeddings": 32}
+    rope = rope | short | {"rope_theta": 10_000.0}
+    model, spec = tiny_model(family, rope_parameters=rope, max_position_embeddings=32, **short)
+    before = model(TEXT[:1]).logits
+    with FAITHFUL.attach(model):
+        whole, chunks = (
+            logits(model, cache_of(model, spec, FAITHFUL), TEXT[:1], size) for size in (150, 20)
+        )
+    torch.testing.assert_close(chunks, whole, atol=1e-3, rtol=1e-3)
+    assert torch.equal(model(TEXT[:1]).logits, before)
+    assert not torch.allclose(model(TEXT[:1, :20]).logits, before[:, :20], atol=1e-3)
+
+
 @pytest.mark.parametrize("technique", SWEEP, ids=str)
 @pytest.mark.parametrize("at", [20, 31, 32, 97])
 def test_what_comes_later_changes_nothing_before(

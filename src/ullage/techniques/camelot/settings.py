@@ -138,6 +138,7 @@ class CAMELoT(Technique):
     def attach(self, model: "PreTrainedModel") -> Iterator[None]:
         from ullage.kv.attach import rows_in
         from ullage.kv.banked import BankRow
+        from ullage.kv.frequencies import fixed_frequencies
         from ullage.specs.families import spec_from_config
 
         spec = spec_from_config(model.config.get_text_config().to_dict())
@@ -150,7 +151,7 @@ class CAMELoT(Technique):
         if not rows:
             yield
             return
-        with rows_in(model, rows, BankRow, "CAMELoT"):
+        with fixed_frequencies(model), rows_in(model, rows, BankRow, "CAMELoT"):
             yield
 
     def rows(self, model: ModelSpec) -> "Mapping[int, MakeRow]":
