@@ -126,7 +126,8 @@ def main() -> None:
         if asked.only:
             known = {name: known[name] for name in (*asked.only, *asked.technique)}
         with ExitStack() as stack:
-            dense = Side(model, recipe)
+            segment = replace(recipe, workload=Workload(SINKS + window, 1))
+            dense = Side(model, segment)
             sides = [side(stack, model, recipe, choice) for choice in known.values()]
             for name in asked.text or texts:
                 pieces = track(texts[name], f"{name} {window}", transient=True)
