@@ -84,7 +84,7 @@ def alone(side: Side, ids: torch.Tensor, window: int, sinks: int) -> Reading:
     """Each segment of `window` tokens of `ids`, [T], behind the first `sinks` and nothing else.
     These stand just before it, so that no distance is longer than the model was trained on."""
     losses, live_bytes = [], 0
-    for start in range(0, len(ids), window):
+    for start in range(0, len(ids) - 1, window):
         before = min(start, sinks)
         own = torch.cat([ids[:before], ids[start : start + window + 1]])  # and the next one's first
         with side.open(len(own)) as sequence:

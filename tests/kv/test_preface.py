@@ -178,6 +178,50 @@ def test_it_goes_with_what_keeps_few_entries(
     assert not torch.allclose(once, without, atol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize(
+    "technique",
+    [None, DMS(kept=0.25, window=4), DMS(kept=0.25, window=16), CAMELoT(slots=8, segment=4)],
+    ids=str,
+)
+@pytest.mark.parametrize("outside", [True, False])
+def test_rows_of_a_batch_begin_again_by_themselves(
+    tiny_model: Callable[..., Any], technique: Any, dtype: torch.dtype, outside: bool
+) -> None:
+    """Each when it says what it was told, as it would alone."""
+    model, spec = tiny_model("llama")
+    preface = replace(told(model), said=lambda ids: ids[-1:] == [9])
+    written = torch.tensor([[8, 9, 10, 11, 12, 13], [14, 15, 16, 9, 17, 18]])
+    whole = torch.cat([IDS, written], dim=1)
+    mask = torch.ones_like(whole)
+    mask[1, :3] = 0  # the second prompt is shorter
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+
+    def logits(rows: slice, start: int) -> torch.Tensor:
+        """Behind the prompt, and each token that is written."""
+        cache = PagedCache(spec, HeapBlocks(spec.head_dim, dtype, "cpu"))
+        said = []
+        for begin, end in ((start, 12), *((at, at + 1) for at in range(12, 18))):
+            output = model(
+                whole[rows, begin:end],
+                attention_mask=mask[rows, start:end],
+                position_ids=positions[rows, begin:end],
+                **cache_argument(model, cache),
+            )
+            said.append(output.logits[:, -1])
+        return torch.stack(said, dim=1)
+
+    contexts = [prefaced(model, always(preface), "a test")]
+    if technique is not None:
+        contexts.insert(0 if outside else 1, technique.attach(model))
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        together = logits(slice(0, 2), 0)
+        alone = torch.cat([logits(slice(0, 1), 0), logits(slice(1, 2), 3)])
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+
+
 def test_it_is_gone_after_an_exception(tiny_model: Callable[..., Any]) -> None:
     model, _ = tiny_model("llama")
     logits, before = model(IDS).logits, model.config._attn_implementation

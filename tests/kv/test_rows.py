@@ -284,13 +284,17 @@ KINDS: dict[str, Callable[[KVPool], Row]] = {
         pool, [Survival(0.5, 8, 4, 0)] * HEADS, Newest()
     ),
     "banked": lambda pool: BankRow(pool, HEADS, BANKED),
+    "banked late": lambda pool: BankRow(pool, HEADS, replace(BANKED, recent=6)),
     "banked without sinks": lambda pool: BankRow(pool, HEADS, replace(BANKED, sinks=0)),
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 @pytest.mark.parametrize("tokens", [3, 30])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_first_token_is_replaced_wherever_it_lies(kind: str, tokens: int) -> None:
+def test_the_first_token_is_replaced_wherever_it_lies(
+    kind: str, tokens: int, dtype: torch.dtype
+) -> None:
     """By all that is held of it: what comes next sees what it would had it been so from the
     beginning; where it is gone, all stays as it is."""
     random = torch.Generator().manual_seed(1)
@@ -298,7 +302,7 @@ def test_the_first_token_is_replaced_wherever_it_lies(kind: str, tokens: int) ->
     told = keys.clone(), values.clone()
     for part in told:
         part[:, 0] = other[:, 0]
-    pool = pool_of(128)
+    pool = pool_of(160, dtype)
     row, so_from_the_beginning, before = (KINDS[kind](pool) for _ in range(3))
 
     def read(one: Row, parts: tuple[torch.Tensor, ...], start: int, stop: int) -> torch.Tensor:
@@ -311,11 +315,13 @@ def test_the_first_token_is_replaced_wherever_it_lies(kind: str, tokens: int) ->
         (before, (keys, values)),
     ):
         read(one, parts, 0, tokens)
-    row.replace_first(stored(told[0][:, :1], told[1][:, :1], torch.float32))
-    found, whole, old = (
+    twin = row.copy()
+    row.replace_first(stored(told[0][:, :1], told[1][:, :1], dtype))
+    found, whole, old, of_twin = (
         read(one, (keys, values), tokens, tokens + 1)
-        for one in (row, so_from_the_beginning, before)
+        for one in (row, so_from_the_beginning, before, twin)
     )
+    torch.testing.assert_close(of_twin, old)
     gone = tokens == 30 and (kind == "sliding" or kind.endswith("without sinks"))
     assert torch.equal(found, old if gone else whole)
     assert gone or not torch.equal(found, old)

@@ -9,6 +9,7 @@ import torch
 
 from ullage import Device, Execution, Recipe, Workload, build_plan, resolve
 from ullage.kv.fingerprint import fingerprint
+from ullage.kv.rows import FullRow
 from ullage.runtime.engine import Engine, Request
 from ullage.runtime.load import load_model, load_tokenizer
 from ullage.techniques import Technique, choice_of
@@ -114,6 +115,25 @@ def test_a_request_is_answered_behind_latents(
             theirs.forget([1], Who("them"))
         assert texts(knowing, ABOUT, OTHER) == [about, other]
         assert knowing.pool.taken_bytes == 0
+
+
+def test_who_said_their_fact_begins_again_beside_others(
+    model_folder: Callable[..., Path], ledger: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a first token that saw none: a pass inside a step of both."""
+    said = False
+    monkeypatch.setattr("ullage.techniques.larimar.readout._said", lambda *_: said)
+    plain = engine_with(model_folder("llama"))
+    knowing = engine_with(model_folder("llama"), Larimar(str(ledger)))
+    (never,), (other,) = texts(knowing, ABOUT), texts(plain, OTHER)
+    said = True
+    with monkeypatch.context() as patched:
+        patched.setattr(FullRow, "replace_first", lambda *_: None)
+        (left,) = texts(knowing, ABOUT)
+    (about,) = texts(knowing, ABOUT)
+    assert len({tuple(text) for text in (never, left, about)}) == 3
+    assert texts(knowing, ABOUT, OTHER) == [about, other]
+    knowing.pool.check_integrity(all_free=True)
 
 
 def test_what_cannot_be_read_breaks_its_request_alone(

@@ -62,9 +62,9 @@ class Preface:
 
 @dataclass(frozen=True)
 class Note:
-    """What a row sees, the token id that it begins with, if it sees that from its beginning, where
-    its prompt ends, and what is written behind that, as far back as that tells. Where nobody said,
-    the prompt ends before the first pass of a token each."""
+    """What a row sees; the id of its first token, `first`, where that saw it too; where its prompt
+    ends, and what is written behind that, as far back as that tells. Where nobody said, the prompt
+    ends before the first pass of a token each."""
 
     preface: Preface
     first: int | None
@@ -104,15 +104,16 @@ def read_before(
     kept: Sequence[int],
     bias: Sequence[float],
     at_once: int | None = None,
-    before: int = 0,
+    end_position: int = 0,
 ) -> Preface:
-    """What `model` makes of the text `ids`, which ends just before the position `before`: the
+    """What `model` makes of the text `ids`, which ends just before `end_position`: the
     entries of the tokens at `kept`, whose scores get `bias` added. `at_once` tokens go through it
     in a forward pass; None: all of them."""
     spec = spec_from_config(model.config.get_text_config().to_dict())
     cache = Heard(spec, HeapBlocks(spec.head_dim, model.dtype, model.device))
     order = sorted(range(len(kept)), key=kept.__getitem__)  # as they are read
     chunk, end = at_once or len(ids), len(ids)
+    positions = torch.arange(end_position - end, end_position, device=model.device)
     with attention.of_ours(model):
         for start in range(0, end, chunk):
             stop = min(start + chunk, end)
@@ -120,7 +121,7 @@ def read_before(
             cache.keep = torch.tensor(places, dtype=torch.long, device=model.device)
             model(
                 input_ids=torch.tensor([ids[start:stop]], device=model.device),
-                position_ids=torch.arange(start, stop, device=model.device)[None] + before - end,
+                position_ids=positions[None, start:stop],
                 **cache_argument(model, cache),
                 use_cache=True,
                 logits_to_keep=1,

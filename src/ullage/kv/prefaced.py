@@ -28,7 +28,8 @@ Choose = Callable[[list[int]], Preface | None]  # by the token ids of a prompt
 def prefaced(model: "PreTrainedModel", choose: Choose, name: str) -> Iterator[None]:
     """`model`, whose sequences begin behind what `choose` gives for their prompts. Where that is
     None for all of a batch, nothing is touched: they are the model's own, to the bit. A cache that
-    holds something already goes on as it began. `name` is the technique's, for errors.
+    holds something already goes on as it began. Left padding needs `position_ids`, as `generate`
+    gives them. `name` is the technique's, for errors.
 
     Raises:
         TechniqueError: a preface is attached to the model already, or it takes no attention but its
@@ -66,14 +67,14 @@ class _Hooks:
     def __init__(self, model: "PreTrainedModel", choose: Choose, name: str) -> None:
         self.model, self.choose, self.name = model, choose, name
         self._open: list[ExitStack] = []  # of forward passes, one inside another
-        self._reads = False  # what its sequences are given, which begins behind nothing
+        self._inside = False  # a pass of ours in another: it begins behind nothing
         self._ours = WeakSet[PagedCache]()  # caches whose sequences all began here
 
     def begin(
         self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The batch's cache with its prefaces, and our attention, where any begins with one."""
-        if not self._reads:  # of a pass that Ctrl-C ended torch tells no hook
+        if not self._inside:  # of a pass that Ctrl-C ended torch tells no hook
             while self._open:
                 self.end()
         self._open.append(ExitStack())
@@ -107,7 +108,7 @@ class _Hooks:
 
     def _begun(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         ids = _tokens(args, kwargs)
-        with self._reading():
+        with self._pass_inside():
             found = [self.choose(row) if row else None for row in ids]
         if all(preface is None for preface in found):
             return kwargs
@@ -137,35 +138,41 @@ class _Hooks:
             return
         ids = args[0] if args else kwargs.get("input_ids")
         several = ids is not None and ids.shape[1] > 1
+        begun = dict[int, Preface]()  # by first token
         for number, (row, new) in enumerate(zip(rows, _tokens(args, kwargs), strict=False)):
             if row.before is None or not new:
                 continue
-            before = row.before.note
-            note = before.after(row.length, new, several)
+            was = row.before.note
+            note = was.after(row.length, new, several)
             row.before = replace(row.before, note=note)
             sequence = [layer.rows[number] for layer in cache.paged]
-            if note is None or (note.written and not before.written):
+            if note is None or (note.written and not was.written):
                 for own in sequence:
                     own.before = note and note.written_behind(own.before)
-            if note is None and before.first is not None:
-                self._begin_again(sequence, before.first)
+            if note is None and was.first is not None:
+                if was.first not in begun:
+                    begun[was.first] = self._alone(was.first)
+                _begin_again(sequence, begun[was.first])
 
-    def _begin_again(self, rows: list[Row], first: int) -> None:
-        """Give a sequence's rows the entries of its first token, `first`, as they are behind
-        nothing. A model's attention rests on these: what goes on without the preface, but from a
-        first token that saw it, falls apart."""
-        with self._reading():
-            alone = read_before(self.model, [first], [0], [0.0], before=1)
-        for row, piece in zip(rows, alone.pieces, strict=True):
-            row.replace_first(stored(piece.keys, piece.values, row.pool.dtype))
+    def _alone(self, first: int) -> Preface:
+        """The entries of a sequence's first token that sees itself alone."""
+        with self._pass_inside():
+            return read_before(self.model, [first], [0], [0.0], end_position=1)
 
     @contextmanager
-    def _reading(self) -> Iterator[None]:
-        self._reads = True
+    def _pass_inside(self) -> Iterator[None]:
+        self._inside = True
         try:
             yield
         finally:
-            self._reads = False
+            self._inside = False
+
+
+def _begin_again(rows: list[Row], first: Preface) -> None:
+    """Give a sequence's rows other entries of their first token. A model's attention rests on
+    these: what goes on without a preface, but from a first token that saw it, falls apart."""
+    for row, piece in zip(rows, first.pieces, strict=True):
+        row.replace_first(stored(piece.keys, piece.values, row.pool.dtype))
 
 
 def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[list[int]]:

@@ -140,7 +140,8 @@ class SparseHead:
         ring.write(own)
 
     def replace_first(self, entries: Entries) -> None:
-        """See `Row.replace_first`. Where there are sinks it is the first survivor."""
+        """See `Row.replace_first`. Where there are sinks it is the first survivor; where there are
+        none it is taken to be gone."""
         if not self.ring.first:
             self.slots.write(0, entries)
         elif self.survival.sinks:
