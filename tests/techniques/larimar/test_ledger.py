@@ -142,6 +142,7 @@ def test_time_never_runs_back(
         "UPDATE events SET actor = 'you' WHERE number = 2",
         "UPDATE events SET actor = x'00' WHERE number = 2",
         "UPDATE events SET after = x'00' WHERE number = 3",
+        "UPDATE events SET actor = CAST(x'ff' AS TEXT) WHERE number = 3",
         "UPDATE events SET number = 9 WHERE number = 3",
         "DELETE FROM events WHERE number = 2",
         "DELETE FROM events WHERE number = 1",
@@ -196,6 +197,7 @@ def test_nothing_is_chained_to_what_was_tampered_with(
     ("change", "whole"),
     [
         ("UPDATE events SET after = replace(after, 'Thera', 'Ys') WHERE number = 3", 2),
+        ("UPDATE events SET actor = CAST(x'ff' AS TEXT) WHERE number = 3", 2),
         ("UPDATE events SET number = 9 WHERE number = 3", 2),
         ("DELETE FROM events WHERE number = 2", 1),
         ("UPDATE events SET actor = 'you' WHERE number = 1", 0),

@@ -123,6 +123,7 @@ def _opened(path: Path, mode: str, create: bool) -> sqlite3.Connection:
         factory=_Connection,
     )  # fmt: skip
     connection.still = before
+    connection.text_factory = _text
     try:
         connection.execute("PRAGMA synchronous = FULL")
         if create:
@@ -132,6 +133,14 @@ def _opened(path: Path, mode: str, create: bool) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def _text(content: bytes) -> str | bytes:
+    """What is no UTF-8 comes as it is: SQLite takes it for text, and no event is written so."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return content
 
 
 def _begin(connection: sqlite3.Connection, path: Path) -> None:

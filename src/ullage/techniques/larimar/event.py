@@ -53,7 +53,7 @@ class Event:
     def follows(self, before: str) -> bool:
         """Whether it is as it was written, behind an event of that chain hash."""
         if any(isinstance(value, bytes) for value in self.record.values()):
-            return False  # which SQLite takes in the place of text
+            return False  # which SQLite takes in the place of text, or for it
         hashed = self.content_hash == content_hash(self.after)
         return hashed and self == self.chained(before)
 
