@@ -201,6 +201,7 @@ def test_nothing_is_chained_to_what_was_tampered_with(
         ("UPDATE events SET number = 9 WHERE number = 3", 2),
         ("DELETE FROM events WHERE number = 2", 1),
         ("UPDATE events SET actor = 'you' WHERE number = 1", 0),
+        ("UPDATE events SET number = -5 WHERE number = 1", 0),
     ],
 )
 def test_what_stood_before_a_change_is_still_told(
@@ -321,6 +322,11 @@ def test_a_ledger_may_be_in_no_file(capital: Capital, me: Who) -> None:
         assert list(ledger.events(after=2)) == []
         with pytest.raises(FactError, match="this ledger has no fact 2"):
             ledger.forget([2], me)
+        ledger._connection.execute("DROP TRIGGER events_stay")
+        ledger._connection.execute("UPDATE events SET actor = 'you' WHERE number = 2")
+        with pytest.raises(LedgerError, match="event 2 is not as it was written") as error:
+            ledger.verify()
+        assert "ullage memory" not in str(error.value)  # no command reads it
 
 
 def test_an_edit_of_what_was_edited_meanwhile_is_refused(ledger: Ledger, me: Who) -> None:

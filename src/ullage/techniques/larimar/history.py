@@ -14,7 +14,7 @@ from ullage.techniques.larimar.fact import Fact
 
 _COLUMNS = ", ".join(Event.__annotations__)
 _STANDING = """SELECT fact, after FROM events WHERE after IS NOT NULL AND number IN
-    (SELECT max(number) FROM events WHERE number <= ? AND fact IS NOT NULL GROUP BY fact)
+    (SELECT max(number) FROM events WHERE number BETWEEN 1 AND ? AND fact IS NOT NULL GROUP BY fact)
     ORDER BY fact"""
 
 Moment = int | datetime  # an event's number, or a time
@@ -22,6 +22,8 @@ Moment = int | datetime  # an event's number, or a time
 
 class History:
     """The ledger in the file `path`; use it as a context manager, in one thread."""
+
+    _in_file = True
 
     def __init__(self, path: Path, *, create: bool = False, read_only: bool = False) -> None:
         """`create` begins one without events where there is none, whatever is written then.
@@ -37,6 +39,7 @@ class History:
         """One that ends with this process, in no file."""
         ledger = cls.__new__(cls)
         ledger.path, ledger._connection = Path("this ledger"), in_memory()
+        ledger._in_file = False
         return ledger
 
     def __enter__(self) -> Self:
@@ -131,18 +134,17 @@ class History:
             raise self._tampered(event)
 
     def _tampered(self, event: Event) -> LedgerError:
+        said = f"{self.path} was tampered with: event {event.number} is not as it was written."
         before = self._last_number("number < ?", event.number)
-        way_out = "It is the first: nothing in this ledger can be relied on."
-        if before:
-            way_out = (
-                "What stood before it can go into a new one: `ullage memory export "
+        if not before:
+            said += "\nIt is the first: nothing in this ledger can be relied on."
+        elif self._in_file:
+            said += (
+                "\nWhat stood before it can go into a new one: `ullage memory export "
                 f"{shlex.quote(str(self.path))} --as-of {before} --output FILE`, then `ullage "
                 "memory add NEW.db --file FILE`."
             )
-        return LedgerError(
-            f"{self.path} was tampered with: event {event.number} is not as it was written.\n"
-            f"{way_out}"
-        )
+        return LedgerError(said)
 
     def _sound_head(self) -> Event | None:
         """The last event, which others are chained to: it has to follow the one before it. Where
@@ -154,8 +156,8 @@ class History:
         return events[0] if events else None
 
     def _last_number(self, which: str = "TRUE", *values: Any) -> int:
-        """Of the events that are so; 0 of none."""
-        found = self._one(f"SELECT max(number) FROM events WHERE {which}", *values)
+        """Of the events that are so; 0 of none. Those below 1 are of whoever tampered with it."""
+        found = self._one(f"SELECT max(number) FROM events WHERE number > 0 AND {which}", *values)
         return int((found and found[0]) or 0)
 
     def _one(self, query: str, *values: Any) -> tuple[Any, ...] | None:
