@@ -226,6 +226,18 @@ def test_what_stood_before_a_change_is_still_told(
     assert said in str(error.value)
 
 
+def test_a_last_event_that_is_wrong_is_never_chained_to(
+    ledger: Ledger, capital: Capital, me: Who, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no earlier one is found to be wrong."""
+    ledger.add([capital(1)], me)
+    ledger._connection.execute("DROP TRIGGER events_stay")
+    ledger._connection.execute("UPDATE events SET actor = 'you'")
+    monkeypatch.setattr(ledger, "verify", lambda: None)
+    with pytest.raises(LedgerError, match="event 1 is not as it was written"):
+        ledger.add([capital(2)], me)
+
+
 def test_a_time_rests_on_the_event_behind_it(ledger: Ledger, capital: Capital, me: Who) -> None:
     """Else one that was put off would not be missed."""
     ledger.add([capital(1)], me)

@@ -153,6 +153,7 @@ class History:
         events = [Event(*row) for row in rows]
         if events and not events[0].follows(events[1].chain_hash if events[1:] else START):
             self.verify()
+            raise self._tampered(events[0])
         return events[0] if events else None
 
     def _last_number(self, which: str = "TRUE", *values: Any) -> int:
