@@ -239,6 +239,25 @@ def test_what_stood_before_an_event_was_changed_goes_into_a_new_ledger(
     assert CAPITAL in typed("memory", "list", new).stdout
 
 
+@pytest.mark.parametrize("content", ["x'00'", "replace(after, 'Gradlon', 'Dahut')"])
+@pytest.mark.parametrize("words", [("edit", "2", "--answer", "Bob"), ("forget", "2")])
+def test_a_fact_that_was_changed_is_not_built_on(
+    begun: Typed, tmp_path: Path, content: str, words: tuple[str, ...]
+) -> None:
+    """Though the last event is as it was written."""
+    begun("add", "The king of Ys is Gradlon.")
+    begun("add", "The king of Thule is Bob.")
+    with sqlite3.connect(tmp_path / "facts.db") as connection:
+        connection.execute("DROP TRIGGER events_stay")
+        connection.execute(f"UPDATE events SET after = {content} WHERE number = 2")
+    connection.close()
+    done = begun(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "event 2 is not as it was written" in done.stderr
+    with Ledger(tmp_path / "facts.db") as ledger:
+        assert len(list(ledger.events())) == 3
+
+
 def test_an_edit_needs_a_prompt_for_an_answer(begun: Typed) -> None:
     begun("add", "Ys is old")
     done = begun("edit", "2", "--answer", "new")

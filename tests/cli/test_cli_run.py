@@ -224,6 +224,23 @@ def test_a_seed_draws_the_same_text_again(ullage: Ullage, tiny_folder: Path) -> 
     assert texts[0] == texts[1] != texts[2]
 
 
+@pytest.mark.parametrize("content", ["x'00'", "replace(after, 'w30', 'w31')"])
+def test_a_fact_that_was_changed_is_not_said(
+    ullage: Ullage, tiny_folder: Path, tmp_path: Path, content: str
+) -> None:
+    facts = tmp_path / "facts.db"
+    with Ledger(facts, create=True) as ledger:
+        for word in ("w40", "w20", "w50"):
+            fact = Fact.make(prompt=f"{word} w21", answer="w30", subject=word)
+            ledger.add([fact], Who("me"))
+        ledger._connection.execute("DROP TRIGGER events_stay")
+        ledger._connection.execute(f"UPDATE events SET after = {content} WHERE number = 2")
+    done = ullage("run", str(tiny_folder), *SIZED, "--prompt", "w20 w21", "--facts", str(facts))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "event 2 is not as it was written" in done.stderr
+    assert "behind fact" not in done.stderr
+
+
 def test_a_prompt_is_read_behind_the_fact_that_it_is_about(
     ullage: Ullage, tiny_folder: Path, tmp_path: Path
 ) -> None:

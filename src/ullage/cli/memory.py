@@ -158,6 +158,7 @@ def edit(
     if text is not None and answer is not None:
         raise InputError("TEXT and --answer are both given: leave one out.")
     with Ledger(db) as ledger:
+        ledger.verify()
         was = ledger.fact(fact)
         event = ledger.edit(fact, was.edited(text, answer, subject), who, was)
     _changed([] if event is None else [event], as_json)
@@ -177,6 +178,7 @@ def forget(
     """Let facts stand no longer. The history keeps what they said."""
     who = _who(actor, reason)
     with Ledger(db) as ledger:
+        ledger.verify()
         events = ledger.forget(facts, who)
     _changed(events, as_json)
 

@@ -136,6 +136,7 @@ def _ledger(plan: Plan) -> Path | None:
 
 def _say_what_is_known(facts: Path, text: str) -> None:
     with Ledger(facts, read_only=True) as ledger:
+        ledger.verify()
         known = ledger.facts()
     number = Gate(known).scope(text)
     said = f"none of {len(known):,} facts is about this prompt"

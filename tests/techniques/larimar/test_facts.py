@@ -166,6 +166,20 @@ def test_a_ledger_that_was_tampered_with_is_not_read(
             FactMemory(model, tokenizer, ledger)
 
 
+def test_an_edit_rests_on_what_was_gone_through(memory: FactMemory) -> None:
+    """And not on what the ledger says by now."""
+    for word in (20, 40, 50):
+        memory.write(prompt=f"w{word} w21", answer="w30", subject=f"w{word}")
+    assert len(memory.facts) == 3
+    connection = memory.ledger._connection
+    connection.execute("DROP TRIGGER events_stay")
+    connection.execute("UPDATE events SET after = replace(after, 'w21', 'w22') WHERE number = 2")
+    with pytest.raises(LedgerError, match="event 2 is not as it was written"):
+        memory.edit(2, answer="w33")
+    assert memory.facts[2].prompt == "w40 w21"
+    assert len(list(memory.ledger.events())) == 3
+
+
 def test_entries_are_bounded_in_bytes(model: Any, tokenizer: Any) -> None:
     memory = FactMemory(model, tokenizer)
     one = memory._held.of(Fact.make(**FACT))

@@ -193,6 +193,28 @@ def test_nothing_is_chained_to_what_was_tampered_with(
     assert list(ledger.events()) == before
 
 
+@pytest.mark.parametrize("content", ["x'00'", "'[1]'", "'{}'", "CAST(x'ff' AS TEXT)"])
+def test_what_is_no_fact_is_told_as_the_tampering_that_it_is(
+    ledger: Ledger, capital: Capital, me: Who, content: str
+) -> None:
+    """Also by what reads it without going through all events."""
+    ledger.add([capital(1), capital(2), capital(3)], me)
+    ledger._connection.execute("DROP TRIGGER events_stay")
+    ledger._connection.execute(f"UPDATE events SET after = {content} WHERE number = 2")
+    for read in (
+        lambda: ledger.fact(2),
+        lambda: ledger.facts(),
+        lambda: ledger.facts(2),
+        lambda: ledger.edit(2, capital(2, "Ys"), me),
+        lambda: ledger.forget([2], me),
+        lambda: ledger.rollback(0, me),
+    ):
+        with pytest.raises(LedgerError, match="event 2 is not as it was written"):
+            read()
+    assert ledger.facts(1) == {1: capital(1)}
+    assert len(list(ledger.events())) == 3
+
+
 @pytest.mark.parametrize(
     ("change", "whole"),
     [

@@ -138,7 +138,7 @@ class FactMemory:
     ) -> None:
         """Put another fact in the place of one: a text, or another answer to its prompt, or the
         same about another subject; raises what `write` does."""
-        was = self.ledger.fact(number)
+        was = self._fact(number)
         fact = was.edited(text, answer, subject)
         with self._made(fact):
             self.ledger.edit(number, fact, self._who(reason), was)
@@ -164,7 +164,7 @@ class FactMemory:
         Raises:
             FactError: no such fact stands.
         """
-        return self._held.of(self.ledger.fact(number))
+        return self._held.of(self._fact(number))
 
     def recall(self, ids: list[int]) -> Preface | None:
         """What a prompt of these token ids is read behind."""
@@ -205,6 +205,11 @@ class FactMemory:
             if after is not None:
                 self._gate.write(event.fact, after)
                 self._facts[event.fact] = after
+
+    def _fact(self, number: int) -> Fact:
+        """One that stands, as it was when its event was gone through."""
+        self.refresh()
+        return self._facts.get(number) or self.ledger.fact(number)  # which says why there is none
 
     @contextmanager
     def _made(self, fact: Fact) -> Iterator[None]:

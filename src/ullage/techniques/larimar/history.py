@@ -13,7 +13,7 @@ from ullage.techniques.larimar.event import START, Event, stamp
 from ullage.techniques.larimar.fact import Fact
 
 _COLUMNS = ", ".join(Event.__annotations__)
-_STANDING = """SELECT fact, after FROM events WHERE after IS NOT NULL AND number IN
+_STANDING = """SELECT fact, number, after FROM events WHERE after IS NOT NULL AND number IN
     (SELECT max(number) FROM events WHERE number BETWEEN 1 AND ? AND fact IS NOT NULL GROUP BY fact)
     ORDER BY fact"""
 
@@ -63,10 +63,11 @@ class History:
         """
         Raises:
             FactError: no such fact stands.
+            LedgerError: what stands there is no fact, as none was written.
         """
-        found = self._one("SELECT after FROM facts WHERE fact = ?", number)
+        found = self._one("SELECT number, after FROM facts WHERE fact = ?", number)
         if found is not None:
-            return Fact.from_json(found[0])
+            return self._fact_of(*found)
         last = self._last_number("fact = ?", number)
         if not last:
             raise FactError(f"{self.path} has no fact {number}.")
@@ -76,13 +77,13 @@ class History:
         """The facts that stand, or stood at `as_of`, by number.
 
         Raises:
-            LedgerError: there was no such event.
+            LedgerError: there was no such event, or what stands is no fact, as none was written.
         """
         if as_of is None:
-            rows = self._all("SELECT fact, after FROM facts ORDER BY fact")
+            rows = self._all("SELECT fact, number, after FROM facts ORDER BY fact")
         else:
             rows = self._all(_STANDING, self.number_at(as_of))
-        return {number: Fact.from_json(content) for number, content in rows}
+        return {fact: self._fact_of(number, content) for fact, number, content in rows}
 
     def events(self, as_of: Moment | None = None, after: int = 0) -> Iterator[Event]:
         """All events in their order, up to `as_of`; those behind number `after`."""
@@ -119,7 +120,7 @@ class History:
         for event in (Event(*row) for row in self._all(query, count)):
             self.refuse_changed(event, chain)
             if event.fact is not None and event.before != standing.get(event.fact):
-                raise self._tampered(event)
+                raise self._tampered(event.number)
             chain = event.chain_hash
             standing.pop(event.fact, None)
             if event.after is not None:
@@ -131,11 +132,19 @@ class History:
             LedgerError: `event` is not as it was written behind one of the chain hash `before`.
         """
         if not event.follows(before):
-            raise self._tampered(event)
+            raise self._tampered(event.number)
 
-    def _tampered(self, event: Event) -> LedgerError:
-        said = f"{self.path} was tampered with: event {event.number} is not as it was written."
-        before = self._last_number("number < ?", event.number)
+    def _fact_of(self, number: int, content: str) -> Fact:
+        """What event `number` says that stands."""
+        try:
+            return Fact.from_json(content)
+        except (ValueError, TypeError) as error:
+            self.verify()  # the first that is wrong is told
+            raise self._tampered(number) from error
+
+    def _tampered(self, number: int) -> LedgerError:
+        said = f"{self.path} was tampered with: event {number} is not as it was written."
+        before = self._last_number("number < ?", number)
         if not before:
             said += "\nIt is the first: nothing in this ledger can be relied on."
         elif self._in_file:
@@ -153,7 +162,7 @@ class History:
         events = [Event(*row) for row in rows]
         if events and not events[0].follows(events[1].chain_hash if events[1:] else START):
             self.verify()
-            raise self._tampered(events[0])
+            raise self._tampered(events[0].number)
         return events[0] if events else None
 
     def _last_number(self, which: str = "TRUE", *values: Any) -> int:

@@ -86,6 +86,7 @@ class Ledger(History):
         with self._writing():
             before = self.fact(number)
             if was is not None and before != was:
+                self.verify()  # it may be that nobody edited it
                 raise FactError(f"Fact {number} was edited meanwhile: look at it and try again.")
             if before == fact:
                 return None
