@@ -87,6 +87,22 @@ with whole(Path(sys.argv[1])) as file:
     assert sorted(tmp_path.iterdir()) == sorted([file, *others])
 
 
+def test_what_another_machine_writes_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its processes are none that are known here."""
+    file = tmp_path / "file"
+    with whole(file) as opened:
+        opened.write(b"its")
+        (part,) = tmp_path.iterdir()
+        with monkeypatch.context() as here:
+            here.setattr("psutil.pid_exists", lambda process: False)
+            here.setattr(os, "getpid", lambda: 1)
+            write_whole(file, b"ours")
+        assert sorted(tmp_path.iterdir()) == [file, part]
+        assert file.read_bytes() == b"ours"
+    assert file.read_bytes() == b"its"
+    assert list(tmp_path.iterdir()) == [file]
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_what_cannot_be_written_is_named_as_it_was_given(tmp_path: Path) -> None:
     """And not by what is written in its place."""

@@ -2,6 +2,7 @@
 
 import glob
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,12 +22,15 @@ def whole(path: Path) -> Iterator[BinaryIO]:
     _clear(target)
     part = target.with_name(f"{target.name}.{os.getpid()}.part")  # others may write it, too
     try:
-        with _naming(path, part):
-            with part.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(target)
+        with _naming(path, part), part.open("wb") as file:
+            with suppress(OSError):  # not on every file system
+                _hold(file)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            if sys.platform == "win32":
+                file.close()  # what is open is not moved there
+            part.replace(target)  # while it is held
     finally:
         part.unlink(missing_ok=True)
 
@@ -47,14 +51,29 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def _clear(target: Path) -> None:
-    """Take away the parts of `target` whose process is no more."""
+    """Take away the parts of `target` whose process is no more; none where nothing can be held."""
     import psutil
 
     for part in target.parent.glob(f"{glob.escape(target.name)}.*.part"):
         process = part.name[len(target.name) + 1 : -len(".part")]
         with suppress(OSError, OverflowError):  # above what a process can have
             if process.isdecimal() and not psutil.pid_exists(int(process)):
-                part.unlink()
+                with part.open("r+b") as file:
+                    _hold(file)  # another machine's process may be writing it
+                    part.unlink()
+
+
+def _hold(file: BinaryIO) -> None:
+    """Let no other process hold it while it is open.
+
+    Raises:
+        OSError: another holds it, or nothing can be held here.
+    """
+    if sys.platform == "win32":
+        raise OSError("nothing is held on Windows, which has no fcntl")
+    import fcntl
+
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @contextmanager
