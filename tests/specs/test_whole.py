@@ -115,6 +115,12 @@ def test_what_cannot_be_written_is_named_as_it_was_given(tmp_path: Path) -> None
             write_whole(path, b"content")
 
 
+def test_an_error_that_names_no_file_is_of_the_one_that_is_written(tmp_path: Path) -> None:
+    """Whoever raised it."""
+    with pytest.raises(OSError, match=r"No space left .*file'$"), whole(tmp_path / "file"):
+        raise OSError(28, "No space left on device")
+
+
 def test_an_error_of_another_file_names_that(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"other'$"), whole(tmp_path / "file"):
         (tmp_path / "other").read_bytes()

@@ -16,7 +16,8 @@ def whole(path: Path) -> Iterator[BinaryIO]:
     file is taken away.
 
     Raises:
-        OSError: it cannot be written; names `path`.
+        OSError: it cannot be written; names `path`. So does one that was raised in here and names
+            no file, as those of writing do not.
     """
     target = path.resolve()
     _clear(target)
