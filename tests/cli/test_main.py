@@ -25,7 +25,7 @@ ERRORS: dict[str, tuple[BaseException, int, str]] = {
     "full disk": (
         OSError(errno.ENOSPC, "No space left on device"),
         2,
-        "ullage: Cannot write to stdout: No space left on device.\n",
+        "ullage: Cannot write the output: No space left on device.\n",
     ),
     "full disk of a file": (
         OSError(errno.ENOSPC, "No space left on device", "made.json"),
@@ -133,7 +133,7 @@ def test_output_to_a_full_disk_is_one_line(words: list[str]) -> None:
             [*PLAN, *words], stdout=full, stderr=subprocess.PIPE, text=True, check=False
         )
     assert done.returncode == 2
-    assert done.stderr == "ullage: Cannot write to stdout: No space left on device.\n"
+    assert done.stderr == "ullage: Cannot write the output: No space left on device.\n"
 
 
 def test_a_terminal_without_the_signs_still_gets_the_table(

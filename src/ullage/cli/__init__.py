@@ -108,7 +108,7 @@ def _explained(error: Exception) -> tuple[str, int]:
     if isinstance(error, ModuleNotFoundError) and error.name in _OF_RUN:
         return f"{error.name} {NEEDS_RUN}", 2
     if isinstance(error, OSError):  # a full disk, a file that went away
-        full = error.errno == errno.ENOSPC and error.filename is None  # files are named
-        return (f"Cannot write to stdout: {error.strerror}." if full else str(error)), 2
+        full = error.errno == errno.ENOSPC and error.filename is None  # as of stdout, or stderr
+        return (f"Cannot write the output: {error.strerror}." if full else str(error)), 2
     what = f"{type(error).__name__}: {error}".splitlines()[0]
     return f"{what[:200]}\nThis is a bug: ULLAGE_DEBUG=1 shows where; please report it.", 3
