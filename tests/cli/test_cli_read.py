@@ -232,8 +232,8 @@ def test_a_bank_that_cannot_be_written_names_its_file(
     ("content", "says"),
     [
         (None, "Cannot read the text from "),
-        (b"", "The text is empty: there is nothing to read"),
-        (b" \n", "The text is empty"),
+        (b"", "The text is empty or only blank: there is nothing to read"),
+        (b" \n", "The text is empty or only blank"),
         (b"w6 \xff", "Cannot read the text as UTF-8"),
     ],
 )

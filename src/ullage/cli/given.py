@@ -63,7 +63,7 @@ def _whole(called: str, text: str, use: str) -> str:
     except UnicodeError as error:
         raise _no_utf8(called, error) from error
     if not text.strip():
-        raise PromptError(f"The {called} is empty: there is nothing {use}.")
+        raise PromptError(f"The {called} is empty or only blank: there is nothing {use}.")
     return text
 
 

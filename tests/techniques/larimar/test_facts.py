@@ -115,7 +115,7 @@ def test_asking_is_generating(model: Any, tokenizer: Any, memory: FactMemory) ->
 
 @pytest.mark.parametrize("prompt", ["", " \n"])
 def test_an_empty_prompt_is_our_error(memory: FactMemory, prompt: str) -> None:
-    with pytest.raises(PromptError, match="The prompt is empty"):
+    with pytest.raises(PromptError, match="The prompt is empty or only blank"):
         memory.ask(prompt)
 
 

@@ -175,10 +175,10 @@ class FactMemory:
         """The likeliest text behind `prompt`; the memory is open.
 
         Raises:
-            PromptError: it is empty.
+            PromptError: it is empty or only blank.
         """
         if not prompt.strip():
-            raise PromptError("The prompt is empty: there is nothing to go on from.")
+            raise PromptError("The prompt is empty or only blank: there is nothing to go on from.")
         encoded = self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
         ids = self.model.generate(
             input_ids=encoded["input_ids"],
