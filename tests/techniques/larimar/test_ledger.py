@@ -260,7 +260,7 @@ def test_a_last_event_that_is_wrong_is_never_chained_to(
         ledger.add([capital(2)], me)
 
 
-def test_a_time_rests_on_the_event_behind_it(ledger: Ledger, capital: Capital, me: Who) -> None:
+def test_a_time_rests_on_the_next_event_too(ledger: Ledger, capital: Capital, me: Who) -> None:
     """Else one that was put off would not be missed."""
     ledger.add([capital(1)], me)
     between = datetime.now(UTC)

@@ -107,7 +107,7 @@ class History:
 
     def verify(self, as_of: Moment | None = None) -> None:
         """Go through all events, or those that `as_of` rests on: hashes, numbers, and what each
-        found before it. A time rests on the event behind it too, which says that it came later.
+        found before it. A time rests on the next event too, which says that it came later.
 
         Raises:
             LedgerError: one was changed, taken out or put in after it was written; says which. Or

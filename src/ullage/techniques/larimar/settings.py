@@ -87,8 +87,8 @@ class Larimar(Technique):
         return reason
 
     def footprint(self, before: Footprint, model: ModelSpec, work: Step) -> Footprint:
-        """With an adapter among the weights, in fp32; with what is held of facts, and what each
-        sequence sees of one that may be held no longer, or in another format; and, as scratch, with
+        """Adds the adapter to the weights, in fp32; to the entries what is held of facts, and what
+        each sequence sees of one that may be held no longer, or in another format; and, as scratch,
         what is there while one is made: between two forward passes, which takes no more than a
         prompt's pass of as many tokens."""
         if not self.ledger:
