@@ -275,3 +275,27 @@ def test_a_prompt_is_read_behind_the_fact_that_it_is_about(
     assert (missing.returncode, "no ledger at" in missing.stderr) == (2, True)
     plan = ["run", str(tiny_folder), "--prompt", "w6", "--plan", "plan.json"]
     assert "--facts and --plan" in ullage(*plan, "--facts", str(facts)).stderr
+
+
+@pytest.mark.parametrize("way", ["--facts", "--technique", "--plan"])
+def test_a_chat_is_about_the_users_words_alone(
+    ullage: Ullage, tiny_folder: Path, tmp_path: Path, way: str
+) -> None:
+    """And not about those of the template, however the ledger is named."""
+    facts, plan = tmp_path / "facts.db", tmp_path / "plan.json"
+    with Ledger(facts, create=True) as ledger:
+        for word in ("w20", "user"):
+            fact = Fact.make(prompt=f"{word} w21", answer="w30", subject=word)
+            ledger.add([fact], Who("me"))
+    chosen = {"--facts": str(facts), "--technique": f"larimar:ledger={facts}", "--plan": str(plan)}
+    if way == "--plan":
+        planned = ("--technique", chosen["--technique"], "--json")
+        plan.write_text(ullage("plan", str(tiny_folder), *SIZED, *planned).stdout)
+    words = ["run", str(tiny_folder), "--chat", "--max-new-tokens", "5", "--prompt"]
+    named = [way, chosen[way], *(SIZED if way != "--plan" else ())]
+    about, other = (ullage(*words, prompt, *named) for prompt in ("w9 w20 w21", "w9 w22 w23"))
+    assert about.returncode == 0, about.stderr
+    assert "behind fact 1: w20 w21 w30" in about.stderr
+    assert about.stdout != ullage(*words, "w9 w20 w21", *SIZED).stdout
+    assert "none of 2 facts is about this prompt" in other.stderr
+    assert other.stdout == ullage(*words, "w9 w22 w23", *SIZED).stdout
