@@ -83,15 +83,17 @@ def same_bytes(technique: Technique, recipe: Recipe) -> DMS:
 def alone(side: Side, ids: torch.Tensor, window: int, sinks: int) -> Reading:
     """Each segment of `window` tokens of `ids`, [T], behind the first `sinks` and nothing else.
     These stand just before it, so that no distance is longer than the model was trained on."""
-    losses, live_bytes = [], 0
+    losses, live_bytes = torch.empty(len(ids) - 1), 0  # in one piece, or the heap is full of holes
     for start in range(0, len(ids) - 1, window):
         before = min(start, sinks)
         own = torch.cat([ids[:before], ids[start : start + window + 1]])  # and the next one's first
         with side.open(len(own)) as sequence:
             logits = side.logits(sequence, own[:-1])[before:]
-            losses.append(cross_entropy(logits, own[before + 1 :], reduction="none"))
+            losses[start : start + len(logits)] = cross_entropy(
+                logits, own[before + 1 :], reduction="none"
+            )
             live_bytes = max(live_bytes, side.live_bytes())
-    return Reading(torch.cat(losses), torch.zeros(len(ids) - 1), live_bytes)
+    return Reading(losses, torch.zeros(len(losses)), live_bytes)
 
 
 def side(stack: ExitStack, model: PreTrainedModel, recipe: Recipe, technique: Technique) -> Side:
