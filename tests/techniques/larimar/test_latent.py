@@ -228,7 +228,7 @@ def test_what_is_made_and_read_is_planned(
     technique = Larimar(str(tmp_path / "facts.db"), "latent", str(file), held=1)
     execution = Execution(dtype={"float32": "fp32", "bfloat16": "bf16"}[dtype], kv_dtype="fp32")
     planned = technique.footprint(Footprint(), spec, Step("decode", 1, 100, 1, execution))
-    beside_bytes = planned.kv_bytes - (1 << 20) - adapter.nbytes
+    beside_bytes = planned.kv_bytes - (1 << 20) + planned.activation_bytes
     kept = readout.make(fact)
     assert isinstance(kept, Latents)
     assert len(kept.bias) == MOST_ENTRIES
