@@ -2,9 +2,8 @@
 those of the tokens that it has seen, so that the early chunks of a long prompt would be turned by
 the short ones; here a run has one set, as its plan's full length asks, as vLLM does.
 
-Dynamic frequencies are the default ones within the trained context. Beyond it they would change
-with each chunk: a text goes there with a bank alone, whose distances do not, and whose keys are
-turned by one and the same frequencies."""
+Dynamic frequencies are the default ones within the trained context; beyond it a text goes with a
+bank alone, which fixes them (`kv/frequencies.py`)."""
 
 from typing import Any
 
@@ -18,9 +17,6 @@ def settle_rope(model: PreTrainedModel, context_tokens: int) -> int | None:
     Returns:
         The most tokens that a sequence may have with them, None for any number.
     """
-    for module in model.modules():
-        if getattr(module, "rope_type", None) == "dynamic":
-            module.rope_type = "default"
     limits = [_settle(module, context_tokens) for module in model.modules() if _is_long(module)]
     return min((limit for limit in limits if limit is not None), default=None)
 
