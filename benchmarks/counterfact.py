@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ class Answered(NamedTuple):
 
     likelier: bool  # the first of two answers than the second
     exact: bool  # the first is what is generated
+    whole: bool  # and the word ends there
 
 
 @dataclass
@@ -57,7 +59,8 @@ class Reader:
         with self.attached():
             read = self.model(torch.tensor([ids, ids]), use_cache=True)
             steps = [read.logits[:, -1:]]
-            for at in range(longest - 1):  # as they are generated: a token at a time
+            # As they are generated: a token at a time, and one behind the first answer.
+            for at in range(max(longest - 1, len(answers[0]))):
                 going_on = cache_argument(self.model, read.past_key_values)
                 steps.append(self.model(padded[:, at : at + 1], **going_on).logits)
         logits = torch.cat(steps, dim=1).log_softmax(-1)
@@ -65,8 +68,10 @@ class Reader:
             sum(logits[row, at, token].item() for at, token in enumerate(answer))
             for row, answer in enumerate(answers)
         ]
-        greedy = logits[0, : len(answers[0])].argmax(-1).tolist()
-        return Answered(chances[0] > chances[1], greedy == answers[0])
+        *greedy, behind = logits[0, : len(answers[0]) + 1].argmax(-1).tolist()
+        exact = greedy == answers[0]
+        whole = exact and not re.match(r"\w", self.tokenizer.decode(behind))
+        return Answered(chances[0] > chances[1], exact, whole)
 
     @torch.inference_mode()
     def text(self, prompt: str) -> list[int]:

@@ -1,6 +1,7 @@
 """Facts of CounterFact, written all at once and read one by one: edits, paraphrases, neighbours.
 
-    python benchmarks/larimar.py --data DIR [--facts 1000] [--set edit|train] [--adapter NAME|FILE]
+    python benchmarks/larimar.py --data DIR [--facts 1000] [--set edit|train] [--strange]
+        [--adapter NAME|FILE] [--only WAY]
 
 DIR/facts/counterfact-SET.json is a list of records; one that contradicts a fact before it is left
 out. The new answers are written to a memory with `larimar`'s readout of KV entries, and to one with
@@ -8,6 +9,7 @@ its trained readout. Then, of each fact's own prompt and of its rephrase, neithe
 
     likelier   P[new answer] > P[true answer], as the paper counts
     exact      the likeliest text begins with the new answer
+    whole      and no letter or digit follows it
 
 and of its neighbour, of another subject:
 
@@ -17,6 +19,8 @@ and of its neighbour, of another subject:
 Beside the memories: the base model, and the fact put in front of the prompt. That has the same
 gate, which is shown a prompt alone and decides among all facts. Percent, with the standard error;
 bytes that are kept of a fact; milliseconds that a write takes, of which the model is the most.
+`--strange` makes each new answer another fact's subject, which no relation gives and which mostly
+is several rare tokens.
 """
 
 import math
@@ -36,8 +40,11 @@ def main() -> None:
     """Write all facts, ask about each, and print a line a way to ask."""
     asking = parser(__doc__, facts=1000)
     asking.add_argument("--only", choices=WAYS, action="append", help="all by default")
+    asking.add_argument("--strange", action="store_true", help="answers that no relation gives")
     given = asking.parse_args()
     model, tokenizer, records = opened(given)
+    if given.strange:
+        records = strange(records)
     known = FactMemory(model, tokenizer)  # by whose gate all ways go
     known.ledger.add(map(fact_of, records), known.who)
     readers = {"base model": Reader(model, tokenizer)}
@@ -54,6 +61,15 @@ def main() -> None:
     for name, reader in readers.items():
         print(f"{name}: " + ", ".join(f"{what} {percent(n)}" for what, n in reader.counts.items()))
     print(f"n = {len(records):,} facts of counterfact-{given.set}.json, {given.model}")
+
+
+def strange(records: list[Record]) -> list[Record]:
+    """Each with the next one's subject for its answer."""
+    others = [*records[1:], records[0]]
+    return [
+        {**record, "target_new": other["subject"]}
+        for record, other in zip(records, others, strict=True)
+    ]
 
 
 def fact_before(known: FactMemory) -> Callable[[str], str]:
@@ -95,6 +111,7 @@ def ask(record: Record, readers: dict[str, Reader], memory: FactMemory) -> None:
             found = own if same else reader.answered(prompt, new, true)
             reader.count(f"{kind} likelier", found.likelier)
             reader.count(f"{kind} exact", found.exact)
+            reader.count(f"{kind} whole", found.whole)
     own = base.answered(neighbour, record["locality_ground_truth"], new)
     in_scope = memory.scope(neighbour) is not None
     for reader in readers.values():
