@@ -359,10 +359,11 @@ def test_a_token_sees_a_few_entries_beside_its_past(
     kernel: Kernel, few: int, dtype: torch.dtype
 ) -> None:
     """As of a fact that it is read behind: with a bias that may hide an entry."""
-    query, past = entries(1, 6, 1, 8), piece(2, 37, dtype=dtype)
+    heads = slice(0, 6)
+    query, past = entries(1, 6, 1, 8), replace(piece(2, 37, dtype=dtype), heads=heads)
     bias = entries(3, 2, 1, few)
     bias[0, 0, 0] = HIDDEN
-    before = replace(piece(4, few, dtype=dtype), bias=bias)
+    before = replace(piece(4, few, dtype=dtype), bias=bias, heads=heads)
     output = kernel(query, [before, past], SCALE, None)
     expected = reference.attend(query, [past, before], SCALE)
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)

@@ -32,15 +32,16 @@ class Before:
     def joined(self, pieces: list[Piece], heads: slice) -> list[Piece]:
         """`pieces` of the query heads `heads`, those of the same heads side by side, as kernels
         want them; in front of them what these heads see of this."""
-        group = (heads.stop - heads.start) // self.piece.keys.shape[0]
         joined = []
         for seeing, own in groupby(pieces, attrgetter("heads")):
-            if seeing is None:
-                joined.append(self.piece)
-            else:
-                ends = (seeing.start, seeing.stop)
-                kv_heads = slice(*((at - heads.start) // group for at in ends))
-                before = self.piece if seeing == heads else self.piece.of_heads(kv_heads)
-                joined.append(replace(before, heads=seeing))
+            joined.append(self.piece if seeing is None else self._seen(seeing, heads))
             joined += own
         return joined
+
+    def _seen(self, seeing: slice, heads: slice) -> Piece:
+        """What some of `heads` see."""
+        if seeing == heads:
+            return replace(self.piece, heads=heads)
+        group = (heads.stop - heads.start) // self.piece.keys.shape[0]
+        kv_heads = slice(*((at - heads.start) // group for at in (seeing.start, seeing.stop)))
+        return replace(self.piece.of_heads(kv_heads), heads=seeing)

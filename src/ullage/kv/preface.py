@@ -5,6 +5,7 @@ masks are what they are without.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,6 +45,12 @@ class Preface:
         bias = self.pieces[0].bias
         own = sum(tensor.nbytes for piece in self.pieces for tensor in piece.tensors)
         return own + (0 if bias is None else bias.nbytes)
+
+    @cached_property
+    def bias_behind(self) -> torch.Tensor | None:
+        """That of what is written, [Hkv, 1, T]: one tensor, so that kernels know it again."""
+        bias = self.pieces[0].bias
+        return bias if bias is None or self.written_bias == 1 else bias * self.written_bias
 
     def piece(self, layer: int, dtype: torch.dtype) -> Piece:
         """That of a layer, as a pool of `dtype` stores it; no copy where that is its format."""
@@ -91,10 +98,7 @@ class Note:
 
     def written_behind(self, before: Before) -> Before:
         """What the tokens that are written see of what those of the prompt did."""
-        bias = before.piece.bias
-        if bias is None or self.preface.written_bias == 1:
-            return Before(before.piece, self)
-        return Before(replace(before.piece, bias=bias * self.preface.written_bias), self)
+        return Before(replace(before.piece, bias=self.preface.bias_behind), self)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ The operator is the one that scaled_dot_product_attention takes on CPU; called d
 the log-sum-exp too, and it takes grouped query heads without copies of K and V.
 """
 
+from functools import lru_cache
 from itertools import groupby
 from operator import attrgetter
 
@@ -71,7 +72,7 @@ def _attend_all(
         return _flash(_own(query, tiles[0]), tiles[0], scale)[0]
     if len(tiles) == 2 and _is_small(query, tiles[0]):
         few, rest = tiles
-        return _beside_few(query, few, scale, *_flash(_own(query, rest), rest, scale))
+        return _beside_few(query, few, scale, *_part(_own(query, rest), rest, scale))
     joined = Joined(query)
     for tile in tiles:
         joined.add(None, *_part(_own(query, tile), tile, scale))
@@ -88,18 +89,32 @@ def _is_small(query: torch.Tensor, tile: Piece) -> bool:
 def _beside_few(
     query: torch.Tensor, few: Piece, scale: float, output: torch.Tensor, lse: torch.Tensor
 ) -> torch.Tensor:
-    """A token's attention to `few` entries and to others, of which `_flash` gave output and
-    log-sum-exp. These stand in one softmax with the scores of the few: exp and log by themselves
-    would wake MKL's threads, however few numbers there are."""
-    grouped = query.float().view(few.keys.shape[0], -1, 1, query.shape[2])  # [Hkv, G, 1, D]
-    scores = (grouped * few.keys_in(torch.float32).unsqueeze(1)).sum(-1).mul_(scale)  # [Hkv, G, T]
-    if few.bias is not None:
-        scores.add_(few.bias)
-    weights = torch.cat([lse.view(*scores.shape[:2], 1), scores], dim=-1).softmax(-1)
-    others, own = weights.split_with_sizes([1, len(few)], dim=-1)
-    values = few.values_in(torch.float32).unsqueeze(1)  # [Hkv, 1, T, D]
-    read = (own.unsqueeze(-1) * values).sum(2).view(query.shape)
-    return read.addcmul_(others.reshape(-1, 1, 1), output.float()).to(query.dtype)
+    """A token's attention to `few` entries and to others, of which `_part` gave output and
+    log-sum-exp. The few of all KV heads are asked as those of one head, each hidden from other
+    heads' queries: torch shares a call out among threads by its heads, and would wake them."""
+    kv_heads, tokens, head_dim = few.keys.shape
+    read, read_lse = _ATTENTION(
+        query.view(1, 1, -1, head_dim),
+        few.keys_in(query.dtype).reshape(1, 1, -1, head_dim),
+        few.values_in(query.dtype).reshape(1, 1, -1, head_dim),
+        attn_mask=_own_head(kv_heads, query.shape[0] // kv_heads, tokens, few.bias, query.dtype),
+        scale=scale,
+    )
+    share = (read_lse.view_as(lse) - lse).sigmoid_().unsqueeze(-1)
+    return output.lerp_(read.view(output.shape).float(), share).to(query.dtype)
+
+
+@lru_cache(maxsize=16)  # by the bias itself, not by its numbers: layers and steps share it
+def _own_head(
+    kv_heads: int, group: int, tokens: int, bias: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """What is added to the scores of queries with the entries of all KV heads, [Hkv * G, Hkv * T]:
+    the bias, [Hkv, 1, T], of their own; elsewhere what hides entries, as in `_bias`."""
+    least = torch.finfo(dtype).min / 2
+    seen = torch.full((kv_heads, group, kv_heads, tokens), least, dtype=dtype)
+    for head in range(kv_heads):
+        seen[head, :, head] = 0 if bias is None else bias[head].clamp(min=least)
+    return seen.view(kv_heads * group, -1)
 
 
 def _own(query: torch.Tensor, tile: Piece) -> torch.Tensor:

@@ -117,8 +117,9 @@ class Latent:
         entries = self._basis.entries(kept.numbers.float())
         placed = at_the_end(entries, self._turns)
         bias = kept.bias.expand(entries.shape[-2], 1, -1).contiguous()
+        dtype = self._model.dtype  # laid out once here, not in each step
         pieces = (
-            Piece(keys.to(self._model.dtype), values.to(self._model.dtype), bias=bias)
+            Piece(keys.to(dtype).contiguous(), values.to(dtype).contiguous(), bias=bias)
             for keys, values in placed
         )
         return replace(kept.preface, pieces=tuple(pieces))
