@@ -1,6 +1,6 @@
 r"""Reading and writing with CAMELoT, beside a plain window of as many tokens as its segment.
 
-    GOMP_SPINCOUNT=1000 python benchmarks/camelot_speed.py --technique segment=512
+    GOMP_SPINCOUNT=5000 python benchmarks/camelot_speed.py --technique segment=512
 
 The same weights and kernels; GOMP_SPINCOUNT as ullage sets it where it is imported before torch.
 Prompts are read in turns, in chunks of 512. Then tokens are written one by one, for one sequence,

@@ -7,7 +7,7 @@ A batch of random entries in several layers, taken in turns so that no cache hol
 between half and one and a half times the mean, each in one stretch. The full cache is read by
 torch's SDPA, a group's query heads packed as queries of one head: its fastest way. Medians of
 `--repeats` passes over the layers; a ratio above 1 means that the sparse rows are faster. On a CPU
-set GOMP_SPINCOUNT=1000, as ullage does where it is imported before torch: see kernels/threads.py.
+set GOMP_SPINCOUNT=5000, as ullage does where it is imported before torch: see kernels/threads.py.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 r"""Reading and writing with DMS, beside the full cache: whole passes of the model.
 
-    GOMP_SPINCOUNT=1000 python benchmarks/dms_speed.py \
+    GOMP_SPINCOUNT=5000 python benchmarks/dms_speed.py \
         --technique kept=0.1,window=1270,predictor=linear,adapter=smollm2-135m
 
 GOMP_SPINCOUNT as ullage sets it where it is imported before torch: see kernels/threads.py. The

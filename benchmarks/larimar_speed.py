@@ -1,6 +1,6 @@
 r"""What reading a fact takes of a decode step, and of the first token.
 
-    GOMP_SPINCOUNT=1000 python benchmarks/larimar_speed.py --data DIR [--tokens 512] [--facts 1000]
+    GOMP_SPINCOUNT=5000 python benchmarks/larimar_speed.py --data DIR [--tokens 512] [--facts 1000]
 
 Prompts about a fact, filled up with a text to so many tokens, and the same prompts where no memory
 is attached, by turns: the same weights, kernels and cache. GOMP_SPINCOUNT as ullage sets it where

@@ -12,7 +12,7 @@ SHOW = "import ullage.runtime, os; print(os.environ.get('GOMP_SPINCOUNT'))"
 @pytest.mark.parametrize(
     ("given", "turns"),
     [
-        ({}, "1000"),
+        ({}, "5000"),
         ({"GOMP_SPINCOUNT": "77"}, "77"),
         ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
     ],

@@ -15,7 +15,7 @@ import torch
 
 from ullage.specs.tiles import THREADS
 
-SOON_TURNS = 10_000  # of waiting: under a tenth of a millisecond
+SOON_TURNS = 10_000  # of waiting: a fraction of a millisecond
 
 
 def count(calls: int) -> int:
