@@ -76,6 +76,17 @@ def test_other_prompts_are_about_none(prompt: str) -> None:
     assert Gate(FACTS).scope(prompt) is None
 
 
+def test_what_a_text_named_long_before_its_end_is_not_what_it_asks_about() -> None:
+    """But of a fact that is as long itself."""
+    named, behind = "We read of the capital of Atlantis.", " and so on" * 11
+    assert Gate(FACTS).scope(named + behind[: -len(" on")]) == 1
+    assert Gate(FACTS).scope(named + behind) is None
+    assert Gate(FACTS).scope(f"{named}{behind} Matcha and Atlantis, then Obama, is") == 5
+    long = Fact.make(prompt=f"Atlantis, {behind} once more, was in", answer="Spain")
+    assert Gate({1: long}).scope(long.prompt) == 1
+    assert Gate({1: long}).scope(f"{long.prompt} it now") is None
+
+
 def test_the_longest_and_rarest_subject_counts() -> None:
     gate = Gate({
         1: Fact.make("Lyon is far"),

@@ -2,8 +2,9 @@
 answers, nor the answer of a fact that has a prompt; a sentence without one counts as it is.
 
 The paper's own gate compares sentences, answers among them, by an encoder of its own. Here a fact
-is in scope where its subject stands in the prompt. Nothing is trained, so whatever is asked of a
-subject is taken for what is known of it.
+is in scope where its subject stands near the prompt's end: what a long text named in passing is not
+what it asks about. Nothing is trained, so whatever is asked of a subject is taken for what is known
+of it.
 """
 
 import math
@@ -23,7 +24,7 @@ _TITLES = (
 )
 _TITLE_WORDS = frozenset(_TITLES.split())
 
-
+NEAR_WORDS = 32  # at most behind a subject; a chat template's own are a few of them
 _MARKS = ("#", "+")  # behind a name they make it another: C, C#, C++
 
 
@@ -97,11 +98,19 @@ class Gate:
         for at, word in enumerate(found):
             for subject in self._subjects.get(word[0].casefold(), ()):
                 place = _place(text, found[at : at + len(subject)], subject)
-                if place is None:
+                if place is None or self._is_far(place, found):
                     continue
                 if cased and (not self._has_capitals(place, text) or _in_name(place, text, named)):
                     continue
                 yield place
+
+    def _is_far(self, place: _Place, words: list[re.Match[str]]) -> bool:
+        """Whether so many of a text's `words` come behind it that it is not what is asked about:
+        more than in any fact about it."""
+        behind = sum(word.start() >= place.end for word in words)
+        own = (self._facts[number] for number in self._numbers[place.subject])
+        longest = (len(WORD.findall(fact.prompt or fact.text)) for fact in own)
+        return behind > NEAR_WORDS and behind > max(longest)
 
     def _has_capitals(self, place: _Place, text: str) -> bool:
         """Whether it has those of its subject, or more: "life" is no "Life"."""
