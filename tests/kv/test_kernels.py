@@ -358,12 +358,18 @@ def test_a_bias_is_added_and_a_piece_may_be_asked_something_else(
 def test_a_token_sees_a_few_entries_beside_its_past(
     kernel: Kernel, few: int, dtype: torch.dtype
 ) -> None:
-    """As of a fact that it is read behind: with a bias that may hide an entry."""
-    heads = slice(0, 6)
-    query, past = entries(1, 6, 1, 8), replace(piece(2, 37, dtype=dtype), heads=heads)
+    """As of a fact that it is read behind: with a bias that may hide an entry. All KV heads of a
+    row at once, or each by itself."""
+    query, past = entries(1, 6, 1, 8), piece(2, 37, dtype=dtype)
     bias = entries(3, 2, 1, few)
     bias[0, 0, 0] = HIDDEN
-    before = replace(piece(4, few, dtype=dtype), bias=bias, heads=heads)
-    output = kernel(query, [before, past], SCALE, None)
+    before = replace(piece(4, few, dtype=dtype), bias=bias)
     expected = reference.attend(query, [past, before], SCALE)
-    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+    for some in ([slice(0, 2)], [slice(0, 1), slice(1, 2)]):
+        seen = [
+            replace(part.of_heads(own), heads=slice(3 * own.start, 3 * own.stop))
+            for own in some
+            for part in (before, past)
+        ]
+        output = kernel(query, seen, SCALE, None)
+        torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)

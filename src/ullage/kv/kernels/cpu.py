@@ -93,11 +93,15 @@ def _beside_few(
     log-sum-exp. The few of all KV heads are asked as those of one head, each hidden from other
     heads' queries: torch shares a call out among threads by its heads, and would wake them."""
     kv_heads, tokens, head_dim = few.keys.shape
+    if kv_heads == 1:
+        seen = _bias(few, query.dtype)
+    else:
+        seen = _own_head(kv_heads, query.shape[0] // kv_heads, tokens, few.bias, query.dtype)
     read, read_lse = _ATTENTION(
         query.view(1, 1, -1, head_dim),
         few.keys_in(query.dtype).reshape(1, 1, -1, head_dim),
         few.values_in(query.dtype).reshape(1, 1, -1, head_dim),
-        attn_mask=_own_head(kv_heads, query.shape[0] // kv_heads, tokens, few.bias, query.dtype),
+        attn_mask=seen,
         scale=scale,
     )
     share = (read_lse.view_as(lse) - lse).sigmoid_().unsqueeze(-1)

@@ -97,18 +97,19 @@ class Gate:
         named = list(names(text)) if cased else []
         for at, word in enumerate(found):
             for subject in self._subjects.get(word[0].casefold(), ()):
+                if self._is_far(subject, len(found) - at - len(WORD.findall(subject))):
+                    continue
                 place = _place(text, found[at : at + len(subject)], subject)
-                if place is None or self._is_far(place, found):
+                if place is None:
                     continue
                 if cased and (not self._has_capitals(place, text) or _in_name(place, text, named)):
                     continue
                 yield place
 
-    def _is_far(self, place: _Place, words: list[re.Match[str]]) -> bool:
-        """Whether so many of a text's `words` come behind it that it is not what is asked about:
-        more than in any fact about it."""
-        behind = sum(word.start() >= place.end for word in words)
-        own = (self._facts[number] for number in self._numbers[place.subject])
+    def _is_far(self, subject: str, behind: int) -> bool:
+        """Whether so many words `behind` it say that it is not what is asked about: more than there
+        are in any fact about it."""
+        own = (self._facts[number] for number in self._numbers[subject])
         longest = (len(WORD.findall(fact.prompt or fact.text)) for fact in own)
         return behind > NEAR_WORDS and behind > max(longest)
 
