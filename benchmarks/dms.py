@@ -3,7 +3,8 @@
     python benchmarks/dms.py --data DIR --tokens 4096 --technique kept=0.45,window=512
 
 `--technique` may be given again, to compare; the plain window is as large as the first, and the
-last column says how much lower the first's perplexity is.
+last column says how much lower the first's perplexity is. `--kv-cache-dtype` may be given again
+too: each technique in each format, as int8 and bf16; dense and the plain window are in fp32.
 
 DIR holds books/moby_dick.txt and wikitext2_test.txt. The first `--chunks` pieces of each text are
 read dense and sparse; the loss is that of the tokens beyond `--beyond`, with the standard error of
@@ -43,9 +44,12 @@ def same_bytes(technique: DMS, spec: ModelSpec, tokens: int) -> DMS:
     return DMS(technique.kept, blocks * 16 - 16 * -(-SINKS // 16), "window")
 
 
-def side(stack: ExitStack, model: PreTrainedModel, recipe: Recipe, technique: DMS) -> Side:
-    """`model` with `technique` until `stack` ends."""
-    chosen = replace(recipe, techniques=(techniques.choice_of(technique),))
+def side(
+    stack: ExitStack, model: PreTrainedModel, recipe: Recipe, technique: DMS, kv_dtype: str
+) -> Side:
+    """`model` with `technique` and entries in `kv_dtype` until `stack` ends."""
+    execution = replace(recipe.execution, kv_dtype=kv_dtype)
+    chosen = replace(recipe, execution=execution, techniques=(techniques.choice_of(technique),))
     return Side(stack.enter_context(attached(model, [technique])), chosen)
 
 
@@ -56,35 +60,39 @@ def main() -> None:
     parser.add_argument("--beyond", type=int, default=512)
     parser.add_argument("--chunks", type=int, default=1)
     parser.add_argument("--technique", action="append", required=True)
+    parser.add_argument("--kv-cache-dtype", choices=["fp32", "bf16", "int8"], action="append")
     asked = parser.parse_args()
+    formats = asked.kv_cache_dtype or ["fp32"]
     spec, execution = resolve(MODEL), Execution(dtype="fp32", kv_dtype="fp32")
     work = Workload(asked.tokens - 1, 1)
     recipe = Recipe(spec, find_device("cpu-16gb"), work, execution)
     named = {words: techniques.parse(f"dms:{words}") for words in asked.technique}
     compared = {
-        words: made.settled(spec, work, execution)
+        f"{words}, {kv_dtype}": (made.settled(spec, work, execution), kv_dtype)
         for words, made in named.items()
         if isinstance(made, DMS)
+        for kv_dtype in formats
     }
+    first = next(iter(compared))
     folder = weights_folder(spec)
     tokenizer = load_tokenizer(folder)
     texts = prepare(
         read_texts(asked.data), tokenizer, Asked(asked.tokens, asked.beyond, asked.chunks, seed=0)
     )
     choices = {
-        "dense": DMS.neutral(),
-        "window": same_bytes(compared[asked.technique[0]], spec, asked.tokens),
+        "dense": (DMS.neutral(), "fp32"),
+        "window": (same_bytes(compared[first][0], spec, asked.tokens), "fp32"),
         **compared,
     }
     print("| text | what | live KV | of dense | perplexity | change (se) | n | first, from it |")
     print("|---|---|---|---|---|---|---|---|")
     with ExitStack() as stack:
         model = load_model(build_plan(recipe), folder, tokenizer).model
-        sides = [side(stack, model, recipe, choice) for choice in choices.values()]
+        sides = [side(stack, model, recipe, *choice) for choice in choices.values()]
         for name, pieces in texts.items():
             readings = [read(sides, piece.ids) for piece in track(pieces, name, transient=True)]
             found = dict(zip(choices, zip(*readings, strict=True), strict=True))
-            report(name, found, asked.technique[0], asked.beyond)
+            report(name, found, first, asked.beyond)
 
 
 def report(name: str, found: dict[str, tuple[Reading, ...]], first: str, beyond: int) -> None:
