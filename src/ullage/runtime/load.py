@@ -11,7 +11,6 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,6 +27,7 @@ from ullage.specs.plan import Plan, Recipe
 from ullage.specs.sources import read_config
 from ullage.techniques.base import Technique
 from ullage.techniques.quantization.linear import tensor_bytes
+from ullage.techniques.tokenizer import shared_tokenizer
 
 TORCH_DTYPES = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8,
@@ -72,7 +72,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             "never executes."
         )
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return shared_tokenizer(str(folder))
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{folder} holds no readable tokenizer: {_one_line(error)}"

@@ -24,6 +24,7 @@ from ullage.techniques.larimar.latent import Latent
 from ullage.techniques.larimar.ledger import Ledger, Who
 from ullage.techniques.larimar.readout import KV, Held
 from ullage.techniques.larimar.settings import HELD_MIB
+from ullage.techniques.tokenizer import shared_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -231,13 +232,11 @@ def tokenizer_of(model: "PreTrainedModel", folder: str = "") -> "PreTrainedToken
     Raises:
         TechniqueError: there is none.
     """
-    from transformers import AutoTokenizer
-
     where = folder or model.config._name_or_path
     try:
         if not where:
             raise ValueError("it was read from no folder")
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        return shared_tokenizer(where)
     except (OSError, ValueError, KeyError) as error:
         raise TechniqueError(
             "larimar: no tokenizer of this model can be read: name its folder with tokenizer=."
