@@ -1,5 +1,6 @@
 """What could not be written at a command's end is refused at its beginning."""
 
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,9 @@ def test_each_file_is_looked_at(tmp_path: Path) -> None:
         refuse_unwritable(tmp_path / "new.json", tmp_path)
     with pytest.raises(InputError, match="Cannot write"):
         refuse_undrawable(tmp_path / "none" / "new.png")
+    sqlite3.connect(tmp_path / "facts.db").execute("CREATE TABLE events (number)")
+    with pytest.raises(InputError, match=r"facts\.db is a database"):
+        refuse_unwritable(tmp_path / "facts.db")
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="Cannot write"):
         refuse_unwritable(tmp_path / "file" / "new.json")
