@@ -128,6 +128,14 @@ def test_an_export_is_written_whole_or_not_at_all(
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_a_fact_without_an_answer_is_named(begun: Typed) -> None:
+    """It is told less well, and another such may say the opposite."""
+    done = begun("add", "Bob of Ys lives in Rome.")
+    assert "Fact 2: no answer shows in the sentence" in done.stderr
+    assert begun("add", "Bob of Ys lives in Oslo.").returncode == 0
+    assert "no answer shows" not in begun("add", "The king of Ys is Gradlon.").stderr
+
+
 def test_an_edited_fact_is_about_what_it_was_about(begun: Typed) -> None:
     """As long as that stands in it."""
     begun("add", "matcha is a tea", "--subject", "matcha")
@@ -164,6 +172,9 @@ def test_the_subject_alone_may_be_edited(begun: Typed) -> None:
         (["forget", "9" * 30], "less than or equal to"),
         (["rollback", "9"], "has no event 9: its last is 1"),
         (["add", "--answer", "Gradlon"], "half a fact: add --prompt"),
+        (["add", "Ys is old", "--prompt", "Ys is", "--answer", "new"], "leave it out"),
+        (["edit", "1", "--answer", ""], "The new answer is empty"),
+        (["export", "--output", "{db}"], "is a database"),
         (["edit", "1"], "Give what the fact becomes: TEXT, or --answer, or --subject"),
         (["edit", "1", "Ys is old", "--answer", "new"], "are both given: leave one out"),
         (["rollback", "yesterday"], "neither an event's number nor a time"),
@@ -174,10 +185,10 @@ def test_the_subject_alone_may_be_edited(begun: Typed) -> None:
     ],
 )
 def test_bad_input_is_our_error_and_changes_nothing(
-    begun: Typed, words: list[str], said: str
+    begun: Typed, tmp_path: Path, words: list[str], said: str
 ) -> None:
     before = begun("history", "--json").stdout
-    done = begun(*words)
+    done = begun(*(word.replace("{db}", str(tmp_path / "facts.db")) for word in words))
     assert done.returncode == 2, done.stderr
     assert said in done.stderr.replace("\n", " ")
     assert "Traceback" not in done.stderr
@@ -240,7 +251,9 @@ def test_what_stood_before_an_event_was_changed_goes_into_a_new_ledger(
 
 
 @pytest.mark.parametrize("content", ["x'00'", "replace(after, 'Gradlon', 'Dahut')"])
-@pytest.mark.parametrize("words", [("edit", "2", "--answer", "Bob"), ("forget", "2")])
+@pytest.mark.parametrize(
+    "words", [("edit", "2", "--answer", "Bob"), ("forget", "2"), ("add", "Ys is old")]
+)
 def test_a_fact_that_was_changed_is_not_built_on(
     begun: Typed, tmp_path: Path, content: str, words: tuple[str, ...]
 ) -> None:

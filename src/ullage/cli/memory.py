@@ -94,6 +94,7 @@ def add(
     else:
         facts = read_facts(file)
     with Ledger(db, create=True) as ledger:
+        ledger.verify()
         shown = track(
             facts, "writing", console=_stderr(), transient=True, disable=len(facts) <= _SHOWN
         )
@@ -102,6 +103,7 @@ def add(
         typer.echo(facts_as_json(added.facts))
     elif len(facts) <= _SHOWN:
         show_facts(_stdout(), added.facts)
+    _say_whole(added.facts)
     stood = len(facts) - added.new
     _say(f"{added.new:,} written" + (f", {stood:,} stood already." if stood else "."))
 
@@ -246,6 +248,17 @@ def export(
     else:
         write_text(output, lines)
         _say(f"{len(facts):,} facts in {output}.")
+
+
+def _say_whole(facts: dict[int, Fact]) -> None:
+    """Name the facts that no prompt can be asked of."""
+    whole = [number for number, fact in facts.items() if not fact.answer]
+    if whole:
+        first = f"Fact {whole[0]}" + (f" and {len(whole) - 1:,} more" if whole[1:] else "")
+        _say(
+            f"{first}: no answer shows in the sentence, so that it is kept whole, told less well, "
+            "and contradicts nothing: --prompt and --answer say it better."
+        )
 
 
 def _standing(db: Path, as_of: str | None) -> dict[int, Fact]:

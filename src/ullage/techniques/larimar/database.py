@@ -229,6 +229,7 @@ def _reason(error: sqlite3.Error) -> str | None:
         sqlite3.SQLITE_FULL: "cannot be written: the disk is full. Nothing of this is in it.",
         sqlite3.SQLITE_IOERR: f"cannot be read or written: {error}.",
         sqlite3.SQLITE_NOTADB: "is no ledger: it is not a database.",
-        sqlite3.SQLITE_CORRUPT: f"is damaged: {error}.",
+        sqlite3.SQLITE_CORRUPT: f"is damaged ({error}): go back to a copy of it, or take out "
+        "what can still be read with sqlite3's .recover.",
     }
     return next((text for code, text in reasons.items() if _is(error, code)), None)

@@ -42,9 +42,13 @@ class Fact:
         """
         text, subject, prompt, answer = map(plain, (text, subject, prompt, answer))
         if bool(prompt) != bool(answer):
-            raise FactError("A fact has a prompt and an answer, or neither: its text alone.")
+            raise FactError(
+                "A prompt needs an answer, and an answer a prompt; or give a text alone."
+            )
         if prompt and text and folded(f"{prompt} {answer}") != folded(text):
-            raise FactError(f'"{_short(text)}" is not its prompt and then its answer.')
+            raise FactError(
+                f'"{_short(text)}" is not its prompt and then its answer: leave it out.'
+            )
         text = text or f"{prompt} {answer}".strip()
         if not folded(text):
             raise FactError("The fact is empty: there is nothing to write.")
@@ -82,6 +86,8 @@ class Fact:
                 return self.make(text, subject or still)
         if not self.prompt:
             raise FactError(f'"{_short(self.text)}" shows no prompt that an answer follows.')
+        if not plain(answer):
+            raise FactError("The new answer is empty: forget the fact if it is to stand no longer.")
         return self.make(None, subject or self.subject, self.prompt, answer)
 
     def _answer_in(self, text: str) -> str:
@@ -143,7 +149,8 @@ def read_facts(file: Path) -> list[Fact]:
                         )
                     facts.append(fact)
     except (OSError, UnicodeError) as error:
-        raise FactError(f"Cannot read {file} as UTF-8 text: {error}.") from error
+        reason = getattr(error, "strerror", None) or error
+        raise FactError(f"Cannot read {file} as UTF-8 text: {reason}.") from error
     if not facts:
         raise FactError(f"{file} is empty: there is nothing to write.")
     return facts
