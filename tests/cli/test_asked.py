@@ -12,6 +12,7 @@ from ullage.errors import InputError, TechniqueError
 from ullage.planner.search import Freedom
 from ullage.specs.plan import TechniqueChoice
 from ullage.specs.workload import Engine, Workload
+from ullage.techniques.dms.settings import DMS
 from ullage.units import GIB
 
 TinySpec = Callable[..., ModelSpec]
@@ -132,6 +133,15 @@ def test_the_hybrid_recipe_is_4_bit_weights_and_a_sparse_cache() -> None:
     assert recipe.techniques[0] == NF4
     assert [choice.name for choice in recipe.techniques] == ["quantization", "dms"]
     assert PlanOptions().with_recipe(None, llama) == PlanOptions()
+
+
+def test_the_hybrid_recipe_takes_a_shipped_adapter_at_a_quarter_of_the_bytes() -> None:
+    smol = resolve("smollm2-135m")
+    recipe = PlanOptions().with_recipe("hybrid", smol).recipe(smol, GPU, WORK)
+    dms = DMS(**recipe.techniques[1].settings)
+    assert dms.adapter == "smollm2-135m"
+    dense = smol.num_layers * smol.num_kv_heads * -(-8000 // 16)
+    assert 0.23 < dms.held_blocks(smol, 8000) / dense < 0.25
 
 
 @pytest.mark.parametrize(
