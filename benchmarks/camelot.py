@@ -14,13 +14,18 @@ token by token. For each `--window` of w tokens:
     best      as centred, recent tokens exactly as well, and the bank for what is before these
     as many   sliding, with as many bytes as `best`
 
-Changes are against `alone`. `--technique` adds settings, the segment w unless
-they name it, or another technique: as in dms:window=640,predictor=window.
+Changes are against `alone`, which is always read; `--only` names other lines. `--technique` adds
+settings, the segment w unless they name it, or another technique: as in
+dms:window=640,predictor=window. With `--losses FOLDER` the losses of a line are kept there, and
+what is there is not read again: a line of a whole book takes half an hour.
 """
 
 import argparse
+import io
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +36,7 @@ from transformers import PreTrainedModel
 
 from ullage import Recipe, Workload, build_plan, resolve, techniques
 from ullage.measure.quality import figures
-from ullage.measure.quality.perplexity import Reading, prepare, read
+from ullage.measure.quality.perplexity import Piece, Reading, prepare, read
 from ullage.measure.quality.sides import Side, attached
 from ullage.measure.quality.suite import Asked
 from ullage.measure.quality.texts import read_texts
@@ -41,12 +46,14 @@ from ullage.runtime.load import load_model, load_tokenizer
 from ullage.specs.blocks import block_bytes
 from ullage.specs.device import find_device
 from ullage.specs.survivors import SINKS
+from ullage.specs.whole import write_whole
 from ullage.specs.workload import Execution
 from ullage.techniques.base import Technique
 from ullage.techniques.camelot.settings import CAMELoT
 from ullage.techniques.dms.settings import DMS
 
 MODEL = "smollm2-135m"
+Line = Callable[[torch.Tensor], Reading]  # of the tokens of a piece
 
 
 def choices(window: int, recipe: Recipe, more: list[str]) -> dict[str, Technique]:
@@ -79,8 +86,13 @@ def same_bytes(technique: Technique, recipe: Recipe) -> DMS:
     return DMS(window=blocks * 16 - 16 * -(-SINKS // 16), predictor="window")
 
 
+def behind(side: Side, ids: torch.Tensor) -> Reading:
+    """All of `ids`, [T], in one sequence."""
+    return read([side], ids)[0]
+
+
 @torch.inference_mode()
-def alone(side: Side, ids: torch.Tensor, window: int, sinks: int) -> Reading:
+def alone(side: Side, ids: torch.Tensor, *, window: int, sinks: int) -> Reading:
     """Each segment of `window` tokens of `ids`, [T], behind the first `sinks` and nothing else.
     These stand just before it, so that no distance is longer than the model was trained on."""
     losses, live_bytes = torch.empty(len(ids) - 1), 0  # in one piece, or the heap is full of holes
@@ -102,6 +114,22 @@ def side(stack: ExitStack, model: PreTrainedModel, recipe: Recipe, technique: Te
     return Side(stack.enter_context(attached(model, [technique])), chosen)
 
 
+def readings_of(line: Line, pieces: Iterable[Piece], file: Path | None) -> list[Reading]:
+    """What `line` makes of each piece, as it is in `file`, or will be."""
+    if file is None or not file.exists():
+        readings = [line(piece.ids) for piece in pieces]
+        if file is not None:
+            content = io.BytesIO()
+            losses = [one.losses.numpy() for one in readings]
+            np.savez(content, *losses, live_bytes=readings[0].live_bytes)
+            write_whole(file, content.getvalue())
+        return readings
+    with np.load(file) as found:
+        live_bytes = int(found["live_bytes"])
+        losses = [torch.from_numpy(found[name]) for name in found.files if name != "live_bytes"]
+    return [Reading(one, torch.zeros(len(one)), live_bytes) for one in losses]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
@@ -111,8 +139,11 @@ def main() -> None:
     parser.add_argument("--window", type=int, action="append")
     parser.add_argument("--text", action="append", help="one of the texts; all by default")
     parser.add_argument("--only", action="append", help="one of the lines; all by default")
+    parser.add_argument("--losses", type=Path, help="a folder that keeps each line's")
     parser.add_argument("--technique", action="append", default=[])
     asked = parser.parse_args()
+    if asked.losses:
+        asked.losses.mkdir(parents=True, exist_ok=True)
     spec, execution = resolve(MODEL), Execution(dtype="fp32", kv_dtype="fp32")
     recipe = Recipe(spec, find_device("cpu-16gb"), Workload(asked.tokens - 1, 1), execution)
     folder = weights_folder(spec)
@@ -125,27 +156,30 @@ def main() -> None:
     model = load_model(build_plan(recipe), folder, tokenizer).model
     for window in asked.window or (128, 256, 512):
         known = choices(window, recipe, asked.technique)
-        if asked.only:
-            known = {name: known[name] for name in (*asked.only, *asked.technique)}
         with ExitStack() as stack:
             segment = replace(recipe, workload=Workload(SINKS + window, 1))
             dense = Side(model, segment)
-            sides = [side(stack, model, recipe, choice) for choice in known.values()]
+            lines = {
+                "alone": partial(alone, dense, window=window, sinks=0),
+                "few": partial(alone, dense, window=window, sinks=SINKS),
+            } | {
+                what: partial(behind, side(stack, model, recipe, choice))
+                for what, choice in known.items()
+                if not asked.only or what in (*asked.only, *asked.technique)
+            }
+            if asked.only and "few" not in asked.only:
+                del lines["few"]
             for name in asked.text or texts:
-                pieces = track(texts[name], f"{name} {window}", transient=True)
-                readings = [
-                    (
-                        *(alone(dense, piece.ids, window, sinks) for sinks in (0, SINKS)),
-                        *read(sides, piece.ids),
-                    )
-                    for piece in pieces
-                ]
-                names = "alone", "few", *known
-                found = dict(zip(names, zip(*readings, strict=True), strict=True))
+                found = {}
+                for what, line in lines.items():
+                    shown = track(texts[name], f"{name} {window} {what}", transient=True)
+                    of = f"{name}-{asked.chunks}x{asked.tokens}-{window}-{what}.npz"
+                    file = asked.losses and asked.losses / of.replace("/", "_")
+                    found[what] = readings_of(line, shown, file)
                 report(f"{name} | {window}", found, asked.beyond)
 
 
-def report(name: str, found: dict[str, tuple[Reading, ...]], beyond: int) -> None:
+def report(name: str, found: dict[str, list[Reading]], beyond: int) -> None:
     """A line a choice, the change against the window alone."""
     losses = {
         what: np.concatenate([one.losses[beyond:].double().numpy() for one in readings])
