@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from ullage.errors import BudgetExceeded
+from ullage.errors import BudgetExceeded, InputError
 from ullage.kv import attention
 from ullage.kv.cache import PagedCache, cache_argument
 from ullage.kv.pool import KVPool
@@ -150,8 +150,11 @@ def test_other_attention_is_refused(implementation: str, tiny_model: TinyModel) 
     """It would see the new tokens only, and answer wrongly."""
     model, spec = tiny_model("llama")
     model.set_attn_implementation(implementation)
-    with pytest.raises(RuntimeError, match="set_attn_implementation"):
-        generate(model, PROMPT, **cache_argument(model, paged_cache(spec)))
+    cache = cache_argument(model, paged_cache(spec))
+    with pytest.raises(InputError, match="set_attn_implementation"):
+        model(PROMPT, **cache)
+    with pytest.raises(InputError, match="set_attn_implementation"):
+        model(PROMPT[:, :1], **cache)
 
 
 def test_ullage_attention_without_a_paged_cache_is_refused(tiny_model: TinyModel) -> None:

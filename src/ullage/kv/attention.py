@@ -10,6 +10,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
+from ullage.errors import InputError
 from ullage.kv.before import Attend
 from ullage.kv.entries import stored
 from ullage.kv.kernels import Kernel, Piece, cpu, reference
@@ -24,11 +25,27 @@ if TYPE_CHECKING:
 NAME = "ullage"
 
 
-def tag(keys: torch.Tensor, layer: "PagedLayer") -> torch.Tensor:
-    """Mark new keys with the cache layer that holds their past: transformers hands attention the
-    tensor that `Cache.update` returned, and nothing else of the cache."""
-    keys.ullage_layer = layer  # type: ignore[attr-defined]
-    return keys
+class Handed(torch.Tensor):
+    """New keys on their way from `Cache.update` to attention, with the cache layer that holds their
+    past: transformers hands attention what that returned, and nothing else of the cache. Any other
+    attention, which would see the new tokens alone, is an error."""
+
+    keys: torch.Tensor
+    layer: "PagedLayer"
+
+    @classmethod
+    def on(cls, keys: torch.Tensor, layer: "PagedLayer") -> "Handed":
+        """`keys`, for `layer`."""
+        handed = keys.as_subclass(cls)
+        handed.keys, handed.layer = keys, layer
+        return handed
+
+    @classmethod
+    def __torch_function__(cls, *_: Any, **__: Any) -> Any:
+        raise InputError(
+            "This cache is read by ullage's own attention: go on inside the `with` in which it was "
+            "filled, or after model.set_attn_implementation('ullage')."
+        )
 
 
 @torch.no_grad()
@@ -56,9 +73,9 @@ def attention_forward(
         BudgetExceeded: a sequence for which no room was reserved finds none in the pool; the cache
             cannot go on.
     """
-    layer: PagedLayer | None = getattr(key, "ullage_layer", None)
-    if layer is None:
+    if not isinstance(key, Handed):
         raise RuntimeError("attention 'ullage' reads a PagedCache: pass one with cache_argument")
+    layer, key = key.layer, key.keys
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     kernel = kernel_for(query.device)
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ullage.errors import InputError
-from ullage.kv.attention import tag
+from ullage.kv.attention import Handed
 from ullage.kv.before import Before
 from ullage.kv.pool import Blocks
 from ullage.kv.rows import FullRow, Row, SlidingRow
@@ -34,7 +34,6 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.rows: list[Row] = []
         self.seen_tokens = 0  # positions of the batch, padding counted
         self.make_row: MakeRow | None = None  # a technique's; None: as the model says
-        self._waiting = False
         self._beside: Beside = (None, None, None)
         self._before: list[Before | None] = []
 
@@ -53,15 +52,9 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hand the new entries, [B, Hkv, N, D] each, on to attention, which stores them."""
-        if self._waiting:
-            raise RuntimeError(
-                "a PagedCache needs model.set_attn_implementation('ullage'): other attention "
-                "would see the new tokens only"
-            )
-        self._waiting = True
         if not self.rows:
             self.rows = [self.new_row() for _ in range(key_states.shape[0])]
-        return tag(key_states, self), value_states
+        return Handed.on(key_states, self), value_states
 
     def begin(self, batch: int, make_row: MakeRow) -> None:
         """Empty rows of a kind of the caller's, where the layer has none; `make_row` makes these
@@ -87,7 +80,6 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         """The rows that the attention of this step extends, one for each of `batch`."""
         if batch != len(self.rows):
             raise RuntimeError(f"{batch} sequences for a cache that holds {len(self.rows)}")
-        self._waiting = False
         self.seen_tokens += new_tokens
         for row, before in zip(self.rows, self._before, strict=False):
             if not row.length:
@@ -123,7 +115,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Give all blocks back."""
         for row in self.rows:
             row.release()
-        self.rows, self._before, self.seen_tokens, self._waiting = [], [], 0, False
+        self.rows, self._before, self.seen_tokens = [], [], 0
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Go on from the rows at `beam_idx`, [B]: a row that several go on from is copied.
@@ -262,7 +254,6 @@ class PagedCache(Cache):  # type: ignore[misc]
         for index, layer in enumerate(self.paged):
             layer.rows = [sequence.rows[index] for sequence in sequences]
             layer.seen_tokens = max((row.length for row in layer.rows), default=0)
-            layer._waiting = False
 
     def nbytes(self) -> int:
         """Bytes of the blocks that are taken, and of what rows of this step keep beside them."""

@@ -157,6 +157,21 @@ def test_generate_goes_on_from_the_cache_of_an_earlier_turn(tiny_model: TinyMode
     assert torch.equal(second, fresh)
 
 
+def test_what_was_filled_inside_goes_on_there_alone(tiny_model: TinyModel) -> None:
+    """Outside, the model's own attention would see the new token and nothing else."""
+    model, spec = tiny_model("llama")
+    technique = DMS(0.25, 16)
+    cache = cache_argument(model, cache_of(model, spec, technique))
+    with torch.inference_mode():
+        with technique.attach(model):
+            whole = model(TEXT[:1]).logits[:, -1]
+            model(TEXT[:1, :-1], **cache)
+        with pytest.raises(InputError, match="inside the `with`"):
+            model(TEXT[:1, -1:], **cache)
+        with technique.attach(model):
+            assert torch.allclose(model(TEXT[:1, -1:], **cache).logits[:, -1], whole, atol=1e-4)
+
+
 def test_bytes_fall_with_what_is_kept_and_end_with_the_text(tiny_model: TinyModel) -> None:
     model, spec = tiny_model("llama")
     held, live = [], []
