@@ -1,6 +1,7 @@
 """A tokenizer takes its bytes once."""
 
 import gc
+import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,10 @@ from ullage.runtime.load import load_tokenizer
 from ullage.techniques.tokenizer import shared_tokenizer
 
 
-def test_who_wants_it_shares_it_while_one_has_it(model_folder: Callable[..., Path]) -> None:
-    folder = model_folder("llama")
+def test_who_wants_it_shares_it_while_one_has_it(
+    model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(model_folder("llama"), tmp_path / "own")
     first = load_tokenizer(folder)
     assert shared_tokenizer(str(folder)) is first
     held = weakref.ref(first)

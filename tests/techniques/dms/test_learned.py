@@ -9,6 +9,7 @@ import torch
 
 from ullage import ModelSpec, TechniqueChoice
 from ullage.errors import TechniqueError
+from ullage.kv import attention
 from ullage.kv.cache import PagedCache, cache_argument
 from ullage.kv.pool import KVPool
 from ullage.kv.rows import NewTokens
@@ -53,6 +54,8 @@ def adapter(tmp_path: Path) -> Path:
 
 def kept(model: Any, spec: ModelSpec, technique: DMS, chunk: int) -> tuple[torch.Tensor, list[int]]:
     """Logits of two texts, and the survivors of each head."""
+    attention.register()
+    model.set_attn_implementation(attention.NAME)
     cache = PagedCache(spec, KVPool(200, spec.head_dim, torch.float32), technique.rows(spec))
     sequences = [cache.open(150), cache.open(150)]
     cache.activate(sequences)

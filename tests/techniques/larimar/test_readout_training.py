@@ -1,6 +1,7 @@
 """What the readout learns of facts: in closed form, and by steps that can be broken off."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import torch
 from ullage.errors import TechniqueError
 from ullage.kv.cache import cache_argument
 from ullage.kv.fingerprint import fingerprint
-from ullage.runtime.load import load_tokenizer
 from ullage.techniques.larimar import training
 from ullage.techniques.larimar.adapter import ADAPTERS, Adapter
 from ullage.techniques.larimar.asked_facts import AskedFact
@@ -83,7 +83,7 @@ def test_an_answer_is_what_its_tokenizer_makes_of_it_behind_a_question(
     """Whatever that puts around a text."""
     from tokenizers.processors import TemplateProcessing
 
-    wrapped = load_tokenizer(Path(tokenizer.name_or_path))
+    wrapped = deepcopy(tokenizer)  # others share it
     wrapped._tokenizer.post_processor = TemplateProcessing(
         single="<bos> $A <eos>", special_tokens=[("<bos>", 2), ("<eos>", 1)]
     )
