@@ -53,6 +53,7 @@ from ullage.techniques.camelot.settings import CAMELoT
 from ullage.techniques.dms.settings import DMS
 
 MODEL = "smollm2-135m"
+LINES = "few", "sliding", "faithful", "centred", "best", "as many"  # beside `alone`
 Line = Callable[[torch.Tensor], Reading]  # of the tokens of a piece
 
 
@@ -138,7 +139,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=1)
     parser.add_argument("--window", type=int, action="append")
     parser.add_argument("--text", action="append", help="one of the texts; all by default")
-    parser.add_argument("--only", action="append", help="one of the lines; all by default")
+    parser.add_argument("--only", choices=LINES, action="append", help="all by default")
     parser.add_argument("--losses", type=Path, help="a folder that keeps each line's")
     parser.add_argument("--technique", action="append", default=[])
     asked = parser.parse_args()
