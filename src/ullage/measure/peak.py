@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 
 from ullage.errors import UllageError
@@ -101,6 +102,7 @@ def _process_start_s() -> float:
 
 
 def _main() -> int:
+    import_module("ullage.cli.run")  # in memory, too, while the command runs a model
     request = json.load(sys.stdin)
     try:
         plan, folder = Plan.from_json(request["plan"]), Path(request["folder"])
