@@ -8,13 +8,19 @@ With DIR SmolLM2-135M reads books/moby_dick.txt, else a tiny random Llama reads 
 second command goes far past the 8,192 tokens that SmolLM2 was trained on; the third keeps every
 entry there. The peak is the process's high-water mark of the part; it has grown since the part in
 which the first 10,000 tokens ended.
+
+A machine's speed changes while a long stream runs. With `--beside` each part is read twice, chunk
+by chunk in turns: behind all that was before it, and behind the first part alone. The ratio of the
+two times says whether the stream's length costs time; the peak is then that of both.
 """
 
 import argparse
 import time
+from contextlib import ExitStack, closing
 from math import exp
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.progress import track
 from torch.nn import functional as F
@@ -78,6 +84,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--technique", default="camelot:segment=512")
     parser.add_argument("--parts", type=int, default=10)
+    parser.add_argument("--beside", action="store_true", help="a ratio in place of bare times")
     asked = parser.parse_args()
     return_freed_memory()
     technique = techniques.parse(asked.technique)
@@ -86,42 +93,62 @@ def main() -> None:
     work = Workload(asked.tokens, 1)
     chosen = (techniques.choice_of(technique),)
     recipe = Recipe(spec, find_device("cpu-16gb"), work, execution, chosen)
-    print("| tokens up to | perplexity | ms a token | KV, MiB | peak, MiB | grown |")
-    print("|---|---|---|---|---|---|")
-    with attached(model, [technique]) as changed:
-        side = Side(changed, recipe)
-        with side.open(asked.tokens + 1) as sequence:
-            settled_bytes = 0
-            for part in torch.split(ids, -(-len(ids) // asked.parts)):
-                reset_high_water()
-                loss, taken_s = read(side, sequence, part)
-                peak_bytes = status_bytes().high_water_bytes
-                if not settled_bytes and sequence.length >= SETTLED_TOKENS:
-                    settled_bytes = peak_bytes
-                grown = f"{peak_bytes / settled_bytes - 1:+.2%}" if settled_bytes else ""
-                print(
-                    f"| {sequence.length:,} | {exp(loss):.2f} | {taken_s / len(part) * 1e3:.3f} "
-                    f"| {side.live_bytes() / 2**20:.1f} | {peak_bytes / 2**20:.1f} | {grown} |",
-                    flush=True,
-                )
+    print("| tokens up to | perplexity | ms a token | KV, MiB | peak, MiB | grown | ratio (se) |")
+    print("|---|---|---|---|---|---|---|")
+    parts = torch.split(ids, -(-len(ids) // asked.parts))
+    with attached(model, [technique]) as changed, ExitStack() as stack:
+        side, short = Side(changed, recipe), Side(changed, recipe)
+        sequence = stack.enter_context(side.open(asked.tokens + 1))
+        first = stack.enter_context(short.open(asked.tokens + 1)) if asked.beside else None
+        settled_bytes = 0
+        for index, part in enumerate(parts):
+            reset_high_water()
+            with ExitStack() as turn:
+                ways = [(side, sequence)]
+                if first is not None:
+                    own = turn.enter_context(closing(first.copy())) if index else first
+                    ways.append((short, own))
+                loss, taken_s = read(ways, part)
+            peak_bytes = status_bytes().high_water_bytes
+            if not settled_bytes and sequence.length >= SETTLED_TOKENS:
+                settled_bytes = peak_bytes
+            grown = f"{peak_bytes / settled_bytes - 1:+.2%}" if settled_bytes else ""
+            print(
+                f"| {sequence.length:,} | {exp(loss):.2f} "
+                f"| {taken_s[0].sum() / len(part) * 1e3:.3f} | {side.live_bytes() / 2**20:.1f} "
+                f"| {peak_bytes / 2**20:.1f} | {grown} | {ratio(taken_s)} |",
+                flush=True,
+            )
 
 
-def read(side: Side, sequence: Sequence, ids: torch.Tensor) -> tuple[float, float]:
-    """The mean loss of the tokens of `ids`, [N], but the first of a chunk, and the seconds that
-    reading them took.
+def read(ways: list[tuple[Side, Sequence]], ids: torch.Tensor) -> tuple[float, np.ndarray]:
+    """Read the tokens of `ids`, [N], into each sequence, chunk by chunk in turns: the mean loss of
+    all but the first of a chunk in the first sequence, and the seconds that each took,
+    [sequences, chunks].
 
     Raises:
         FloatingPointError: a loss that is no number.
     """
-    total, scored, start_s = 0.0, 0, time.perf_counter()
     chunks = torch.split(ids, CHUNK_TOKENS)
-    for chunk in track(chunks, f"{len(ids):,} tokens", transient=True):
-        logits = side.logits(sequence, chunk)
-        total += float(F.cross_entropy(logits[:-1], chunk[1:], reduction="sum"))
-        scored += len(chunk) - 1
-    if total != total:
+    losses, taken_s = [0.0] * len(ways), np.zeros((len(ways), len(chunks)))
+    for index, chunk in enumerate(track(chunks, f"{len(ids):,} tokens", transient=True)):
+        for way in sorted(range(len(ways)), reverse=index % 2 == 1):  # none is always the first
+            side, sequence = ways[way]
+            start_s = time.perf_counter()
+            logits = side.logits(sequence, chunk)
+            losses[way] += float(F.cross_entropy(logits[:-1], chunk[1:], reduction="sum"))
+            taken_s[way, index] = time.perf_counter() - start_s
+    if losses[0] != losses[0]:
         raise FloatingPointError("the loss is no number")
-    return total / max(1, scored), time.perf_counter() - start_s
+    return losses[0] / max(1, len(ids) - len(chunks)), taken_s
+
+
+def ratio(taken_s: np.ndarray) -> str:
+    """The first sequence's time over the second's, with the standard error over chunks."""
+    if len(taken_s) < 2:
+        return ""
+    ratios = taken_s[0] / taken_s[1]
+    return f"{ratios.mean():.3f} ({ratios.std(ddof=1) / len(ratios) ** 0.5:.3f})"
 
 
 if __name__ == "__main__":
