@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from ullage.errors import BudgetExceeded
+from ullage.errors import BudgetExceeded, TechniqueError
 from ullage.kv.banked import BankRow
 from ullage.kv.kernels import Piece, cpu, reference
 from ullage.kv.memory import Memory
@@ -20,7 +20,7 @@ from ullage.specs.consolidation import Consolidation
 
 HEADS, GROUP, DIM, SCALE = 2, 3, 8, 0.7
 STEP = torch.tensor([1.0, 0.3, 0.1])  # two numbers of a head are not turned
-PLAIN = Consolidation(segment=8, recent=0, slots=12, sinks=4, threshold=0.8)
+PLAIN = Consolidation(segment=8, recent=0, slots=12, sinks=4, threshold=0.8, positions="constant")
 RULES = [
     PLAIN,
     replace(PLAIN, segment=1, slots=3),
@@ -58,11 +58,9 @@ class Text:
         self.query = torch.randn(HEADS * GROUP, tokens, DIM, generator=random)
         values = torch.randn(HEADS, tokens, DIM, generator=random)
         self.turned = turned
-        cos, sin = turn(torch.arange(tokens))
-        self.new = NewTokens(self.query, self.keys, values, SCALE)
-        if turned:
-            states = (rotated(part, cos, sin) for part in (self.query, self.keys))
-            self.new = NewTokens(*states, values, SCALE, cos, sin)
+        cos, sin = turn(torch.arange(tokens) * turned)
+        states = (rotated(part, cos, sin) for part in (self.query, self.keys))
+        self.new = NewTokens(*states, values, SCALE, cos, sin)
 
     def turn(self, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return rotated(states, *turn(positions)) if self.turned else states
@@ -185,6 +183,22 @@ def test_where_nothing_merges_it_is_a_cache_of_the_newest(recent: int) -> None:
         torch.testing.assert_close(
             found[:, position], (weights[:, None] @ values)[:, 0], atol=1e-4, rtol=1e-4
         )
+
+
+def test_tokens_that_do_not_say_how_they_are_turned_are_refused() -> None:
+    """As of a model that CAMELoT was detached from. The row goes on as if they had not come."""
+    text, rules = Text(40), replace(PLAIN, positions="compact")
+    row, twin = row_of(rules), row_of(rules)
+    read(row, text.new.part(0, 30), [7])
+    rest = text.new.part(30, 40)
+    bare = NewTokens(rest.query, rest.keys, rest.values, SCALE)
+    with pytest.raises(TechniqueError, match="while CAMELoT is attached"):
+        row.attend(bare, attend)
+    with pytest.raises(TechniqueError, match="while CAMELoT is attached"):
+        row.take(bare.part(0, 1))
+    found = row.attend(rest, attend)
+    read(twin, text.new.part(0, 30), [7])
+    assert torch.equal(found, twin.attend(rest, attend))
 
 
 def test_compact_positions_of_all_tokens_are_their_own() -> None:

@@ -275,7 +275,7 @@ class Newest:
         return torch.arange(keys.shape[1]).expand(keys.shape[:2]).float()
 
 
-BANKED = Consolidation(segment=8, recent=0, slots=12, sinks=4, threshold=0.8)
+BANKED = Consolidation(segment=8, recent=0, slots=12, sinks=4, threshold=0.8, positions="constant")
 KINDS: dict[str, Callable[[KVPool], Row]] = {
     "full": lambda pool: FullRow(pool, HEADS),
     "sliding": lambda pool: SlidingRow(pool, HEADS, 8),
@@ -306,7 +306,9 @@ def test_the_first_token_is_replaced_wherever_it_lies(
     row, so_from_the_beginning, before = (KINDS[kind](pool) for _ in range(3))
 
     def read(one: Row, parts: tuple[torch.Tensor, ...], start: int, stop: int) -> torch.Tensor:
-        new = NewTokens(keys[:, start:stop], *(part[:, start:stop] for part in parts), scale=1.0)
+        cos = torch.ones(stop - start, DIM)  # a bank asks what turned them: nothing
+        own = (keys[:, start:stop], *(part[:, start:stop] for part in parts))
+        new = NewTokens(*own, 1.0, cos, torch.zeros_like(cos))
         return one.attend(new, partial(reference.attend, scale=1.0))
 
     for one, parts in (

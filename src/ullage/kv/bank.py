@@ -96,12 +96,11 @@ class Bank:
             weight = counts.float().log() if self.rules.count_bias else 0.0 * counts
             self.bias = torch.where(self.stamps[:, : self.filled] >= 0, weight, HIDDEN)[:, None]
 
-    def pieces(
-        self, query: torch.Tensor, angles: Angles | None, bias: torch.Tensor | None
-    ) -> list[Piece]:
+    def pieces(self, query: torch.Tensor, angles: Angles, bias: torch.Tensor | None) -> list[Piece]:
         """All slots that are filled, as `query`, [Hq, N, D], reads them under `bias`,
-        [Hkv, N, filled], or its own. With `angles`, each as far back as its rank by age."""
-        if angles is not None and self.rules.positions == "compact" and self.turned is None:
+        [Hkv, N, filled], or its own. At compact positions `angles` turn each as far back as its
+        rank by age."""
+        if self.rules.positions == "compact" and self.turned is None:
             self.turned, self._laid = self._turned(angles), None
         if self._laid is None:
             self._laid = self._laid_out()

@@ -16,6 +16,7 @@ from typing import Self
 
 import torch
 
+from ullage.errors import TechniqueError
 from ullage.kv.bank import HIDDEN, Bank
 from ullage.kv.before import Attend
 from ullage.kv.entries import Entries, side_by_side
@@ -91,10 +92,9 @@ class BankRow(Row):
         """Before the next tokens, which see the same past: where they are the first of a segment,
         what they see no longer as it was goes to the bank."""
         position = self.length
-        if new.cos is not None and new.sin is not None:
-            known_better = self.angles.see(position, new.cos, new.sin)
-            if known_better:
-                self.bank.turned = None
+        known_better = self.angles.see(position, *_turn_of(new))
+        if known_better:
+            self.bank.turned = None
         if position % self.rules.segment:
             return
         self._visible = None
@@ -114,10 +114,9 @@ class BankRow(Row):
             return
         keys, values = side_by_side(self.ring.between(sinks, stop), torch.float32)
         positions = torch.arange(sinks, stop, dtype=torch.int32, device=keys.device)
-        if new.cos is not None and new.sin is not None:
-            first = normed(new.cos[:1].float(), new.sin[:1].float())
-            cos, sin = after(first, self.angles.turn(positions - self.length))
-            keys = rotated(keys, cos, -sin)
+        first = normed(*_turn_of(new, 1))
+        cos, sin = after(first, self.angles.turn(positions - self.length))
+        keys = rotated(keys, cos, -sin)
         self.bank.write(keys, values, positions, self.rules.banked(self.length + 1))
 
     def _far(self, new: NewTokens, position: int) -> list[Piece]:
@@ -125,10 +124,8 @@ class BankRow(Row):
         if not self.bank.size:
             return self.sinks.read()
         bias = self._retrieved(new) if self.rules.top_k else None
-        if new.cos is None or new.sin is None:
-            return [*self.sinks.read(), *self.bank.pieces(new.query, None, bias)]
         queries = new.query.float().expand(2, *new.query.shape)
-        turn = self._query_turn(position, (new.cos[:1].float(), new.sin[:1].float()))
+        turn = self._query_turn(position, _turn_of(new, 1))
         query, other = rotated(queries, *turn).to(new.query.dtype)
         sinks = [replace(piece, query=other) for piece in self.sinks.read()]
         return [*sinks, *self.bank.pieces(query, self.angles, bias)]
@@ -152,9 +149,7 @@ class BankRow(Row):
     def _retrieved(self, new: NewTokens) -> torch.Tensor:
         """The bias, [Hkv, N, filled], under which a token sees what was retrieved for the tokens of
         its segment up to itself."""
-        keys = new.keys.float()
-        if new.cos is not None and new.sin is not None:
-            keys = rotated(keys, *_opposite(normed(new.cos.float(), new.sin.float())))
+        keys = rotated(new.keys.float(), *_opposite(normed(*_turn_of(new))))
         visible = self.bank.memory().nearest(keys, self.rules.top_k)
         if self._visible is not None:
             visible = torch.cat([self._visible, visible], dim=1)
@@ -200,7 +195,7 @@ class BankRow(Row):
         self.bank.restore(state, size)
         device = self.slots.segments[0].entries.keys.device
         self.angles.restore(state, tokens, device)
-        if size and "angles.first" in state:
+        if size:
             rotated_width = 2 * len(state["angles.first"])
             turn = held(state, "turn", torch.float32, (2, 2, 1, 1, rotated_width))
             cos, sin = turn.to(device)
@@ -215,6 +210,21 @@ class BankRow(Row):
         self.sinks.length = 0
         self.bank = Bank(self.slots, self.rules.bank_at, self.rules)
         self.angles, self._turn, self._visible = Angles(), None, None
+
+
+def _turn_of(new: NewTokens, tokens: int | None = None) -> Turn:
+    """What turned the first `tokens`, or all, [N, rot] each in fp32: without it no key can be
+    turned back.
+
+    Raises:
+        TechniqueError: the layer that they come from has no technique attached that says.
+    """
+    if new.cos is None or new.sin is None:
+        raise TechniqueError(
+            "A bank is gone on from while CAMELoT is attached to the model: enter that `with` "
+            "again, or give an empty cache."
+        )
+    return new.cos[:tokens].float(), new.sin[:tokens].float()
 
 
 def _opposite(turn: Turn) -> Turn:

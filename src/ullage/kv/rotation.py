@@ -92,9 +92,7 @@ class Angles:
 
     def restore(self, state: State, tokens: int, device: torch.device) -> None:
         """What `state` gave after `tokens` tokens; raises what `held` does."""
-        if "angles.first" not in state:  # of a model without
-            return
-        shape = tuple(state["angles.first"].shape[:1])
+        shape = state["angles.first"].shape[:1] if "angles.first" in state else ()
         self._first = held(state, "angles.first", torch.float32, shape).to(device)
         if tokens > 1:
             self._step = held(state, "angles.step", torch.float32, shape).to(device)
