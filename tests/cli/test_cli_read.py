@@ -146,7 +146,7 @@ def test_a_bank_of_other_weights_is_refused(typed: Ullage, copied_folder: Path, 
         (lambda content: None, "Cannot read"),
         (lambda content: b"once upon a time", "No bank can be read"),
         (lambda content: content[:-10], "or no end. Read the text again: `ullage read"),
-        (lambda content: content.replace(b"ullage-bank-1", b"ullage-bank-7"), "ullage-bank-7"),
+        (lambda content: content.replace(b"ullage-bank-2", b"ullage-bank-7"), "ullage-bank-7"),
         (lambda content: content[:-10] + b"\x01" * 10, "is damaged: read the text again"),
     ],
 )

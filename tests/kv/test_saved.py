@@ -28,7 +28,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.in
 
 def record_of(spec: ModelSpec, tokens: int) -> Record:
     shape = (spec.num_layers, spec.num_kv_heads, spec.head_dim)
-    return Record(spec.name, *shape, "f", "camelot", "fp32", tokens, None, "book.txt", "s")
+    return Record(spec.name, *shape, "f", "{}", "camelot", "fp32", tokens, None, "book.txt", "s")
 
 
 def cache_of(spec: ModelSpec, technique: CAMELoT = BANK, dtype: str = "float32") -> PagedCache:
@@ -85,7 +85,7 @@ def test_a_saved_text_goes_on_as_if_it_had_never_been_away(
 
 def test_others_can_read_the_file(saved: Path) -> None:
     with safe_open(saved, "pt") as file:
-        assert file.metadata()["format"] == "ullage-bank-1"
+        assert file.metadata()["format"] == "ullage-bank-2"
         assert json.loads(file.metadata()["record"])["tokens"] == 70
         assert file.get_tensor("0.ring.keys").shape == (2, 24, 8)
 
@@ -166,7 +166,6 @@ def test_one_other_byte_anywhere_is_found(tiny_model: TinyModel, saved: Path) ->
 
 
 def test_a_tensor_by_another_name_is_refused(tiny_model: TinyModel, saved: Path) -> None:
-    """Also one that some models do without."""
     whole, found = saved.read_bytes(), read_saved(saved)
     cache = cache_of(tiny_model("llama")[1])
     assert "0.angles.first" in {stored.name for stored in found.tensors}

@@ -188,6 +188,16 @@ def test_whom_a_file_is_not_good_for(
     finally:
         with torch.no_grad():
             norm.copy_(before)
+    rope = made.loaded.model.config.rope_parameters
+    found_theta = rope["rope_theta"]
+    try:
+        rope["rope_theta"] = int(found_theta)  # the same, written otherwise
+        assert saved_start(found, engine()).length == len(MANUAL)
+        rope["rope_theta"] = 2 * found_theta
+        with pytest.raises(InputError, match=r"as it turned keys by .*rope_theta"):
+            saved_start(found, engine())
+    finally:
+        rope["rope_theta"] = found_theta
 
 
 def test_a_text_is_gone_on_from_with_the_frequencies_it_was_read_with(

@@ -13,7 +13,7 @@ from ullage import ModelSpec
 from ullage.errors import InputError
 from ullage.specs.saved import FORMAT, Record, read_saved
 
-RECORD = Record("m", 2, 2, 8, "f", "camelot:slots=8", "fp32", 70, None, "book.txt", "s")
+RECORD = Record("m", 2, 2, 8, "f", "{}", "camelot:slots=8", "fp32", 70, None, "book.txt", "s")
 NO_BANK = "no bank: `ullage read MODEL DOC --save FILE` writes one"
 WRITTEN = {"format": FORMAT, "record": json.dumps(asdict(RECORD)), "sha256": "0"}
 
@@ -37,7 +37,7 @@ def test_the_record_and_each_layers_tensors(tmp_path: Path) -> None:
     [
         ({}, NO_BANK),
         ({"format": "pt"}, NO_BANK),
-        (WRITTEN | {"format": "ullage-bank-2"}, f"this ullage reads {FORMAT}"),
+        (WRITTEN | {"format": "ullage-bank-1"}, f"this ullage reads {FORMAT}"),
         ({"format": FORMAT}, "is damaged: 'record'"),
         (WRITTEN | {"record": "{"}, "is damaged"),
         (WRITTEN | {"record": "[" * 10**5}, "is damaged"),

@@ -1,5 +1,5 @@
-"""Sequences in files, and back: a tensor at a time, so that nothing is held twice. What the files
-are is in `ullage.specs.saved`."""
+"""Sequences in files, and back: a layer at a time. What the files are is in
+`ullage.specs.saved`."""
 
 import hashlib
 import json

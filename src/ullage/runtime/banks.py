@@ -7,6 +7,7 @@ start = saved_start(read_saved(Path("manual.bank")), engine)  # on another day
 answer = list(engine.generate(Request(question_ids, 50, start=start)))
 """
 
+import json
 from pathlib import Path
 
 from ullage import techniques
@@ -34,6 +35,7 @@ def save(
         kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
         fingerprint=fingerprint(engine.loaded.model),
+        rotation=_rotation_of(engine),
         technique=_memory_of(recipe),
         kv_dtype=recipe.execution.kv_dtype,
         tokens=sequence.length,
@@ -55,6 +57,8 @@ def saved_start(saved: SavedText, engine: Engine) -> FromFile:
     reason = record.unsuited(recipe.model)
     if reason is None and record.fingerprint != fingerprint(engine.loaded.model):
         reason = f"it is of {record.model}, whose weights are not those of {recipe.model.name}."
+    if reason is None and record.rotation != _rotation_of(engine):
+        reason = f"it is of {record.model} as it turned keys by {record.rotation}."
     if reason is None and record.technique != _memory_of(recipe):
         reason = f"it was read with {record.technique}, not with {_memory_of(recipe) or 'none'}."
     if reason is None and record.kv_dtype != recipe.execution.kv_dtype:
@@ -75,6 +79,13 @@ def _other_frequencies(record: Record, engine: Engine) -> str:
         f"{record.model} turns sequences of more than {limit:,} tokens, read and written, by other "
         f"rotary frequencies than shorter ones: {way_out}."
     )
+
+
+def _rotation_of(engine: Engine) -> str:
+    """The model's rotary settings in JSON: 1 and 1.0 are the same."""
+    config = engine.loaded.model.config.get_text_config()
+    told = json.dumps(getattr(config, "rope_parameters", None))
+    return json.dumps(json.loads(told, parse_int=float), sort_keys=True)
 
 
 def _memory_of(recipe: Recipe) -> str:

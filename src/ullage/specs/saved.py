@@ -11,21 +11,23 @@ from ullage.specs.decode import decode
 from ullage.specs.model import ModelSpec
 from ullage.specs.safetensors import StoredTensor, read_header, read_metadata
 
-FORMAT = "ullage-bank-1"
+FORMAT = "ullage-bank-2"
 _WRITES_ONE = "`ullage read MODEL DOC --save FILE` writes one."
 
 
 @dataclass(frozen=True)
 class Record:
-    """Which model read which text, and how. `fingerprint`: of the model's weights. `technique`: as
-    it is typed. `max_tokens`: of a sequence, by the rotary frequencies that it was read with, None
-    for any number. `document`: a name; `document_sha256` is of its text in UTF-8."""
+    """Which model read which text, and how. `fingerprint`: of the model's weights. `rotation`: how
+    it turns queries and keys, in JSON. `technique`: as it is typed. `max_tokens`: of a sequence, by
+    the rotary frequencies that it was read with, None for any number. `document`: a name;
+    `document_sha256` is of its text in UTF-8."""
 
     model: str
     layers: int
     kv_heads: int
     head_dim: int
     fingerprint: str
+    rotation: str
     technique: str
     kv_dtype: str
     tokens: int
