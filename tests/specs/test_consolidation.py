@@ -12,6 +12,7 @@ rules = st.builds(
     slots=st.integers(0, 300),
     sinks=st.integers(0, 5),
     threshold=st.just(0.9),
+    positions=st.sampled_from(["constant", "compact"]),
 )
 
 

@@ -27,7 +27,7 @@ class Consolidation:
     sinks: int
     threshold: float
     top_k: int = 0
-    positions: Positions = "constant"
+    positions: Positions = "compact"
     count_bias: bool = False
     count_cap: int = 0
     centred: bool = False
@@ -41,6 +41,13 @@ class Consolidation:
     def bank_at(self) -> int:
         """The bank's first slot, behind those of the window and of the sinks."""
         return self.window + self.sinks
+
+    @property
+    def reach(self) -> int:
+        """The longest distance at which a token sees anything, however long the text: that of the
+        first sink, which stands behind the bank."""
+        bank = self.recent + self.slots if self.positions == "compact" else self.window
+        return self.segment - 1 + bank + self.sinks
 
     def first_recent(self, position: int) -> int:
         """The first of the entries that the token at `position` sees as they are."""

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
     from ullage.kv.cache import MakeRow
 
-_MOST_TOKENS = 1 << 30  # a slot's stamp is an int32
+# transformers turns a position's angle in fp32: up to here it is off by 1/8 of a radian at most
+_MOST_TOKENS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class CAMELoT(Technique):
         sliding = sum(cache.window is not None for cache in model.caches)
         if not self.slots or full_layers(model) + sliding < model.num_layers:
             return trained
-        return _MOST_TOKENS if self.rules.bank_at + self.slots <= trained else trained
+        return max(trained, _MOST_TOKENS) if self.rules.reach < trained else trained
 
     @contextmanager
     def attach(self, model: "PreTrainedModel") -> Iterator[None]:
