@@ -110,7 +110,7 @@ def written(
     st.integers(0, 1000),
     st.booleans(),
 )
-def test_a_segment_at_once_is_a_token_after_the_other(
+def test_a_segment_at_once_is_its_tokens_likened_one_by_one_to_the_slots_before_it(
     size: int, sizes: list[int], threshold: float, cap: int, seed: int, centred: bool
 ) -> None:
     memory = written(size, sizes, threshold, cap, seed, centred)
@@ -153,7 +153,7 @@ def test_where_all_is_alike_there_is_one_slot() -> None:
 
 def test_an_empty_slot_is_like_nothing() -> None:
     memory = written(8, [3], threshold=1.5)
-    likeness = memory.likeness(torch.zeros(HEADS, 2, DIM))
+    likeness = memory.directions().likeness(torch.zeros(HEADS, 2, DIM)) * GRID
     assert likeness[:, :, 3:].eq(-2).all()
     assert likeness[:, :, :3].eq(0).all()
 
@@ -165,7 +165,7 @@ def test_of_slots_equally_like_a_token_the_first_is_taken() -> None:
         memory = empty(6)
         twins = torch.cat([-key, key * (1 + noise), key, key], 1)
         memory = memory.written(twins, twins, torch.arange(4, dtype=torch.int32), 2.0, True)
-        assert memory.nearest(key, 2)[0, 0].tolist() == [False, True, True, False, False, False]
+        assert memory.directions().nearest(key, 2)[0, 0].nonzero().flatten().tolist() == [1, 2]
         after = memory.written(key, key, torch.tensor([9], dtype=torch.int32), 0.9, False)
         assert after.counts[0].tolist() == [1, 2, 1, 1, 0, 0]
 

@@ -99,7 +99,7 @@ def by_hand(text: Text, rules: Consolidation) -> torch.Tensor:
                 score += memory.counts.float().log().repeat_interleave(GROUP, 0)
             if rules.top_k:
                 key = text.keys[:, position : position + 1]
-                visible |= memory.nearest(key, rules.top_k)[:, 0]
+                visible |= memory.directions().nearest(key, rules.top_k)[:, 0]
             sees = (memory.stamps >= 0) & (visible if rules.top_k else True)
             score[~sees.repeat_interleave(GROUP, 0)] = float("-inf")
             scores.append(score)

@@ -11,7 +11,7 @@ import torch
 
 from ullage.kv.entries import Entries, side_by_side, stored
 from ullage.kv.kernels import Piece
-from ullage.kv.memory import Memory
+from ullage.kv.memory import Directions, Memory
 from ullage.kv.rotation import Angles, rotated
 from ullage.kv.slots import Slots
 from ullage.kv.state import State, held, packed
@@ -34,6 +34,7 @@ class Bank:
         self.bias: torch.Tensor | None = None  # [Hkv, 1, filled], where not all weigh the same
         self.turned: Entries | None = None  # the keys where they are read, if not in their slots
         self._laid: list[Piece] | None = None  # what is read in this segment
+        self._directions: Directions | None = None  # once slots are retrieved, in this segment
 
     def memory(self) -> Memory:
         """What is in it, widened."""
@@ -57,8 +58,16 @@ class Bank:
         head, slot = (now.stamps != before.stamps).nonzero(as_tuple=True)
         changed = stored(now.keys[head, slot, None], now.values[head, slot, None], self._dtype)
         self.slots.put(head, self.first + slot, changed)
-        self.counts, self.stamps, self.turned, self._laid = now.counts, now.stamps, None, None
+        self.counts, self.stamps = now.counts, now.stamps
+        self.turned = self._laid = self._directions = None
         self._weigh()
+
+    def nearest(self, keys: torch.Tensor) -> torch.Tensor:
+        """Bool [Hkv, N, size]: the `top_k` slots that are likest to each of `keys`, [Hkv, N, D] in
+        fp32, before their rotation."""
+        if self._directions is None:
+            self._directions = self.memory().directions()
+        return self._directions.nearest(keys, self.rules.top_k)
 
     @property
     def beside_bytes(self) -> int:
@@ -66,7 +75,8 @@ class Bank:
         beside = [self.counts, self.stamps, self.bias]
         if self.turned is not None:
             beside += [self.turned.keys, self.turned.key_scales]
-        return sum(tensor.nbytes for tensor in beside if tensor is not None)
+        nbytes: int = sum(tensor.nbytes for tensor in beside if tensor is not None)
+        return nbytes + (self._directions.nbytes if self._directions else 0)
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -150,7 +150,7 @@ class BankRow(Row):
         """The bias, [Hkv, N, filled], under which a token sees what was retrieved for the tokens of
         its segment up to itself."""
         keys = rotated(new.keys.float(), *_opposite(normed(*_turn_of(new))))
-        visible = self.bank.memory().nearest(keys, self.rules.top_k)
+        visible = self.bank.nearest(keys)
         if self._visible is not None:
             visible = torch.cat([self._visible, visible], dim=1)
         visible = visible.cumsum(1) > 0

@@ -20,6 +20,37 @@ GRID = 2**-10
 
 
 @dataclass(frozen=True)
+class Directions:
+    """Where the M slots of each KV head point: what keys are likened to."""
+
+    slots: torch.Tensor  # [Hkv, M, D], of length 1 / GRID, or 0 where empty
+    least: torch.Tensor  # [Hkv, 1, M], added to each likeness
+    middle: torch.Tensor | None  # [Hkv, 1, D], what keys are likened from if that is not 0
+
+    @property
+    def nbytes(self) -> int:
+        """What it holds."""
+        middle_bytes = 0 if self.middle is None else self.middle.nbytes
+        return self.slots.nbytes + self.least.nbytes + middle_bytes
+
+    def likeness(self, keys: torch.Tensor) -> torch.Tensor:
+        """Cosine of each of `keys`, [Hkv, N, D], with each slot, [Hkv, N, M], in steps of `GRID`;
+        -2 with an empty one. As it is large, it is gone through as seldom as can be."""
+        if self.middle is not None:
+            keys = keys - self.middle
+        keys = normalize(keys, dim=-1)
+        return torch.baddbmm(self.least, keys, self.slots.transpose(1, 2)).round_()
+
+    def nearest(self, keys: torch.Tensor, count: int) -> torch.Tensor:
+        """Bool [Hkv, N, M]: the `count` slots that are likest to each of `keys`, [Hkv, N, D], of
+        those equally like it the first."""
+        likeness = self.likeness(keys)
+        order = torch.arange(likeness.shape[2], device=keys.device)
+        likest = (likeness.double() - order / 2**32).topk(min(count, len(order))).indices
+        return torch.zeros_like(likeness, dtype=torch.bool).scatter_(2, likest, True)
+
+
+@dataclass(frozen=True)
 class Memory:
     """M slots of each KV head. An empty slot's stamp is below 0, and what is in it of no meaning;
     another's is the position of the newest token in it. No two of a head's stamps are the same.
@@ -32,29 +63,15 @@ class Memory:
     stamps: torch.Tensor  # [Hkv, M] int32
     centred: bool = False
 
-    def likeness(self, keys: torch.Tensor) -> torch.Tensor:
-        """Cosine of each of `keys`, [Hkv, N, D], with each slot, [Hkv, N, M], to the nearest
-        `GRID`; -2 with an empty one."""
-        return self._likeness(keys).mul_(GRID)
-
-    def _likeness(self, keys: torch.Tensor) -> torch.Tensor:
-        """The same in steps of `GRID`. As it is large, it is gone through as seldom as can be."""
-        filled, mine = self.stamps >= 0, self.keys
+    def directions(self) -> "Directions":
+        """Where its slots point."""
+        filled, mine, middle = self.stamps >= 0, self.keys, None
         if self.centred:
             share = filled.float() / filled.sum(1, keepdim=True).clamp(min=1)  # [Hkv, M]
-            middle = share[:, None] @ mine  # [Hkv, 1, D]
-            keys, mine = keys - middle, mine - middle
+            middle = share[:, None] @ mine
+            mine = mine - middle
         mine = normalize(mine, dim=-1) * (filled[..., None] / GRID)
-        least = torch.where(filled, 0.0, _NONE / GRID)[:, None]  # [Hkv, 1, M]
-        return torch.baddbmm(least, normalize(keys, dim=-1), mine.transpose(1, 2)).round_()
-
-    def nearest(self, keys: torch.Tensor, count: int) -> torch.Tensor:
-        """Bool [Hkv, N, M]: the `count` slots that are likest to each of `keys`, [Hkv, N, D], of
-        those equally like it the first."""
-        likeness = self.likeness(keys)
-        order = torch.arange(likeness.shape[2], device=keys.device)
-        likest = (likeness.double() - order * (GRID / 2**32)).topk(min(count, len(order))).indices
-        return torch.zeros_like(likeness, dtype=torch.bool).scatter_(2, likest, True)
+        return Directions(mine, torch.where(filled, 0.0, _NONE / GRID)[:, None], middle)
 
     def written(
         self,
@@ -67,7 +84,7 @@ class Memory:
         """The memory after N tokens more, keys and values [Hkv, N, D], stamps [N], which ascend.
         `empty`: nothing was ever written."""
         if not empty:
-            steps, slot = self._likeness(keys).max(-1)  # [Hkv, N] each
+            steps, slot = self.directions().likeness(keys).max(-1)  # [Hkv, N] each
             merging = steps * GRID >= threshold
             merged = self._merged(keys, values, stamps, slot, merging)
             return merged._placed(keys, values, stamps, ~merging)

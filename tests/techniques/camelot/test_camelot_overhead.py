@@ -80,11 +80,14 @@ def tokens_of(spec: ModelSpec, start: int, stop: int) -> NewTokens:
 
 
 @pytest.mark.parametrize("technique", SWEEP, ids=str)
-@pytest.mark.parametrize("new_tokens", [1, 512])
-def test_what_is_laid_out_is_no_more_than_is_planned(technique: CAMELoT, new_tokens: int) -> None:
+@pytest.mark.parametrize(("new_tokens", "kv_dtype"), [(1, "fp32"), (512, "fp32"), (512, "int8")])
+def test_what_is_laid_out_is_no_more_than_is_planned(
+    technique: CAMELoT, new_tokens: int, kv_dtype: str
+) -> None:
     spec = resolve("smollm2-135m")
     rules = technique.rules
-    row = BankRow(KVPool(4000, spec.head_dim, torch.float32), spec.num_kv_heads, rules)
+    pool = KVPool(4000, spec.head_dim, {"fp32": torch.float32, "int8": torch.int8}[kv_dtype])
+    row = BankRow(pool, spec.num_kv_heads, rules)
     row.reserve(TOKENS + 2 * new_tokens + rules.segment)
 
     def attend(query: torch.Tensor, pieces: list[Piece]) -> torch.Tensor:
@@ -92,7 +95,7 @@ def test_what_is_laid_out_is_no_more_than_is_planned(technique: CAMELoT, new_tok
 
     for at in range(0, TOKENS, 500):
         row.attend_chunk(tokens_of(spec, at, at + 500), attend)
-    execution = Execution(dtype="fp32", kv_dtype="fp32")
+    execution = Execution(dtype="fp32", kv_dtype=kv_dtype)
     work = Step("prefill", 1, TOKENS, new_tokens, execution)
     for start in range(TOKENS, TOKENS + rules.segment + 1, new_tokens):
         new = tokens_of(spec, start, start + new_tokens)
@@ -101,4 +104,4 @@ def test_what_is_laid_out_is_no_more_than_is_planned(technique: CAMELoT, new_tok
             row.attend(new, attend) if new_tokens > 1 else row.take(new)
         grown = max(0, row.beside_bytes - before)
         assert live.peak_bytes - grown <= scratch_bytes(rules, spec, work)
-        assert row.beside_bytes <= state_bytes(rules, spec, TOKENS, "fp32")
+        assert row.beside_bytes <= state_bytes(rules, spec, TOKENS, kv_dtype)

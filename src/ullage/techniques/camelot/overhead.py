@@ -14,16 +14,20 @@ _COUNT_BYTES, _STAMP_BYTES, _BIAS_BYTES, _VISIBLE_BYTES = 4, 4, 4, 1  # of a slo
 
 def state_bytes(rules: Consolidation, model: ModelSpec, tokens: int, kv_dtype: str) -> int:
     """What one layer of one sequence keeps beside its blocks: of each slot its count, its stamp and
-    what it adds to scores, whether it was retrieved, and its key once more where it is read in
-    another place; how far a position turns, 2 [D / 2]; and, once there are slots, a query, 4 [D].
+    what it adds to scores; where slots are retrieved whether it was, where it points in fp32, and
+    what it adds to likenesses; and its key once more where it is read in another place. How far a
+    position turns, 2 [D / 2]. Once there are slots a query, 4 [D], and, where they are retrieved,
+    what they point from, [D] for each head.
     """
     slot_bytes = _COUNT_BYTES + _STAMP_BYTES + _BIAS_BYTES
-    slot_bytes += _VISIBLE_BYTES if rules.top_k else 0
+    if rules.top_k:
+        slot_bytes += _VISIBLE_BYTES + (model.head_dim + 1) * _FP32_BYTES
     if rules.positions == "compact":
         slot_bytes += entry_bytes(model, model.head_dim, kv_dtype)
     slots = rules.banked(tokens)
     angles = (1 + (4 if slots else 0)) * model.head_dim if tokens else 0
-    return model.num_kv_heads * slots * slot_bytes + angles * _FP32_BYTES
+    middle = model.num_kv_heads * model.head_dim if slots and rules.top_k else 0
+    return model.num_kv_heads * slots * slot_bytes + (angles + middle) * _FP32_BYTES
 
 
 def scratch_bytes(rules: Consolidation, model: ModelSpec, work: Step) -> int:
