@@ -2,13 +2,23 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from ullage import Device, Execution, Plan, Recipe, Workload, build_plan, resolve
+from ullage import (
+    Device,
+    Execution,
+    Plan,
+    Recipe,
+    TechniqueChoice,
+    Workload,
+    build_plan,
+    resolve,
+)
 from ullage.errors import BudgetExceeded, DoesNotFit, InputError, PromptError
 from ullage.kv.saved import FromFile
 from ullage.runtime.banks import save, saved_start
@@ -198,6 +208,22 @@ def test_whom_a_file_is_not_good_for(
             saved_start(found, engine())
     finally:
         rope["rope_theta"] = found_theta
+
+
+def test_settings_that_are_left_out_are_those_that_are_named(
+    engine: MakeEngine, tmp_path: Path
+) -> None:
+    """Python may name only some; the command line names all."""
+    path, made = tmp_path / "manual.bank", engine()
+    few = (TechniqueChoice("camelot", {"slots": 20, "segment": 16, "recent": 8}),)
+    plan = replace(made.plan, recipe=replace(made.plan.recipe, techniques=few))
+    terse = Engine(made.loaded, plan)
+    for reader, other in ((made, terse), (terse, made)):
+        with reader.reading(MANUAL) as manual:
+            save(manual, reader, path, "manual", "")
+        found = read_saved(path)
+        assert found.record.technique == as_typed(choice_of(BANK))
+        assert saved_start(found, other).length == len(MANUAL)
 
 
 def test_a_text_is_gone_on_from_with_the_frequencies_it_was_read_with(

@@ -89,6 +89,7 @@ def _rotation_of(engine: Engine) -> str:
 
 
 def _memory_of(recipe: Recipe) -> str:
-    """The technique that keeps entries, as it is typed."""
-    keeping = (one for one in recipe.techniques if techniques.create(one).rows(recipe.model))
+    """The technique that keeps entries, as it is typed, with all that it settles itself."""
+    made = (techniques.create(choice) for choice in recipe.techniques)
+    keeping = (techniques.choice_of(one) for one in made if one.rows(recipe.model))
     return next(map(techniques.as_typed, keeping), "")
