@@ -234,7 +234,7 @@ def test_a_bank_that_cannot_be_written_names_its_file(
         (None, "Cannot read the text from "),
         (b"", "The text is empty or only blank: there is nothing to read"),
         (b" \n", "The text is empty or only blank"),
-        (b"w6 \xff", "Cannot read the text as UTF-8"),
+        (b"w6 \xff", "book.txt as UTF-8 text"),
     ],
 )
 def test_what_is_no_text_is_refused(

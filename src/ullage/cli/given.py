@@ -54,7 +54,7 @@ def _read(called: str, file: Path | None) -> str:
             f"Cannot read the {called} from {file or 'stdin'}: {error.strerror}."
         ) from error
     except UnicodeError as error:
-        raise _no_utf8(called, error) from error
+        raise _no_utf8(f"{called} from {file or 'stdin'}", error) from error
 
 
 def _whole(called: str, text: str, use: str) -> str:
@@ -68,7 +68,7 @@ def _whole(called: str, text: str, use: str) -> str:
 
 
 def _no_utf8(called: str, error: UnicodeError) -> PromptError:
-    return PromptError(f"Cannot read the {called} as UTF-8: {error}.")
+    return PromptError(f"Cannot read the {called} as UTF-8 text: {error}.")
 
 
 def refuse_beside_plan(

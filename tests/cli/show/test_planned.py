@@ -132,7 +132,7 @@ def test_where_nothing_fits_there_is_no_cliff_to_name() -> None:
 
 def test_a_limitless_length_has_no_first_that_fails() -> None:
     text = shown(plan_of(model="mistral-7b-v0.1"))
-    assert "the first context that fails is none" in text
+    assert "with 1 sequence no context fails." in text
 
 
 def test_latency_is_given_with_its_band() -> None:

@@ -159,16 +159,18 @@ def _cliff_lines(plan: Plan) -> list[str]:
     if cliff.max_model_len is not None and cliff.max_model_len >= model.max_context_tokens:
         beyond = f", beyond the model's own context of {model.max_context_tokens:,}"
     return [
-        f"Cliff: with {_count(work.sequences, 'sequence')} the first context that fails is "
-        f"{_first_to_fail(cliff.max_model_len, 'token')}{beyond}.",
-        f"       At {work.context_tokens:,} tokens the first batch that fails is "
-        f"{_first_to_fail(cliff.max_num_seqs, 'sequence')}.",
+        f"Cliff: with {_count(work.sequences, 'sequence')} "
+        f"{_first_to_fail('context', cliff.max_model_len, 'token')}{beyond}.",
+        f"       At {work.context_tokens:,} tokens "
+        f"{_first_to_fail('batch', cliff.max_num_seqs, 'sequence')}.",
         f"       Each token more holds {plan.kv_bytes_per_token:,} bytes of KV.",
     ]
 
 
-def _first_to_fail(largest: int | None, noun: str) -> str:
-    return "none" if largest is None else _count(largest + 1, noun)
+def _first_to_fail(what: str, largest: int | None, noun: str) -> str:
+    if largest is None:
+        return f"no {what} fails"
+    return f"the first {what} that fails is {_count(largest + 1, noun)}"
 
 
 def _count(number: int, noun: str) -> str:
@@ -198,11 +200,13 @@ def _attention_lines(plan: Plan, calibration: Calibration | None) -> list[str]:
         )
         recipe = replace(plan.recipe, execution=execution, techniques=chosen)
         other = build_plan(recipe, plan.budget_bytes, calibration)
-        prefill = other.phases["prefill"]
+        prefill, largest = other.phases["prefill"], other.cliff.max_model_len
+        fails = (
+            "never fails" if largest is None else f"first fails at {_count(largest + 1, 'token')}"
+        )
         lines.append(
             f"{'One pass, ' if not lines else '          '}{attention + ':':<6} prefill peaks at "
             f"{format_bytes(prefill.total_bytes)} ({format_bytes(prefill.activation_bytes)} of it "
-            f"activations and scores), first fails at "
-            f"{_first_to_fail(other.cliff.max_model_len, 'token')}."
+            f"activations and scores), {fails}."
         )
     return lines
