@@ -170,13 +170,13 @@ def test_a_prompt_of_other_bytes_is_refused_wherever_it_comes_from(
     file = tmp_path / "prompt.txt"
     file.write_bytes(b"w6 \xff")
     command = [sys.executable, "-m", "ullage", "run", str(tiny_folder), *SIZED]
-    for words in (["-"], ["--prompt-file", str(file)]):
+    for words, where in ((["-"], "stdin"), (["--prompt-file", str(file)], str(file))):
         done = subprocess.run(
             [*command, *words], input=b"w6 \xff", capture_output=True, check=False,
             env={**os.environ, "ULLAGE_DEBUG": "1", "LC_ALL": "C"},
         )  # fmt: skip
         assert done.returncode == 2
-        assert b"Cannot read the prompt as UTF-8" in done.stderr
+        assert f"Cannot read the prompt from {where} as UTF-8" in done.stderr.decode()
 
 
 @pytest.mark.parametrize(
