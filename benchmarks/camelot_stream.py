@@ -11,7 +11,7 @@ which the first 10,000 tokens ended.
 
 A machine's speed changes while a long stream runs. With `--beside` each part is read twice, chunk
 by chunk in turns: behind all that was before it, and behind the first part alone. The ratio of the
-two times says whether the stream's length costs time; the peak is then that of both.
+two times says whether the stream's length costs time; the peak is then that of three sequences.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--technique", default="camelot:segment=512")
     parser.add_argument("--parts", type=int, default=10)
-    parser.add_argument("--beside", action="store_true", help="a ratio in place of bare times")
+    parser.add_argument("--beside", action="store_true", help="time a short text in turns with it")
     asked = parser.parse_args()
     return_freed_memory()
     technique = techniques.parse(asked.technique)
