@@ -14,6 +14,7 @@ from ullage.kv.banked import BankRow
 from ullage.kv.kernels import Piece
 from ullage.kv.pool import KVPool
 from ullage.kv.rows import NewTokens
+from ullage.runtime.load import TORCH_DTYPES
 from ullage.specs.workload import Step
 from ullage.techniques.camelot.overhead import scratch_bytes, state_bytes
 from ullage.techniques.camelot.settings import CAMELoT
@@ -86,7 +87,7 @@ def test_what_is_laid_out_is_no_more_than_is_planned(
 ) -> None:
     spec = resolve("smollm2-135m")
     rules = technique.rules
-    pool = KVPool(4000, spec.head_dim, {"fp32": torch.float32, "int8": torch.int8}[kv_dtype])
+    pool = KVPool(4000, spec.head_dim, TORCH_DTYPES[kv_dtype])
     row = BankRow(pool, spec.num_kv_heads, rules)
     row.reserve(TOKENS + 2 * new_tokens + rules.segment)
 
