@@ -213,8 +213,7 @@ class BankRow(Row):
 
 
 def _turn_of(new: NewTokens, tokens: int | None = None) -> Turn:
-    """What turned the first `tokens`, or all, [N, rot] each in fp32: without it no key can be
-    turned back.
+    """What turned the first `tokens`, or all, [N, rot] each: without it no key can be turned back.
 
     Raises:
         TechniqueError: the layer that they come from has no technique attached that says.
@@ -224,7 +223,7 @@ def _turn_of(new: NewTokens, tokens: int | None = None) -> Turn:
             "A bank is gone on from while CAMELoT is attached to the model: enter that `with` "
             "again, or give an empty cache."
         )
-    return new.cos[:tokens].float(), new.sin[:tokens].float()
+    return new.cos[:tokens], new.sin[:tokens]
 
 
 def _opposite(turn: Turn) -> Turn:

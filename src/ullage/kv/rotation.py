@@ -29,7 +29,8 @@ def rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
 
 def normed(cos: torch.Tensor, sin: torch.Tensor) -> Turn:
-    """Without the factor by which some models lengthen what they rotate."""
+    """In fp32, without the factor by which some models lengthen what they rotate."""
+    cos, sin = cos.float(), sin.float()
     length = (cos.square() + sin.square()).sqrt()
     return cos / length, sin / length
 

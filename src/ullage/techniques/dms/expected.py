@@ -48,7 +48,7 @@ class ExpectedAttention:
         self._waiting = ()
         query = torch.cat(queries, dim=1).float()  # [Hq, N, D]
         if coses[0] is not None:
-            cos, sin = normed(torch.cat(coses).float(), torch.cat(sines).float())
+            cos, sin = normed(torch.cat(coses), torch.cat(sines))
             query = rotated(query, cos, -sin)
             self._turn(cos, sin)
         sums, squares = query.sum(1), query.square().sum(1)

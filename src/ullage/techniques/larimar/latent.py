@@ -171,7 +171,7 @@ def _joined(passes: list[list[Turn]]) -> list[Turn]:
     known: dict[tuple[int, ...], Turn] = {}
     for layer in passes:
         known.setdefault(
-            _name(layer), normed(*(torch.cat(part).float() for part in zip(*layer, strict=True)))
+            _name(layer), normed(*(torch.cat(part) for part in zip(*layer, strict=True)))
         )
     return [known[_name(layer)] for layer in passes]
 
